@@ -1,0 +1,38 @@
+"""Evaluates an exported model: test loss, lm-eval, FLOPs."""
+
+from kfp import dsl
+
+from components import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+def evaluate(
+    settings: str,
+    data: dsl.Input[dsl.Dataset],
+    run_folder: dsl.Input[dsl.Artifact],
+    model: dsl.Input[dsl.Model],
+    evaluation: dsl.Output[dsl.Artifact],
+):
+    """Write `evaluation.json` and lm-eval's results.
+
+    Args:
+        settings: all settings, as JSON.
+        data: what prepare_data wrote.
+        run_folder: what train wrote.
+        model: what export wrote.
+        evaluation: the figures.
+    """
+    from pathlib import Path
+
+    from dynamic_transformers.configure import settings_from_json
+    from dynamic_transformers.evaluation.evaluate import evaluate as evaluate_step
+    from dynamic_transformers.step_log import step_log
+
+    with step_log(Path(evaluation.path)):
+        evaluate_step(
+            settings_from_json(settings),
+            Path(data.path),
+            Path(run_folder.path),
+            Path(model.path),
+            Path(evaluation.path),
+        )

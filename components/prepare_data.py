@@ -1,0 +1,23 @@
+"""Mixes, tokenizes and packs the documents."""
+
+from kfp import dsl
+
+from components import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+def prepare_data(settings: str, data: dsl.Output[dsl.Dataset]):
+    """Write the data folder.
+
+    Args:
+        settings: all settings, as JSON.
+        data: tokenized splits, tokenizer, evaluation tasks, manifest.
+    """
+    from pathlib import Path
+
+    from dynamic_transformers.configure import settings_from_json
+    from dynamic_transformers.data.prepare import prepare
+    from dynamic_transformers.step_log import step_log
+
+    with step_log(Path(data.path)):
+        prepare(settings_from_json(settings), Path(data.path))

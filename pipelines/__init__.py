@@ -1,0 +1,1 @@
+"""The pipeline: its definition, its compilation, and ways to run it."""

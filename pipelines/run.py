@@ -1,0 +1,95 @@
+"""Runs the compiled pipeline on this machine, each step a process: `python -m pipelines.run`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from kfp import components, local
+
+from dynamic_transformers.configure import compose_settings, run_command
+from dynamic_transformers.settings import ARCHITECTURES, Settings, UserError
+from dynamic_transformers.tracking import tracking_uri
+from pipelines.compile import compile_pipeline
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compile, run, and show where the results are."""
+    settings = compose_settings(args.config_name, args.overrides)
+    runs = args.runs.split(",")
+    for name in runs:
+        architecture, _, seed = name.partition(":")
+        if architecture not in ARCHITECTURES or not seed.isdecimal():
+            raise UserError(f"--runs {name}: must be architecture:seed, one of {', '.join(ARCHITECTURES)}")
+    # Steps run in folders of their own: places must not depend on where they are.
+    settings.run.output_dir = str(Path(settings.run.output_dir).resolve())
+    settings.tracking.mlflow_uri = tracking_uri(settings.tracking, settings.run.output_dir)
+    folder = settings.run_dir
+    root = folder / "pipeline"
+    package = compile_pipeline()
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
+    pipeline = components.load_component_from_file(str(package))
+    start = time.time()
+    try:
+        pipeline(settings=settings.to_json(), runs=runs)
+    finally:
+        execution = newest(root, start)
+        if execution is not None:
+            collect_logs(execution, runs, folder / "logs")
+    report = execution / "compare" / "report" if execution else None
+    if report is None or not (report / "comparison.json").is_file():
+        raise UserError(f"the pipeline ended without a comparison; its logs are in {folder / 'logs'}")
+    shutil.rmtree(folder / "report", ignore_errors=True)
+    shutil.copytree(report, folder / "report")
+    show(settings, time.time() - start)
+
+
+def newest(root: Path, start: float) -> Path | None:
+    """The folder of the execution that began after `start`."""
+    executions = [path for path in root.glob("*") if path.is_dir() and path.stat().st_mtime >= start]
+    return max(executions, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def collect_logs(execution: Path, runs: list[str], logs: Path) -> None:
+    """Copy every step's log to `logs`, named after step and run."""
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    for path in sorted(execution.rglob("*.log")):
+        parts = path.relative_to(execution).parts
+        run_name = ""
+        if parts[0].startswith("for-loop"):
+            run_name = "-" + runs[int(parts[0].rpartition("-")[2])].replace(":", "-seed")
+        shutil.copy(path, logs / f"{path.parent.name}{run_name}.log")
+
+
+def show(settings: Settings, seconds: float) -> None:
+    """Print the table, the report's place and the MLflow command."""
+    from dynamic_transformers.comparison.compare import print_comparison
+
+    folder = settings.run_dir
+    print_comparison(folder / "report")
+    print(f"logs:   {folder / 'logs'}")
+    print(f"MLflow: make mlflow-ui   (mlflow ui --backend-store-uri {settings.tracking.mlflow_uri})")
+    print(f"time:   {seconds:.0f} s")
+
+
+def main() -> None:
+    """Entry of `python -m pipelines.run`."""
+    logging.getLogger("kfp").setLevel(logging.WARNING)
+    parser = argparse.ArgumentParser(prog="pipelines.run", description=__doc__)
+    parser.add_argument("--config-name", default="quickstart", help="a file of config/ (default: quickstart)")
+    parser.add_argument(
+        "--runs",
+        default=",".join(f"{architecture}:0" for architecture in ARCHITECTURES),
+        help="comma-separated architecture:seed (default: the four architectures with seed 0)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+    run_command(run, parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

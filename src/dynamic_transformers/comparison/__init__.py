@@ -1,0 +1,1 @@
+"""Comparison of evaluated runs: tables, plots and one self-contained report."""

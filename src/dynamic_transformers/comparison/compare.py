@@ -1,0 +1,188 @@
+"""The last step: evaluations in, comparison.json, plots and report.html out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dynamic_transformers.comparison.plots import write_plots
+from dynamic_transformers.comparison.report import render_report
+from dynamic_transformers.comparison.statistics import group_key, group_runs
+from dynamic_transformers.comparison.tables import render_table
+from dynamic_transformers.evaluation.efficiency import measure_side_by_side
+from dynamic_transformers.evaluation.evaluate import PROMPT
+from dynamic_transformers.manifest import (
+    digest,
+    finished,
+    fresh_folder,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from dynamic_transformers.settings import ARCHITECTURES, UserError
+
+SCHEMA_VERSION = 1
+NUMBERS = (
+    "parameters",
+    "training_flops",
+    "training_tokens",
+    "eval.loss",
+    "eval.bits_per_byte",
+    "reference.unigram_loss",
+    "efficiency.forward_flops_per_token",
+    "efficiency.prefill_tokens_per_second",
+)
+OTHER_KEYS = (
+    "seed",
+    "eval.causal",
+    "eval.selection_rule",
+    "bench",
+    "bench_stderr",
+    "efficiency.decode_tokens_per_second",
+    "efficiency.kv_bytes_per_token",
+    "efficiency.routed_fraction",
+    "history",
+    "model_dir",
+    "mlflow_run_id",
+    "config_digest",
+)
+
+
+def compare(
+    evaluations: Sequence[Path],
+    output_dir: Path,
+    models: Sequence[Path] = (),
+    title: str = "Dynamic Transformers: comparison",
+    force: bool = False,
+) -> Path:
+    """Compare evaluated models and return `output_dir` with comparison.json, report.html and four PNG plots.
+
+    Args:
+        evaluations: folders with evaluation.json and manifest.json, in any order; several seeds of one
+            architecture and selection rule are averaged.
+        models: the exported models, in the order of `evaluations`: their speed is measured here, in turn in
+            one process, since times of different processes do not compare. Without them the evaluations
+            must hold earlier measurements.
+        output_dir: replaced as a whole; returned as it is when the same evaluations made it, unless `force`.
+        title: heading of the report.
+        force: make the report again.
+
+    Raises:
+        UserError: no evaluation, an unfinished or malformed one, runs that are no seeds of one another
+            although they claim to be, or an `output_dir` that holds something else.
+    """
+    if not evaluations:
+        raise UserError("compare: no evaluation given; name at least one folder with an evaluation.json")
+    output_dir = Path(output_dir)
+    loaded = [(Path(folder), load_evaluation(Path(folder))) for folder in evaluations]
+    if models:
+        prompts = [json.loads((folder / PROMPT).read_text(encoding="utf-8")) for folder, _ in loaded]
+        for (_, run), speed in zip(loaded, measure_side_by_side(models, prompts), strict=True):
+            run["efficiency"] |= dataclasses.asdict(speed)
+    for folder, run in loaded:
+        check_run(run, folder / "evaluation.json")
+    _check_seeds(loaded)
+    folders = {_role(run): folder for folder, run in loaded}
+    runs = [run for group in group_runs([run for _, run in loaded]) for run in group.runs]
+
+    # The runs' contents, not their manifests: an evaluation that was repeated has the same configuration.
+    config = {"title": title, "runs": [digest(run) for run in runs]}
+    if not force and finished(output_dir, "compare", config):
+        return output_dir
+    inputs = {_role(run): folders[_role(run)] for run in runs}
+    manifests = [read_manifest(folder) for folder in inputs.values()]
+    with fresh_folder(output_dir, "compare") as folder:
+        write_json(folder / "comparison.json", {"schema_version": SCHEMA_VERSION, "runs": runs})
+        plots = write_plots(runs, folder)
+        (folder / "report.html").write_text(render_report(runs, manifests, plots, title), encoding="utf-8")
+        write_manifest(folder, "compare", config, inputs)
+    return output_dir
+
+
+def print_comparison(output_dir: Path) -> None:
+    """Print the table of a finished comparison, and where its report is.
+
+    Raises:
+        UserError: the folder is missing or unfinished.
+    """
+    read_manifest(output_dir)
+    console = Console()
+    comparison = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))
+    console.print(render_table(comparison))
+    console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
+def load_evaluation(folder: Path) -> dict[str, Any]:
+    """The run of an evaluation folder, checked, without its `schema_version`.
+
+    Raises:
+        UserError: the folder is unfinished, or its evaluation.json is not what `evaluate` writes.
+    """
+    read_manifest(folder)
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: has no evaluation.json; give the folder that `evaluate` wrote")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    version = run.pop("schema_version", None) if isinstance(run, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version is {version}, must be {SCHEMA_VERSION}")
+    if run.get("architecture") not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: architecture is {run.get('architecture')}, must be one of {', '.join(ARCHITECTURES)}"
+        )
+    return run
+
+
+def check_run(run: dict[str, Any], path: Path) -> None:
+    """Refuse a run that lacks a key or whose numbers are not finite.
+
+    Raises:
+        UserError: names the key.
+    """
+    for key in (*NUMBERS, *OTHER_KEYS):
+        value = _value(run, key, path)
+        if key in NUMBERS and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise UserError(f"{path}: {key} is {value}, must be a finite number; leave a diverged run out")
+    if run["eval"]["selection_rule"] == "topk" and run["eval"]["causal"]:
+        raise UserError(f"{path}: eval.causal is true with selection rule topk, which looks at later tokens")
+
+
+def _value(run: dict[str, Any], key: str, path: Path) -> Any:
+    value: Any = run
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise UserError(f"{path}: has no key {key}; evaluate the model again with this version")
+        value = value[part]
+    return value
+
+
+def _role(run: dict[str, Any]) -> str:
+    rule = run["eval"]["selection_rule"]
+    return "-".join([run["architecture"], *([rule] if rule else []), f"seed{run['seed']}"])
+
+
+def _check_seeds(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Refuse runs that would be averaged as seeds of one another but are not."""
+    counts = Counter(_role(run) for _, run in loaded)
+    for role, count in counts.items():
+        if count > 1:
+            where = ", ".join(str(folder) for folder, run in loaded if _role(run) == role)
+            raise UserError(f"compare: {count} evaluations of {role} ({where}); give each seed once")
+    parameters: dict[Any, int] = {}
+    for folder, run in loaded:
+        expected = parameters.setdefault(group_key(run), run["parameters"])
+        if run["parameters"] != expected:
+            raise UserError(
+                f"{folder}: {_role(run)} has {run['parameters']} parameters, another seed of it {expected}; "
+                "compare seeds of one configuration"
+            )

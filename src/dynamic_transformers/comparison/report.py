@@ -1,0 +1,149 @@
+"""report.html: one file that a reader can open anywhere, print and check."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from dynamic_transformers.comparison.plots import CHANCE, SMOOTHING
+from dynamic_transformers.comparison.statistics import (
+    EQUAL_WORK_TOLERANCE,
+    NAMES,
+    NON_CAUSAL,
+    Group,
+    Run,
+    baseline_of,
+    equal_work,
+    flops_spread,
+    group_runs,
+    mean_interval,
+    percent,
+    ratio_to,
+    separated,
+    warnings,
+)
+from dynamic_transformers.comparison.tables import ABSENT, bench_table, main_table, with_interval
+
+TEMPLATE_DIR = Path(__file__).parent
+
+
+def render_report(
+    runs: Sequence[Run], manifests: Sequence[dict[str, Any]], plots: dict[str, Path], title: str
+) -> str:
+    """HTML of the report.
+
+    Args:
+        runs: checked runs, in the order of the table.
+        manifests: the evaluation's manifest of each run.
+        plots: PNG files by name; they are embedded.
+        title: heading.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE_DIR), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    bench_headers, bench_rows = bench_table(runs)
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        summary=summary(runs),
+        warnings=warnings(runs),
+        table=main_table(runs),
+        bench_headers=bench_headers,
+        bench_rows=bench_rows,
+        plots={name: _data_uri(path) for name, path in plots.items()},
+        smoothing=SMOOTHING,
+        chance=", ".join(sorted({f"{level:.2f}" for level in CHANCE.values()})),
+        rules=[_rule(group) for group in group_runs(runs)],
+        has_stt=any(run["architecture"] == "stt" for run in runs),
+        non_causal=NON_CAUSAL,
+        tolerance=f"{100 * EQUAL_WORK_TOLERANCE:.0f} %",
+        lineage=[_lineage(run, manifest) for run, manifest in zip(runs, manifests, strict=True)],
+        packages=_packages(runs, manifests),
+    )
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """One paragraph of plain statements made from the numbers."""
+    groups = group_runs(runs)
+    baseline = baseline_of(groups)
+    sentences = []
+    for group in groups:
+        loss = group.interval("eval.loss")
+        assert loss is not None
+        sentence = f"{group.label} reaches a test loss of {with_interval(loss, 3)} nats/token"
+        if baseline is not None and group is not baseline:
+            sentence += f", {_against(group, baseline)}"
+            flops = ratio_to(group, baseline, "efficiency.forward_flops_per_token")
+            speed = ratio_to(group, baseline, "efficiency.prefill_tokens_per_second")
+            assert flops is not None and speed is not None
+            sentence += f", with {flops.mean:.2f} times its forward FLOPs per token"
+            sentence += f" and {speed.mean:.2f} times its prefill speed"
+        sentences.append(sentence + ".")
+    unigram = mean_interval([run["reference"]["unigram_loss"] for run in runs])
+    assert unigram is not None
+    sentences.append(f"A unigram model has {unigram.mean:.3f}.")
+    if len(runs) > 1:
+        spread = percent(flops_spread(runs))
+        sentences.append(
+            f"Training FLOPs are equal (spread over runs {spread})."
+            if equal_work(runs)
+            else f"Training FLOPs differ by {spread}: this is not an isoFLOP comparison."
+        )
+    return " ".join(sentences)
+
+
+def _against(group: Group, baseline: Group) -> str:
+    loss, reference = group.interval("eval.loss"), baseline.interval("eval.loss")
+    assert loss is not None and reference is not None
+    difference = loss.mean - reference.mean
+    if f"{abs(difference):.3f}" == "0.000":
+        text = "equal to standard to three decimals"
+    else:
+        text = f"{abs(difference):.3f} {'below' if difference < 0 else 'above'} standard"
+    if loss.half_width is not None and reference.half_width is not None:
+        text += f" ({'intervals apart' if separated(loss, reference) else 'intervals overlap'})"
+    return text
+
+
+def _rule(group: Group) -> dict[str, str]:
+    if group.selection_rule is None:
+        rule = "no selection: every layer computes every token"
+    elif group.causal:
+        rule = f"{group.selection_rule} (causal)"
+    else:
+        rule = f"{group.selection_rule} (not causal)"
+    return {"label": group.label, "rule": rule, "seeds": ", ".join(str(run["seed"]) for run in group.runs)}
+
+
+def _lineage(run: Run, manifest: dict[str, Any]) -> dict[str, str]:
+    rule = run["eval"]["selection_rule"]
+    name = NAMES[run["architecture"]] + (f" ({rule})" if rule else "")
+    return {
+        "name": name if run["eval"]["causal"] else f"{name} – {NON_CAUSAL}",
+        "seed": str(run["seed"]),
+        "model_dir": run["model_dir"],
+        "config_digest": run["config_digest"],
+        "evaluation_digest": manifest["digest"],
+        "git_revision": manifest["git_revision"] or ABSENT,
+        "mlflow_run_id": run["mlflow_run_id"] or ABSENT,
+    }
+
+
+def _packages(runs: Sequence[Run], manifests: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Each set of package versions once, with the runs that were evaluated with it."""
+    users: dict[str, list[str]] = {}
+    for run, manifest in zip(runs, manifests, strict=True):
+        versions = {"dynamic-transformers": manifest["package_version"], **manifest["packages"]}
+        text = ", ".join(f"{name} {version}" for name, version in versions.items())
+        users.setdefault(text, []).append(f"{NAMES[run['architecture']]} seed {run['seed']}")
+    if len(users) == 1:
+        return [{"runs": "all runs", "versions": next(iter(users))}]
+    return [{"runs": ", ".join(names), "versions": versions} for versions, names in users.items()]
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

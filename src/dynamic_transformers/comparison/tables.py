@@ -1,0 +1,222 @@
+"""The main table and the bench table, as plain cells that the terminal and the report both show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from dynamic_transformers.comparison.statistics import (
+    Group,
+    Interval,
+    baseline_of,
+    best_group,
+    flops_spread,
+    group_runs,
+    mean_interval,
+    percent,
+    ratio_to,
+    warnings,
+)
+
+ABSENT = "–"
+SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+LOSS_HEADER = "test loss (nats/token)"
+# Eleven columns and the label have to fit a terminal of 80, or the log of a build.
+TERMINAL_HEADERS = {
+    "parameters": "params",
+    "training FLOPs": "train\nFLOPs",
+    "training tokens": "train\ntok.",
+    LOSS_HEADER: "test\nloss\nnats",
+    "bits per byte": "bits/\nbyte",
+    "forward FLOPs/token": "fwd\nFLOPs\n/tok.",
+    "FLOPs ratio": "FLOPs\nratio",
+    "prefill tok/s ratio": "pre-\nfill\nratio",
+    "decode tok/s": "dec.\ntok/s",
+    "KV bytes/token": "KV B\n/tok.",
+    "causal": "cau-\nsal",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the main table; `best` marks a test loss that is separated from all others."""
+
+    label: str
+    cells: tuple[str, ...]
+    best: bool = False
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class MainTable:
+    """Headers (the label's first), rows, and the sentences that must be read with them."""
+
+    headers: tuple[str, ...]
+    rows: tuple[Row, ...]
+    caption: tuple[str, ...]
+
+
+def si(value: float, unit: str = "") -> str:
+    """Three significant digits with an SI prefix: 1234567 → `1.23 M`."""
+    if value == 0:
+        return f"0 {unit}".strip()
+    exponent = min(max(math.floor(math.log10(abs(value)) / 3), 0), len(SI_PREFIXES) - 1)
+    if abs(value) / 1000**exponent >= 999.5 and exponent < len(SI_PREFIXES) - 1:
+        exponent += 1
+    scaled = value / 1000**exponent
+    digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+    if exponent == 0 and float(value).is_integer():
+        digits = 0
+    return f"{scaled:.{digits}f} {SI_PREFIXES[exponent]}{unit}".strip()
+
+
+def with_interval(interval: Interval | None, digits: int) -> str:
+    """`mean ± half width`, the mean alone for one seed, a dash for nothing."""
+    if interval is None:
+        return ABSENT
+    if interval.half_width is None:
+        return f"{interval.mean:,.{digits}f}"
+    return f"{interval.mean:,.{digits}f} ± {interval.half_width:,.{digits}f}"
+
+
+def si_interval(interval: Interval | None) -> str:
+    """As `with_interval` with SI prefixes; an interval too small to show in three digits is left out."""
+    if interval is None:
+        return ABSENT
+    if interval.half_width is None or interval.half_width < 0.0005 * abs(interval.mean):
+        return si(interval.mean)
+    return f"{si(interval.mean)} ± {si(interval.half_width)}"
+
+
+def main_table(runs: Sequence[dict[str, Any]]) -> MainTable:
+    """Rows per group in fixed order, then the unigram reference; the caption carries every warning."""
+    groups = group_runs(runs)
+    baseline, best = baseline_of(groups), best_group(groups)
+    flops = "efficiency.forward_flops_per_token"
+    columns: dict[str, Callable[[Group], str]] = {
+        "seeds": lambda group: str(len(group.runs)),
+        "parameters": lambda group: si_interval(group.interval("parameters")),
+        "training FLOPs": lambda group: si_interval(group.interval("training_flops")),
+        "training tokens": lambda group: si_interval(group.interval("training_tokens")),
+        LOSS_HEADER: lambda group: with_interval(group.interval("eval.loss"), 3),
+        "bits per byte": lambda group: with_interval(group.interval("eval.bits_per_byte"), 3),
+        "forward FLOPs/token": lambda group: si_interval(group.interval(flops)),
+        "FLOPs ratio": lambda group: _ratio(group, baseline, flops),
+        "prefill tok/s ratio": lambda group: _ratio(group, baseline, "efficiency.prefill_tokens_per_second"),
+        "decode tok/s": lambda group: _rate(group.interval("efficiency.decode_tokens_per_second")),
+        "KV bytes/token": lambda group: _rounded(group.interval("efficiency.kv_bytes_per_token"), 0),
+        "causal": lambda group: "yes" if group.causal else "no",
+    }
+    rows = [
+        Row(group.label, tuple(cell(group) for cell in columns.values()), best=group is best)
+        for group in groups
+    ]
+    unigram = mean_interval([run["reference"]["unigram_loss"] for run in runs])
+    assert unigram is not None
+    cells = dict.fromkeys(columns, ABSENT) | {LOSS_HEADER: f"{unigram.mean:.3f}"}
+    rows.append(Row("unigram", tuple(cells.values()), reference=True))
+    return MainTable(("architecture", *columns), tuple(rows), _caption(runs, groups, best))
+
+
+def render_table(comparison: dict[str, Any]) -> Table:
+    """The main table of a comparison.json for the terminal; four architectures fit 80 columns."""
+    content = main_table(comparison["runs"])
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")
+    table.caption = Text("\n".join(content.caption))
+    table.add_column("", overflow="fold")
+    for header in TERMINAL_HEADERS.values():
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in content.rows:
+        values = dict(zip(content.headers[1:], row.cells, strict=True))
+        label = row.label.replace(" (", "\n(")
+        label = label if values["seeds"] in (ABSENT, "1") else f"{label}\n{values['seeds']} seeds"
+        cells = [Text(label)]
+        for header in TERMINAL_HEADERS:
+            bold = row.best and header == LOSS_HEADER
+            cells.append(Text(_stacked(values[header]), style="bold" if bold else ""))
+        table.add_row(*cells, style="dim" if row.reference else None)
+    return table
+
+
+def headline_metric(metrics: Iterable[str]) -> str | None:
+    """The metric of a task that its plot shows: bits per byte of a perplexity task, else an accuracy."""
+    return next(
+        (name for name in ("bits_per_byte", "acc", "exact_match", "acc_norm") if name in metrics), None
+    )
+
+
+def bench_tasks(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Tasks that any run has, with their metrics, in the order of first appearance."""
+    tasks: dict[str, list[str]] = {}
+    for group in groups:
+        for run in group.runs:
+            for task, metrics in run["bench"].items():
+                known = tasks.setdefault(task, [])
+                known.extend(metric for metric in metrics if metric not in known)
+    return tasks
+
+
+def bench_value(group: Group, task: str, metric: str) -> tuple[Interval | None, float | None]:
+    """Mean over seeds of a task's metric, and its standard error over the test's examples.
+
+    Seeds answer the same questions, so the standard error is their root mean square: it does not shrink
+    with more seeds.
+    """
+    values = [run["bench"].get(task, {}).get(metric) for run in group.runs]
+    errors = [run["bench_stderr"].get(task, {}).get(metric) for run in group.runs]
+    present = [error for error in errors if isinstance(error, int | float)]
+    error = math.sqrt(sum(error**2 for error in present) / len(present)) if present else None
+    return mean_interval(values), error
+
+
+def bench_table(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of every bench metric: mean over seeds, standard error in brackets."""
+    groups = group_runs(runs)
+    rows = []
+    for task, metrics in bench_tasks(groups).items():
+        for metric in metrics:
+            cells = [bench_value(group, task, metric) for group in groups]
+            rows.append([task, metric, *(_bench_cell(value, error) for value, error in cells)])
+    return ["task", "metric", *(group.label for group in groups)], rows
+
+
+def _bench_cell(value: Interval | None, error: float | None) -> str:
+    if value is None:
+        return ABSENT
+    digits = 3 if abs(value.mean) < 100 else 1
+    return f"{value.mean:,.{digits}f}" + ("" if error is None else f" ({error:,.{digits}f})")
+
+
+def _ratio(group: Group, baseline: Group | None, key: str) -> str:
+    return _rounded(ratio_to(group, baseline, key), 2)
+
+
+def _rate(interval: Interval | None) -> str:
+    return _rounded(interval, 0 if interval is not None and interval.mean >= 100 else 1)
+
+
+def _rounded(interval: Interval | None, digits: int) -> str:
+    """As `with_interval`, without an interval that would read ± 0: such values are counted, not sampled."""
+    if interval is not None and interval.half_width is not None and interval.half_width < 0.5 * 10**-digits:
+        interval = Interval(interval.mean, None, interval.count)
+    return with_interval(interval, digits)
+
+
+def _stacked(cell: str) -> str:
+    mean, *half_width = cell.split(" ± ")
+    return "\n".join([mean.replace(" ", ""), *(f"±{part.replace(' ', '')}" for part in half_width)])
+
+
+def _caption(runs: Sequence[dict[str, Any]], groups: Sequence[Group], best: Group | None) -> tuple[str, ...]:
+    sentences = [f"Spread of training FLOPs over runs (max/min − 1): {percent(flops_spread(runs))}."]
+    if any(len(group.runs) > 1 for group in groups):
+        sentences.append("± is the 95 % interval over seeds (Student t).")
+    if best is not None:
+        sentences.append(f"Bold: the interval of {best.label} lies below that of every other causal model.")
+    return (*sentences, *warnings(runs))

@@ -1,0 +1,212 @@
+"""Hydra's configuration → checked `Settings`, and user errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dynamic_transformers.settings import (
+    ARCHITECTURES,
+    PROJECT_ROOT,
+    SELECTION_RULES,
+    SIZES,
+    Settings,
+    UserError,
+)
+
+CONFIG_DIR = PROJECT_ROOT / "config"
+
+
+def settings_from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> Settings:
+    """Build and check `Settings`.
+
+    Args:
+        values: nested dictionary; missing keys take the defaults of the dataclasses.
+        overrides: `key=value` strings, as on the command line.
+
+    Raises:
+        UserError: unknown key, wrong type, or an impossible combination.
+    """
+    try:
+        config = OmegaConf.merge(
+            OmegaConf.structured(Settings), values, OmegaConf.from_dotlist(list(overrides))
+        )
+        settings = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(_omegaconf_line(error)) from error
+    assert isinstance(settings, Settings)
+    check(settings)
+    return settings
+
+
+def settings_from_json(text: str, overrides: Sequence[str] = ()) -> Settings:
+    """Inverse of `Settings.to_json`, with overrides."""
+    return settings_from_dict(json.loads(text), overrides)
+
+
+def compose_settings(
+    config_name: str = "default", overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR
+) -> Settings:
+    """Compose `config_dir/config_name.yaml` with Hydra and return checked `Settings`.
+
+    Raises:
+        UserError: no such file, bad override, unknown key, wrong type, impossible combination.
+    """
+    config_name = config_name.removesuffix(".yaml")
+    if not (config_dir / f"{config_name}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in config_dir.glob("*.yaml"))) or "none"
+        raise UserError(f"no configuration {config_name!r} in {config_dir}; there are: {known}")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r} is not of the form key=value")
+    GlobalHydra.instance().clear()
+    # default.yaml begins with this schema, so that every key of the dataclasses can be overridden.
+    ConfigStore.instance().store("settings_schema", Settings)
+    try:
+        with warnings.catch_warnings(), initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+            # `defaults: [default]` without `_self_` is how the README writes an experiment: the file wins.
+            warnings.filterwarnings("ignore", message=".*missing `_self_`")
+            composed = compose(config_name, overrides=list(overrides))
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_hydra_line(error, overrides)) from error
+    assert isinstance(values, dict)
+    return settings_from_dict({str(key): value for key, value in values.items()})
+
+
+def check(settings: Settings) -> None:
+    """Refuse impossible combinations.
+
+    Raises:
+        UserError: names the key, the value and what would be right.
+    """
+    model, data, training = settings.model, settings.data, settings.training
+    _one_of("model.type", model.type, ARCHITECTURES)
+    _one_of("model.size", model.size, tuple(SIZES))
+    _one_of("model.mod.gate", model.mod.gate, ("sigmoid", "raw"))
+    _one_of("model.surprise.beta_schedule", model.surprise.beta_schedule, ("linear", "cosine"))
+    _one_of("model.surprise.normalize", model.surprise.normalize, ("none", "moving_average", "state"))
+    _one_of("model.stt.targets", model.stt.targets, ("topk", "threshold"))
+    _one_of("model.stt.train_output", model.stt.train_output, ("sparse", "dense"))
+    _one_of("training.mode", training.mode, ("scratch", "pretrained"))
+    _one_of("system.precision", settings.system.precision, ("fp32", "bf16"))
+    _one_of("system.device", settings.system.device, ("auto", "cpu", "cuda"))
+    if model.capacity is not None and not 0 < model.capacity <= 1:
+        raise UserError(f"model.capacity={model.capacity}: must lie in (0, 1]")
+    if model.selection_rule is not None:
+        _one_of("model.selection_rule", model.selection_rule, SELECTION_RULES)
+        if model.selection_rule == "predictor" and model.type != "stt" and not model.predictor_weight:
+            raise UserError("model.selection_rule=predictor needs model.predictor_weight > 0 (0.01 is usual)")
+        if model.selection_rule == "aux" and not (model.type == "mod" and model.mod.aux_weight):
+            raise UserError("model.selection_rule=aux needs model.type=mod and model.mod.aux_weight > 0")
+    if model.type == "stt" and model.predictor_weight:
+        raise UserError("model.predictor_weight: STT's student is its predictor; leave it at 0")
+    if training.mode == "pretrained" and not model.pretrained:
+        raise UserError(
+            "training.mode=pretrained needs model.pretrained: a folder or hub name of a Qwen2 model"
+        )
+    if training.mode == "scratch" and model.pretrained:
+        raise UserError(f"model.pretrained={model.pretrained} needs training.mode=pretrained")
+    budgets = [
+        name for name in ("max_steps", "max_tokens", "max_flops") if getattr(training, name) is not None
+    ]
+    if len(budgets) != 1:
+        given = " and ".join(f"training.{name}" for name in budgets) or "none"
+        raise UserError(
+            "give exactly one of training.max_steps, max_tokens, max_flops and set the others to null; "
+            f"given: {given}"
+        )
+    if (budget := getattr(training, budgets[0])) <= 0:
+        raise UserError(f"training.{budgets[0]}={budget}: must be positive")
+    if not data.dataset_configs:
+        raise UserError("data.dataset_configs is empty: name at least one source")
+    names = [source.name for source in data.dataset_configs]
+    if len(set(names)) != len(names):
+        raise UserError(f"data.dataset_configs: names must differ, got {', '.join(names)}")
+    for source in data.dataset_configs:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", source.name):
+            raise UserError(
+                f"data.dataset_configs: the name {source.name!r} becomes part of file names; "
+                "use only letters, digits and _ . -"
+            )
+        _one_of(f"data.dataset_configs.{source.name}.type", source.type, ("embedded", "hub"))
+        if source.weight <= 0:
+            raise UserError(f"data.dataset_configs.{source.name}.weight={source.weight}: must be positive")
+    for name, least in (("block_size", 2), ("batch_size", 1), ("vocab_size", 257)):
+        if getattr(data, name) < least:
+            raise UserError(f"data.{name}={getattr(data, name)}: must be at least {least}")
+    backbone = model.backbone
+    if data.block_size > backbone.max_position_embeddings:
+        raise UserError(
+            f"data.block_size={data.block_size}: must not exceed the model's max_position_embeddings, "
+            f"{backbone.max_position_embeddings}"
+        )
+    if backbone.hidden_size % backbone.num_attention_heads:
+        raise UserError(
+            f"model.dimensions: hidden_size={backbone.hidden_size} is no multiple of "
+            f"num_attention_heads={backbone.num_attention_heads}"
+        )
+    if not 0 < data.validation_split_percentage + data.test_split_percentage < 100:
+        raise UserError("data.validation_split_percentage + data.test_split_percentage must lie in (0, 100)")
+
+
+def run_command(command: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
+    """Parse the command line and run `command`; a `UserError` becomes one line and exit code 2."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
+    args = parser.parse_args()
+    try:
+        sys.exit(command(args) or 0)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value}: must be one of {', '.join(allowed)}")
+
+
+def _omegaconf_line(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    reason = str(error).splitlines()[0]
+    return f"{key}: {reason}" if key else reason
+
+
+def _hydra_line(error: Exception, overrides: Sequence[str]) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else type(error).__name__
+    if key := re.search(r"Could not override '(.+?)'", line):
+        near = difflib.get_close_matches(key[1], _keys(dataclasses.asdict(Settings())), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        reason = str(error.__cause__ or "").splitlines() or lines[1:] or [""]
+        known = "no such key" if "not in" in reason[0] + line else reason[0]
+        return f"{key[1]}: {known}{hint}"
+    if line.startswith("Error merging override") and error.__cause__:
+        return f"{line.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
+    return f"{line} (overrides: {' '.join(overrides)})" if overrides else line
+
+
+def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in values.items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(value, dict):
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,1 @@
+"""From sources of documents to packed blocks of tokens: read, split, tokenize, mix, pack, write, load."""

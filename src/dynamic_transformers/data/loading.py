@@ -1,0 +1,50 @@
+"""Reading a finished data folder: its splits, its tokenizer, and rows as a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dynamic_transformers.manifest import read_manifest
+
+IGNORED = -100  # label of a token without a loss, as in transformers
+
+
+def load_split(data_dir: Path, split: str) -> Dataset:
+    """Blocks of `train`, `validation` or `test`: input_ids, position_ids (T,) and num_bytes, as numpy.
+
+    Raises:
+        UserError: the data folder is missing or unfinished.
+    """
+    read_manifest(data_dir)
+    return Dataset.load_from_disk(str(Path(data_dir) / split)).with_format("numpy")
+
+
+def load_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
+    """Tokenizer of the data folder.
+
+    Raises:
+        UserError: the data folder is missing or unfinished.
+    """
+    read_manifest(data_dir)
+    return AutoTokenizer.from_pretrained(Path(data_dir) / "tokenizer")
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Batch of blocks: `input_ids`, `position_ids` and `labels`, each (B, T) int64.
+
+    Labels are not shifted; tokens at position 0 have none (-100): what is in front of them is
+    another document or another block.
+    """
+    input_ids, position_ids = (
+        torch.from_numpy(np.stack([np.asarray(row[name], dtype=np.int64) for row in rows]))
+        for name in ("input_ids", "position_ids")
+    )
+    labels = input_ids.masked_fill(position_ids == 0, IGNORED)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

@@ -1,0 +1,1 @@
+"""Evaluation of exported models: held-out loss, lm-eval suites, efficiency."""

@@ -1,0 +1,57 @@
+"""The body of `bench.py` and of `dynamic-transformers bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the benchmark command."""
+    parser.add_argument("--model_path", type=Path, required=True, help="folder of the exported model")
+    parser.add_argument(
+        "--tasks",
+        default="quick_test",
+        help="suites (quick_test, general, math, code) and lm-eval tasks, by commas (default: quick_test)",
+    )
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--data_dir", type=Path, help="data folder of quick_test (default: the model's own)")
+    parser.add_argument("--limit", type=int, help="documents per task (default: all)")
+    parser.add_argument(
+        "--num_fewshot", type=int, help="examples in front of each question (default: the task's)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--selection_rule", help="replaces a routed model's rule; topk is a non-causal upper bound"
+    )
+    parser.add_argument(
+        "--confirm_run_unsafe_code",
+        action="store_true",
+        help="allow tasks that run code which the model writes",
+    )
+
+
+def bench_command(args: argparse.Namespace) -> None:
+    """Run the benchmarks, print the table, write `results.json` beside the model."""
+    import torch
+    from rich.console import Console
+
+    from dynamic_transformers.evaluation.harness import render_table, run_benchmarks
+    from dynamic_transformers.manifest import write_json
+
+    result = run_benchmarks(
+        args.model_path,
+        [name.strip() for name in args.tasks.split(",") if name.strip()],
+        data_dir=args.data_dir,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        seed=args.seed,
+        selection_rule=args.selection_rule,
+        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    path = args.model_path / "results.json"
+    write_json(path, result)
+    Console().print(render_table(result))
+    print(f"written: {path}")

@@ -1,0 +1,138 @@
+"""The evaluate step: one exported model → `evaluation.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dynamic_transformers.data.loading import load_split
+from dynamic_transformers.evaluation.efficiency import load_model
+from dynamic_transformers.evaluation.harness import run_benchmarks
+from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_json, write_manifest
+from dynamic_transformers.models import RoutedConfig
+from dynamic_transformers.settings import Settings
+from dynamic_transformers.tracking import METRICS, RunTracker
+from dynamic_transformers.training.flops import forward_flops
+from dynamic_transformers.training.heldout import evaluate_heldout
+
+logger = logging.getLogger("dynamic_transformers")
+
+PROMPT = "prompt.json"  # token ids of a test block, for the measurement of speed
+
+
+def evaluate(
+    settings: Settings, data_dir: Path, run_dir: Path, model_dir: Path, output_dir: Path, force: bool = False
+) -> Path:
+    """Held-out loss on the test split, lm-eval suites and FLOPs of an exported model.
+
+    Writes `evaluation.json` and `results.json` (lm-eval's own) into `output_dir`, and attaches the figures to
+    the training run in MLflow.
+
+    Args:
+        data_dir, run_dir, model_dir: folders of `prepare`, `train` and `export`.
+    """
+    model_manifest, data_manifest = read_manifest(model_dir), read_manifest(data_dir)
+    config = {
+        "evaluation": settings.to_dict()["evaluation"],
+        "model_digest": model_manifest["digest"],
+        "data_digest": data_manifest["digest"],
+    }
+    if not force and finished(output_dir, "evaluate", config):
+        logger.info("evaluate: %s is finished, nothing to do", output_dir)
+        return output_dir
+    options = settings.evaluation
+    tracker = RunTracker(run_dir, settings.tracking, settings.run.output_dir)
+    tracker.sync()
+    model = load_model(model_dir)
+    test = load_split(data_dir, "test")
+    heldout = evaluate_heldout(model, test, options.batch_size)
+    logger.info("test loss %.4f nats/token, %.4f bits/byte", heldout.loss, heldout.bits_per_byte)
+    bench = run_benchmarks(
+        model_dir,
+        options.tasks,
+        data_dir=data_dir,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        seed=settings.run.seed,
+        confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        device=model.device.type,
+    )
+    metrics, errors = split_results(bench["results"])
+    routed = isinstance(model.config, RoutedConfig)
+    train_fraction = {int(k): v for k, v in model_manifest["train_routed_fraction"].items()}
+    length = data_manifest["block_size"]
+    result = {
+        "schema_version": 1,
+        "architecture": model_manifest["architecture"],
+        "seed": model_manifest["seed"],
+        "parameters": model_manifest["parameters"],
+        "training_flops": model_manifest["training_flops"],
+        "training_tokens": model_manifest["training_tokens"],
+        "training_seconds": model_manifest["training_seconds"],
+        "eval": {
+            "loss": heldout.loss,
+            "bits_per_byte": heldout.bits_per_byte,
+            "causal": bench["config"]["causal"],
+            "selection_rule": bench["config"]["selection_rule"],
+        },
+        "reference": {"unigram_loss": data_manifest["unigram_loss"]["test"]},
+        "bench": metrics,
+        "bench_stderr": errors,
+        "efficiency": {
+            "forward_flops_per_token": forward_flops(model.config, length, heldout.routed_fraction).total(),
+            "routed_fraction": {
+                str(layer): {
+                    "target": model.config.capacity if routed else 1.0,
+                    "train": train_fraction.get(layer),
+                    "eval": fraction,
+                    "gate_mean": heldout.gate_mean[layer],
+                    "gate_std": heldout.gate_std[layer],
+                }
+                for layer, fraction in heldout.routed_fraction.items()
+            },
+        },
+        "history": [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
+        "model_dir": str(model_dir),
+        "mlflow_run_id": tracker.run_id,
+        "config_digest": model_manifest["config_digest"],
+    }
+    with fresh_folder(output_dir, "evaluate") as temporary:
+        write_json(temporary / "evaluation.json", result)
+        write_json(temporary / "results.json", bench)
+        write_json(temporary / PROMPT, test[0]["input_ids"][: options.efficiency_tokens].tolist())
+        write_manifest(temporary, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
+    track(tracker, model_dir, output_dir, result)
+    return output_dir
+
+
+def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:
+    """lm-eval's `metric,filter` entries as {task: {metric: value}} and {task: {metric: standard error}}."""
+    metrics: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for task, entries in results.items():
+        for key, value in entries.items():
+            name = key.split(",")[0]
+            if not isinstance(value, float):
+                continue
+            if name.endswith("_stderr"):
+                errors.setdefault(task, {})[name.removesuffix("_stderr")] = value
+            else:
+                metrics.setdefault(task, {})[name] = value
+    return metrics, errors
+
+
+def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict) -> None:
+    """Attach test figures, the evaluation and the model to the training run."""
+    figures = {"test/loss": result["eval"]["loss"], "test/bits_per_byte": result["eval"]["bits_per_byte"]}
+    for task, metrics in result["bench"].items():
+        figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
+    figures["efficiency/forward_flops_per_token"] = result["efficiency"]["forward_flops_per_token"]
+    tracker.log_final(result["training_tokens"], figures)
+    tracker.log_artifacts(output_dir / "evaluation.json", "evaluation")
+    tracker.log_artifacts(tracker.run_dir / "config.yaml", "config")
+    tracker.log_artifacts(tracker.run_dir / "manifest.json", "config")
+    tracker.log_artifacts(model_dir, "model")
+    tracker.close(finished=True)

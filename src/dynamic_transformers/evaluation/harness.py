@@ -1,0 +1,272 @@
+"""lm-eval on an exported model: task checks, one evaluation, and a table of the result."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from dynamic_transformers.evaluation.suites import SUITES, expand_tasks, needs_data_folder
+from dynamic_transformers.manifest import MANIFEST, read_manifest
+from dynamic_transformers.settings import SELECTION_RULES, UserError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+NON_CAUSAL_LABEL = "non-causal upper bound"
+BOOTSTRAP_ITERATIONS = 100  # lm-eval's 100 000 take minutes; means, our usual case, have a closed form
+
+
+def run_benchmarks(
+    model_dir: Path,
+    tasks: list[str],
+    *,
+    data_dir: Path | None,
+    batch_size: int,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    seed: int = 0,
+    selection_rule: str | None = None,
+    confirm_run_unsafe_code: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Evaluate an exported model with lm-eval.
+
+    HFLM pads likelihood requests on the right without a mask, so scores do not depend on the batch only
+    where the selection is causal.
+
+    Args:
+        model_dir: a folder that `export` wrote.
+        tasks: suites, lm-eval tasks, groups or tags.
+        data_dir: data folder of the embedded tasks; None: the one that the model's manifest names.
+        limit: documents per task; None: all.
+        num_fewshot: examples in front of each question; None: the task's own. Tasks that fix 0 keep it.
+        selection_rule: replaces the routed model's own rule.
+        confirm_run_unsafe_code: consent to run code that the model writes (humaneval, mbpp).
+
+    Returns:
+        `{"results": lm-eval's results, "config": how they were made}`. `config["causal"]` is False, and
+        `config["label"]` says so, exactly when the selection rule looks at the future (`topk`).
+
+    Raises:
+        UserError: lm-eval is missing, no such model, task or data folder, no consent, an impossible
+            selection rule, or a task whose data cannot be had.
+    """
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models import huggingface
+    except ModuleNotFoundError as error:
+        raise UserError("lm-eval is not installed: pip install 'dynamic-transformers[evaluate]'") from error
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise UserError(f"batch_size={batch_size}, limit={limit}: must be at least 1")
+    config = _load_config(model_dir, selection_rule)
+    if data_dir is None and needs_data_folder(tasks):
+        data_dir = _data_dir_of(model_dir)
+    specs = expand_tasks(tasks, data_dir)
+    with _log_level("lm_eval", logging.WARNING), _bars_on_terminals_only():
+        manager, loaded = _load_tasks(specs, confirm_run_unsafe_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, config=config, trust_remote_code=True, dtype=torch.float32
+        )
+        model.eval().to(device)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        # HFLM warns that it did not load the model itself, which is meant.
+        with _log_level("lm_eval.models.huggingface", logging.ERROR):
+            hflm: Any = huggingface.HFLM  # its registration decorator hides the signature
+            lm = hflm(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        output: Any = simple_evaluate(
+            model=lm,
+            tasks=loaded,
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )
+    rule = getattr(model.config, "selection_rule", None)
+    causal = rule != "topk"
+    facts = {
+        "tasks": tasks,
+        "batch_size": batch_size,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "seed": seed,
+        "selection_rule": rule,
+        "causal": causal,
+        "label": None if causal else NON_CAUSAL_LABEL,
+    }
+    results = json.loads(json.dumps(output["results"], default=float))  # numpy scalars become plain numbers
+    return {"results": results, "config": facts}
+
+
+def render_table(result: dict[str, Any]) -> Table:
+    """Table of task × metric with standard errors, from what `run_benchmarks` returns."""
+    table = Table("task", "metric", title=result["config"]["label"])
+    table.add_column("value", justify="right")
+    table.add_column("± stderr", justify="right")
+    for task, entries in result["results"].items():
+        for key, value in entries.items():
+            metric, _, chosen_filter = key.partition(",")
+            if not chosen_filter or metric.endswith("_stderr"):
+                continue
+            error = entries.get(f"{metric}_stderr,{chosen_filter}")
+            table.add_row(
+                task,
+                metric if chosen_filter == "none" else f"{metric} ({chosen_filter})",
+                f"{value:.4f}" if isinstance(value, float) else str(value),
+                f"{error:.4f}" if isinstance(error, float) else "",
+            )
+    return table
+
+
+def _data_dir_of(model_dir: Path) -> Path | None:
+    if not (model_dir / MANIFEST).is_file():
+        return None
+    data_dir = read_manifest(model_dir).get("data_dir")
+    return None if data_dir is None else Path(data_dir)
+
+
+def _load_config(model_dir: Path, selection_rule: str | None) -> PreTrainedConfig:
+    if not (model_dir / "config.json").is_file():
+        raise UserError(f"{model_dir}: no exported model (it has no config.json)")
+    # A local folder of our own making: its code is ours. A hub name never gets here.
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
+    if selection_rule is not None:
+        _check_selection_rule(config, selection_rule)
+        config.selection_rule = selection_rule
+    return config
+
+
+def _check_selection_rule(config: Any, rule: str) -> None:
+    if not hasattr(config, "selection_rule"):
+        raise UserError(f"--selection_rule={rule}: a {config.model_type} model routes nothing; leave it out")
+    if rule not in SELECTION_RULES:
+        raise UserError(f"--selection_rule={rule}: must be one of {', '.join(SELECTION_RULES)}")
+    if rule == "predictor":
+        # STT's student is its predictor.
+        built = config.model_type == "qwen2_stt" or config.predictor_weight > 0
+    elif rule == "aux":
+        built = getattr(config, "aux_weight", 0) > 0
+    else:
+        built = True
+    if not built:
+        raise UserError(
+            f"--selection_rule={rule}: this model was not trained for it; threshold and topk work"
+        )
+
+
+@functools.cache
+def task_manager(include_defaults: bool) -> TaskManager:
+    """lm-eval's index of its own tasks, or an empty one: reading thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=include_defaults)
+
+
+def _load_tasks(
+    specs: dict[str, str | dict[str, Any]], confirm_run_unsafe_code: bool
+) -> tuple[TaskManager, list[Any]]:
+    """The manager, and the tasks and groups of `specs`, their data loaded."""
+    names = [name for name, spec in specs.items() if isinstance(spec, str)]
+    manager = task_manager(include_defaults=bool(names))
+    for name in names:
+        if name not in manager.task_index:
+            raise UserError(_unknown_task(name, manager.all_tasks))
+    unsafe = _unsafe_tasks(names, manager)
+    if unsafe and not confirm_run_unsafe_code:
+        raise UserError(
+            f"{', '.join(unsafe)}: runs code that the model writes; consent with --confirm_run_unsafe_code"
+        )
+    if unsafe:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    loaded: list[Any] = []
+    for name, spec in specs.items():
+        try:
+            found = manager.load([spec])
+        except Exception as error:  # whatever a data set, a hub or a missing package brings up
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"task {name!r} cannot be loaded: {reason}") from error
+        group = found.get("groups", {}).get(name)
+        loaded += [group] if group else list(found["tasks"].values())
+    try:
+        manager.load(loaded)
+    except ValueError as error:  # a task beside a group that holds it
+        raise UserError(str(error)) from error
+    return manager, loaded
+
+
+@contextmanager
+def _log_level(name: str, level: int) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """lm-eval draws a progress bar per batch, into log files too, and has no option against it."""
+    from lm_eval.api import model, task
+    from lm_eval.models import huggingface
+
+    def quiet(*args: Any, disable: bool = False, **options: Any) -> tqdm:
+        return tqdm(*args, **options | {"disable": disable or None, "leave": False})
+
+    modules: Sequence[Any] = (model, task, huggingface)
+    before = [module.tqdm for module in modules]
+    try:
+        for module in modules:
+            module.tqdm = quiet
+        yield
+    finally:
+        for module, original in zip(modules, before, strict=True):
+            module.tqdm = original
+
+
+def _unknown_task(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, [*SUITES, *known], n=5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"suites are {', '.join(SUITES)}"
+    return f"no suite or lm-eval task {name!r}; {hint}"
+
+
+def _unsafe_tasks(names: Sequence[str], manager: TaskManager) -> list[str]:
+    """Tasks among `names`, or inside their groups and tags, that run code which a model wrote.
+
+    Read from the index, because loading such a task already runs code.
+    """
+    unsafe = []
+    pending: list[Any] = list(names)
+    while pending:
+        item = pending.pop(0)
+        if isinstance(item, dict):  # a member of a group, with overrides
+            pending.extend(
+                item["task"] if isinstance(item.get("task"), list) else [item.get("task", item.get("group"))]
+            )
+        elif entry := manager.task_index.get(item):
+            config = entry.cfg or {}
+            if config.get("unsafe_code"):
+                unsafe.append(item)
+            if isinstance(config.get("task"), list):
+                pending.extend(config["task"])
+            elif not config:
+                pending.extend(sorted(entry.tags))
+    return unsafe

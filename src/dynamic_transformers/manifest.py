@@ -1,0 +1,152 @@
+"""Lineage: every step writes a folder whose `manifest.json`, written last, says what made it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dynamic_transformers import __version__
+from dynamic_transformers.settings import PROJECT_ROOT, UserError
+
+MANIFEST = "manifest.json"
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "lm-eval", "mlflow", "kfp")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (64 hex digits) of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` atomically: a reader sees the old file or the new one, never half."""
+    text = json.dumps(value, indent=2) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    Path(temporary).chmod(0o644)
+    Path(temporary).replace(path)
+
+
+def write_manifest(
+    folder: Path, step: str, config: Any, inputs: dict[str, Path], **facts: Any
+) -> dict[str, Any]:
+    """Mark `folder` as finished.
+
+    Args:
+        folder: the step's output folder.
+        step: name of the step (`prepare_data`, `train`, `export`, `evaluate`, `compare`).
+        config: the settings that made it, JSON-able.
+        inputs: the folders that it read, by role; each must have a manifest of its own.
+        facts: anything else worth keeping (seed, counts, ...).
+
+    Returns:
+        The manifest.
+    """
+    manifest = {
+        "schema_version": 1,
+        "step": step,
+        "config_digest": digest(config),
+        "config": config,
+        "inputs": {
+            role: {"path": str(path), "digest": read_manifest(path)["digest"]}
+            for role, path in inputs.items()
+        },
+        "package_version": __version__,
+        "git_revision": _git_revision(),
+        "packages": _package_versions(),
+        **facts,
+    }
+    manifest["digest"] = digest(
+        {key: manifest[key] for key in manifest if key != "inputs"}
+        | {"inputs": {role: entry["digest"] for role, entry in manifest["inputs"].items()}}
+    )
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Manifest of a finished folder.
+
+    Raises:
+        UserError: the folder is missing or unfinished.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        what = "no such folder" if not Path(folder).is_dir() else f"unfinished: it has no {MANIFEST}"
+        raise UserError(f"{folder}: {what}")
+    return json.loads(path.read_text())
+
+
+def finished(folder: Path, step: str, config: Any) -> bool:
+    """Whether `folder` is the finished output of `step` for exactly this `config`."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return False
+    manifest = json.loads(path.read_text())
+    return manifest["step"] == step and manifest["config_digest"] == digest(config)
+
+
+@contextmanager
+def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
+    """Fill a temporary sibling of `folder`, which replaces it only when the body succeeds.
+
+    Args:
+        step: what a folder that stands there must be the output of; None: whatever stands there is ours.
+
+    Raises:
+        UserError: something else stands there.
+    """
+    if step and folder.exists():
+        if not folder.is_dir():
+            raise UserError(f"{folder}: is a file; name a folder")
+        ours = (folder / MANIFEST).is_file() and read_manifest(folder)["step"] == step
+        if not ours and any(folder.iterdir()):
+            raise UserError(
+                f"{folder}: holds something else than an output of {step}; name an empty or new folder"
+            )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _git_revision() -> str | None:
+    if revision := os.environ.get("DYNAMIC_TRANSFORMERS_REVISION"):
+        return revision
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=PROJECT_ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

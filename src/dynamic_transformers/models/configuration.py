@@ -1,0 +1,98 @@
+"""Configurations of the routed models: Qwen2's own, plus what routing needs."""
+
+from transformers import Qwen2Config
+
+
+class RoutedConfig(Qwen2Config):
+    """What MoD, SDT and STT share.
+
+    Attributes:
+        capacity: fraction γ of a row's tokens that a routed layer computes, in (0, 1].
+        selection_rule: who decides in eval mode: `threshold`, `predictor`, `aux` (MoD only), or `topk`,
+            which looks at the future and is therefore only an upper bound (architectures.md, section 2).
+        predictor_weight: weight of the top-k membership predictor's loss; 0 means that there is no predictor.
+        threshold_decay: ρ of the moving average that calibrates the `threshold` rule.
+    """
+
+    use_cache: bool = False
+    capacity: float = 0.5
+    selection_rule: str = "threshold"
+    predictor_weight: float = 0.0
+    threshold_decay: float = 0.99
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """Indices of the routed layers: the odd ones. With an odd depth the last layer stays standard."""
+        return list(range(1, self.num_hidden_layers, 2))
+
+
+class Qwen2MoDConfig(RoutedConfig):
+    """Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258).
+
+    Attributes:
+        gate: `sigmoid` (g = σ(r)) or `raw` (g = r, the paper's equation 1).
+        aux_weight: weight of the binary cross-entropy of the router's own logits against top-k membership.
+        z_loss_weight: weight of mean(r²).
+        capacity_warmup_steps: steps over which the training capacity falls from 1 to `capacity`.
+    """
+
+    model_type = "qwen2_mod"
+
+    capacity: float = 0.125
+    gate: str = "sigmoid"
+    aux_weight: float = 0.0
+    z_loss_weight: float = 0.0
+    capacity_warmup_steps: int = 0
+
+
+class SurpriseConfig(RoutedConfig):
+    """What SDT and STT share: the surprise gate and the network that predicts an update.
+
+    Attributes:
+        offset_ce_init: o_ce at the start, positive.
+        multiplier_cu_init: m_cu at the start, positive.
+        surprise_window: W, tokens of the moving average.
+        beta_start, beta_end, beta_warmup_steps, beta_schedule: β over training (`linear` or `cosine`).
+        surprise_normalize: `none`, `moving_average` (D / MA_W) or `state` (D·d / ‖x‖²).
+        prior_factor: f; the network's width is max(2, ⌈f·d⌉ rounded up to even).
+        prior_loss_weight: weight of the network's regression loss.
+    """
+
+    offset_ce_init: float = 1.025
+    multiplier_cu_init: float = 1.1
+    surprise_window: int = 100
+    beta_start: float = 0.1
+    beta_end: float = 100.0
+    beta_warmup_steps: int = 100
+    beta_schedule: str = "linear"
+    surprise_normalize: str = "none"
+    prior_factor: float = 0.0625
+    prior_loss_weight: float = 0.05
+
+
+class Qwen2SDTConfig(SurpriseConfig):
+    """Sparse Dynamic Transformer (Wieser et al. 2025, arXiv 2511.21408)."""
+
+    model_type = "qwen2_sdt"
+
+
+class Qwen2STTConfig(SurpriseConfig):
+    """Sparse Transition Transformer (Wieser et al. 2025, arXiv 2511.21408).
+
+    Attributes:
+        targets: `topk` (the γ most surprising tokens) or `threshold` (g ≥ `target_threshold`).
+        target_threshold: least gate of a target in threshold mode.
+        train_output: `sparse` (what inference computes) or `dense` (the teacher's output).
+        teacher_detach: keep the language-model gradient out of the teacher's pass.
+        student_weight: weight of the student's binary cross-entropy.
+        gate_mean_weight: λ, weight of mean(g) in threshold mode.
+    """
+
+    model_type = "qwen2_stt"
+
+    targets: str = "topk"
+    target_threshold: float = 0.75
+    train_output: str = "sparse"
+    teacher_detach: bool = False
+    student_weight: float = 0.01
+    gate_mean_weight: float = 0.001

@@ -1,0 +1,328 @@
+"""Select tokens, run a block on them alone, add the gated update back: what MoD, SDT and STT share.
+
+Shape suffixes: B rows, T tokens of a row, K selected tokens of a row, D hidden size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration import RoutedConfig
+
+NO_SEGMENT = -1
+
+
+@dataclass
+class RoutingContext:
+    """What a routed layer needs to know of its rows.
+
+    Attributes:
+        position_ids: RoPE positions, (B or 1, T).
+        position_embeddings: cosine and sine, each (B or 1, T, head_dim).
+        segments: document number of each token, `NO_SEGMENT` for padding, (B, T); None where every row
+            is one document without padding.
+        attention_mask: the dense layers' mask, as the attention implementation wants it; None: plain causal.
+        eager: whether attention wants an additive mask instead of a boolean one.
+    """
+
+    position_ids: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    segments: Tensor | None
+    attention_mask: Tensor | None
+    eager: bool
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Tokens that are not padding, (B, T); None: all."""
+        return None if self.segments is None else self.segments != NO_SEGMENT
+
+    def segment_starts(self, length: int, device: torch.device) -> Tensor:
+        """Index of the first token of each token's document, (B or 1, T)."""
+        index = torch.arange(length, device=device).unsqueeze(0)
+        if self.segments is None:
+            return torch.zeros_like(index)
+        changed = F.pad(self.segments[:, 1:] != self.segments[:, :-1], (1, 0), value=True)
+        return torch.where(changed, index, 0).cummax(dim=1).values
+
+
+@dataclass
+class Selection:
+    """Selected tokens of each row.
+
+    Attributes:
+        indices: their indices in the row, ascending, (B, K).
+        valid: which of the K places are in use, (B, K); None: all.
+    """
+
+    indices: Tensor
+    valid: Tensor | None
+
+    def mask(self, length: int) -> Tensor:
+        """Membership of each of the row's `length` tokens, (B, T) bool."""
+        source = torch.ones_like(self.indices, dtype=torch.bool) if self.valid is None else self.valid
+        mask = torch.zeros(len(self.indices), length, dtype=torch.int32, device=self.indices.device)
+        return mask.scatter_add(1, self.indices, source.int()).bool()
+
+
+@dataclass
+class RoutingResult:
+    """What a routed layer reports beside its hidden states.
+
+    Attributes:
+        selected: tokens that the block computed, (B, T) bool.
+        gate: g of every token, selected or not, detached, (B, T).
+        losses: name → (weight, mean over valid tokens); training only.
+    """
+
+    selected: Tensor
+    gate: Tensor
+    losses: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
+
+
+def causal_mask(
+    segments: Tensor | None, indices: Tensor | None, eager: bool, dtype: torch.dtype
+) -> Tensor | None:
+    """Mask under which a token sees its own document's earlier tokens and itself.
+
+    A padding token sees padding alone, so that no row of the mask is empty (softmax would give NaN).
+
+    Args:
+        segments: (B, K) document numbers; None gives None, which the attention reads as plain causal.
+        indices: (B, K) places of the tokens in their rows; None: 0 … K−1. Equal or ascending.
+        eager: give an additive mask of `dtype`.
+
+    Returns:
+        (B, 1, K, K), True or 0 where attention is allowed.
+    """
+    if segments is None:
+        return None
+    if indices is None:
+        indices = torch.arange(segments.shape[1], device=segments.device).unsqueeze(0)
+    allowed = (indices[:, None, :] <= indices[:, :, None]) & (segments[:, None, :] == segments[:, :, None])
+    allowed = allowed.unsqueeze(1)
+    if not eager:
+        return allowed
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def capacity_to_tokens(capacity: float, tokens: Tensor | int) -> Tensor:
+    """k = max(1, ⌊γ·n⌋), at most n; the small term undoes rounding of products such as 0.29·100."""
+    tokens = torch.as_tensor(tokens)
+    k = (capacity * tokens.double() + 1e-9).floor().long()
+    return torch.minimum(k.clamp(min=1), tokens)
+
+
+def select_top_k(scores: Tensor, capacity: float, valid: Tensor | None) -> Selection:
+    """The k best-scored valid tokens of each row, in ascending order. Non-causal: a training rule.
+
+    Args:
+        scores: (B, T).
+        capacity: γ in (0, 1].
+        valid: (B, T) bool; padding never competes, and k counts valid tokens only.
+    """
+    length = scores.shape[1]
+    width = int(capacity_to_tokens(capacity, length))
+    if valid is None:
+        indices = scores.topk(width, dim=1, sorted=False).indices
+        return Selection(indices.sort(dim=1).values, None)
+    indices = scores.masked_fill(~valid, -torch.inf).topk(width, dim=1).indices
+    used = torch.arange(width, device=scores.device) < capacity_to_tokens(
+        capacity, valid.sum(1, keepdim=True)
+    )
+    indices = torch.where(used, indices, length).sort(dim=1).values
+    return Selection(indices.clamp(max=length - 1), indices < length)
+
+
+def select_mask(mask: Tensor) -> Selection:
+    """The tokens of a membership mask (B, T); K is the largest count of a row, possibly 0."""
+    counts = mask.sum(1)
+    width = int(counts.max())
+    indices = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return Selection(indices, torch.arange(width, device=mask.device) < counts[:, None])
+
+
+def routed_update(
+    block: nn.Module, hidden_states: Tensor, selection: Selection, gate: Tensor, context: RoutingContext
+) -> Tensor:
+    """y = x + g·(F(x̃) − x) at the selected tokens, y = x elsewhere.
+
+    F sees the selected tokens x̃ alone, at their original RoPE positions: Q, K, V, scores and MLP are
+    computed for (B, K, D), and nothing for the others.
+
+    Args:
+        block: a Qwen2 decoder layer with its residuals.
+        hidden_states: (B, T, D).
+        gate: g, (B, T).
+    """
+    batch, length, _ = hidden_states.shape
+    indices = selection.indices
+    if indices.shape[1] == 0:
+        return hidden_states
+
+    def gather_rows(values: Tensor) -> Tensor:
+        return (
+            values.expand(batch, *values.shape[1:])
+            .flatten(0, 1)
+            .index_select(0, rows)
+            .unflatten(0, indices.shape)
+        )
+
+    rows = (indices + length * torch.arange(batch, device=indices.device).unsqueeze(1)).flatten()
+    segments = None if context.segments is None else gather_rows(context.segments)
+    if selection.valid is not None:
+        segments = torch.zeros_like(indices) if segments is None else segments
+        segments = segments.masked_fill(~selection.valid, NO_SEGMENT)
+    selected = gather_rows(hidden_states)
+    cos, sin = context.position_embeddings
+    output = block(
+        selected,
+        attention_mask=causal_mask(segments, indices, context.eager, hidden_states.dtype),
+        position_ids=gather_rows(context.position_ids),
+        position_embeddings=(gather_rows(cos), gather_rows(sin)),
+    )
+    update = gather_rows(gate).unsqueeze(-1) * (output - selected)
+    if selection.valid is not None:
+        update = update * selection.valid.unsqueeze(-1)
+    flat = hidden_states.flatten(0, 1)
+    return flat.index_add(0, rows, update.flatten(0, 1).to(flat.dtype)).view_as(hidden_states)
+
+
+def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of (B, T) `values` over valid tokens."""
+    if valid is None:
+        return values.mean()
+    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
+
+
+def previous_token(values: Tensor, starts: Tensor) -> Tensor:
+    """values[t−1] at t, zero at each document's first token.
+
+    Args:
+        values: (B, T, D).
+        starts: index of the first token of each token's document, (B or 1, T).
+    """
+    shifted = F.pad(values[:, :-1], (0, 0, 1, 0))
+    first = starts == torch.arange(values.shape[1], device=values.device)
+    return shifted.masked_fill(first.unsqueeze(-1), 0)
+
+
+class CalibratedThreshold(nn.Module):
+    """τ of the `threshold` rule: bias-corrected moving average of the scores' (1 − γ) quantile.
+
+    Exactly causal: τ is a constant of the checkpoint. After Expert Threshold routing (arXiv 2603.11535).
+    Before any training step τ is 0.
+    """
+
+    average: Tensor
+    steps: Tensor
+
+    def __init__(self, decay: float):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("average", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float32))
+
+    @torch.no_grad()
+    def update(self, scores: Tensor, fraction: Tensor | float, valid: Tensor | None) -> None:
+        """One step of the average, over valid tokens, averaged over ranks.
+
+        Args:
+            scores: (B, T).
+            fraction: share of the tokens that shall lie above τ.
+        """
+        scores = scores.detach().float()
+        if valid is not None:
+            scores = torch.where(valid, scores, torch.nan)
+        level = torch.as_tensor(1.0 - fraction, dtype=torch.float32, device=scores.device)
+        quantile = scores.flatten().nanquantile(level)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(quantile)
+            quantile /= torch.distributed.get_world_size()
+        self.average.lerp_(quantile.to(self.average.dtype), 1 - self.decay)
+        self.steps += 1
+
+    def value(self) -> Tensor:
+        """τ, a scalar in fp32."""
+        correction = 1 - self.decay ** self.steps.float()
+        return self.average.float() / correction.clamp(min=1e-12)
+
+
+class Predictor(nn.Module):
+    """Membership of the training top-k, predicted from the token alone (MoD, section 3.5, method 2).
+
+    d → d/2 → 1, SiLU, no biases. The input is detached: no gradient reaches the language model.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, hidden_size // 2, bias=False)
+        self.down_proj = nn.Linear(hidden_size // 2, 1, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Logits (B, T) in fp32 for hidden states (B, T, D)."""
+        return self.down_proj(F.silu(self.up_proj(hidden_states.detach()))).squeeze(-1).float()
+
+
+class Router(nn.Module):
+    """Base of the three routers: the selection rules, and what they need from training."""
+
+    def __init__(self, config: RoutedConfig):
+        super().__init__()
+        self.config = config
+        self.training_capacity = config.capacity
+        self.threshold = CalibratedThreshold(config.threshold_decay)
+        self.predictor = Predictor(config.hidden_size) if config.predictor_weight else None
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Move schedules to optimizer step `step` of `total_steps`; the trainer calls it before each step."""
+
+    def select_for_training(
+        self, scores: Tensor, hidden_states: Tensor, context: RoutingContext
+    ) -> tuple[Selection, dict[str, tuple[float, Tensor]]]:
+        """Top-k selection at the training capacity; calibrates τ and trains the predictor.
+
+        Args:
+            scores: (B, T) fp32.
+            hidden_states: (B, T, D), the predictor's input.
+
+        Returns:
+            The selection, and the predictor's loss if there is a predictor.
+        """
+        selection = select_top_k(scores.detach(), self.training_capacity, context.valid)
+        self.threshold.update(scores, self.training_capacity, context.valid)
+        losses = {}
+        if self.predictor is not None:
+            loss = membership_loss(self.predictor(hidden_states), selection, context.valid)
+            losses["predictor"] = (self.config.predictor_weight, loss)
+        return selection, losses
+
+    def select(self, scores: Tensor, hidden_states: Tensor, context: RoutingContext) -> Selection:
+        """Selection in eval mode, by `config.selection_rule`; strictly causal unless that is `topk`.
+
+        Args:
+            scores: (B, T) fp32.
+            hidden_states: (B, T, D), the predictor's input.
+
+        Raises:
+            ValueError: the model lacks what the rule needs.
+        """
+        rule = self.config.selection_rule
+        if rule == "topk":
+            return select_top_k(scores, self.config.capacity, context.valid)
+        if rule == "threshold":
+            mask = scores > self.threshold.value()
+        elif rule == "aux":
+            mask = scores > 0
+        elif rule == "predictor" and self.predictor is not None:
+            mask = self.predictor(hidden_states) > 0
+        else:
+            raise ValueError(f"selection_rule={rule!r}: not one that this model was built for")
+        return select_mask(mask if context.valid is None else mask & context.valid)
+
+
+def membership_loss(logits: Tensor, selection: Selection, valid: Tensor | None) -> Tensor:
+    """Binary cross-entropy of (B, T) `logits` against membership of the selection, mean over valid tokens."""
+    target = selection.mask(logits.shape[1]).to(logits.dtype)
+    return masked_mean(F.binary_cross_entropy_with_logits(logits, target, reduction="none"), valid)

@@ -1,0 +1,75 @@
+"""SDT, Sparse Dynamic Transformer ("Subjective Depth Transformer", Wieser et al. 2025, arXiv 2511.21408).
+
+Layers work in pairs (2j, 2j + 1). The decision layer 2j always runs: post = F_dec(x). A small prior network
+predicts its update from x alone; how far the real update Δ = post − x surprises it gives the score of each
+token. The dynamic layer 2j + 1 computes only the selected tokens: y = post + g·(F_dyn(post) − post).
+The score depends on tokens up to t, so the `threshold` rule decodes exactly as it prefills.
+
+The prior's loss is MSE(sg(x) + Δ̂, sg(post)). The paper does not say whether x carries a gradient there. It
+must not: post moves with x, so the loss would push x along Δ without end (seen: the loss grew from 0.6 to
+43,000 in 60 steps). The language-model gradient still reaches the prior and the decision layer through g.
+"""
+
+from torch import Tensor, nn
+
+from .configuration import Qwen2SDTConfig
+from .modeling import RoutedForCausalLM, RoutedModel
+from .routing import Router, RoutingContext, RoutingResult, masked_mean, routed_update
+from .surprise import PriorNetwork, SurpriseGate
+
+
+class SDTRouter(Router):
+    """Prior and surprise gate of one pair; sits at the dynamic layer."""
+
+    def __init__(self, config: Qwen2SDTConfig):
+        super().__init__(config)
+        self.config: Qwen2SDTConfig = config
+        self.prior = PriorNetwork(config)
+        self.surprise = SurpriseGate(config)
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Move β along its schedule."""
+        self.surprise.set_progress(step, total_steps)
+
+    def forward(
+        self, block: nn.Module, hidden_states: Tensor, previous_hidden_states: Tensor, context: RoutingContext
+    ) -> tuple[Tensor, RoutingResult]:
+        """Hidden states (B, T, D) after the dynamic layer, and what it reports.
+
+        Args:
+            block: the dynamic layer.
+            hidden_states: post, the decision layer's output, (B, T, D).
+            previous_hidden_states: x, the decision layer's input, (B, T, D).
+        """
+        post, before = hidden_states, previous_hidden_states
+        predicted = self.prior(before)
+        starts = context.segment_starts(post.shape[1], post.device)
+        score = self.surprise.score(post - before, predicted, before, starts)
+        gate = self.surprise.gate(score)
+        losses = {}
+        if self.training:
+            selection, losses = self.select_for_training(score, post, context)
+            error = (predicted - (post - before).detach()).float().square().mean(-1)
+            losses["prior"] = (self.config.prior_loss_weight, masked_mean(error, context.valid))
+        else:
+            selection = self.select(score, post, context)
+        output = routed_update(block, post, selection, gate, context)
+        return output, RoutingResult(selection.mask(score.shape[1]), gate.detach(), losses)
+
+
+class Qwen2SDTModel(RoutedModel):
+    """Qwen2 backbone with SDT pairs."""
+
+    config: Qwen2SDTConfig
+    router_class = SDTRouter
+
+
+class Qwen2SDTForCausalLM(RoutedForCausalLM):
+    """Sparse Dynamic Transformer language model."""
+
+    config: Qwen2SDTConfig
+    model_class = Qwen2SDTModel
+
+
+Qwen2SDTConfig.register_for_auto_class()
+Qwen2SDTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,134 @@
+"""STT, Sparse Transition Transformer ("Subjective Timescale Transformer", arXiv 2511.21408).
+
+Odd layers are routed. In training the teacher runs the block on every token, y = F(x), and predicts each
+update from the previous token's output, Δ̂_t = SwiGLU(RMSNorm(y_{t−1})); surprise about Δ = y − x says which
+tokens deserve the block. A linear student learns to say so from x_t and x_{t−1} alone. The layer's output is
+a second, sparse pass of the same block over the selected tokens, as inference will compute it.
+
+At inference the teacher does not run, so its gate g is not available and σ(student) is the gate. Training
+multiplies with the same number: the forward value of the gate is σ(student), and its gradient is that of
+the teacher's g (straight-through: g + sg(σ(student) − g)). The student itself learns from its
+cross-entropy alone, and the two modes give the same output for the same selection.
+
+Training costs more than a dense model; savings exist at inference only.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration import Qwen2STTConfig
+from .modeling import RoutedForCausalLM, RoutedModel
+from .routing import (
+    Router,
+    RoutingContext,
+    RoutingResult,
+    Selection,
+    masked_mean,
+    membership_loss,
+    previous_token,
+    routed_update,
+    select_mask,
+    select_top_k,
+)
+from .surprise import PriorNetwork, SurpriseGate
+
+
+class STTRouter(Router):
+    """Teacher's transition network and surprise gate, and the student, of one layer."""
+
+    def __init__(self, config: Qwen2STTConfig):
+        super().__init__(config)
+        self.config: Qwen2STTConfig = config
+        self.prior = PriorNetwork(config)
+        self.surprise = SurpriseGate(config)
+        self.student = nn.Linear(2 * config.hidden_size, 1, bias=False)
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Move β along its schedule."""
+        self.surprise.set_progress(step, total_steps)
+
+    def forward(
+        self, block: nn.Module, hidden_states: Tensor, previous_hidden_states: Tensor, context: RoutingContext
+    ) -> tuple[Tensor, RoutingResult]:
+        """Hidden states (B, T, D) after the routed layer, and what it reports."""
+        starts = context.segment_starts(hidden_states.shape[1], hidden_states.device)
+        logits = self.student_logits(hidden_states, starts)
+        if self.training:
+            return self.forward_training(block, hidden_states, logits, starts, context)
+        if self.config.selection_rule == "predictor":  # the student is the predictor
+            selection = select_mask(logits > 0 if context.valid is None else (logits > 0) & context.valid)
+        else:
+            selection = self.select(logits, hidden_states, context)
+        gate = torch.sigmoid(logits)
+        output = routed_update(block, hidden_states, selection, gate, context)
+        return output, RoutingResult(selection.mask(logits.shape[1]), gate)
+
+    def forward_training(
+        self, block: nn.Module, hidden_states: Tensor, logits: Tensor, starts: Tensor, context: RoutingContext
+    ) -> tuple[Tensor, RoutingResult]:
+        """Teacher's dense pass, targets, losses, and the sparse pass."""
+        valid = context.valid
+        dense = block(
+            hidden_states,
+            attention_mask=context.attention_mask,
+            position_ids=context.position_ids,
+            position_embeddings=context.position_embeddings,
+        )
+        teacher, state = (
+            (dense.detach(), hidden_states.detach()) if self.config.teacher_detach else (dense, hidden_states)
+        )
+        predicted = self.prior(previous_token(teacher, starts))
+        update = teacher - state
+        score = self.surprise.score(update, predicted, state, starts)
+        gate = self.surprise.gate(score)
+        selection = self.targets(score, gate, valid)
+        selected = selection.mask(logits.shape[1])
+        self.threshold.update(logits, masked_mean(selected.float(), valid), valid)
+        error = (predicted - update.detach()).float().square().mean(-1)
+        losses = {
+            "prior": (self.config.prior_loss_weight, masked_mean(error, valid)),
+            "student": (self.config.student_weight, membership_loss(logits, selection, valid)),
+        }
+        if self.config.targets == "threshold":
+            losses["gate_mean"] = (self.config.gate_mean_weight, masked_mean(gate, valid))
+        result = RoutingResult(selected, gate.detach(), losses)
+        if self.config.train_output == "dense":
+            return dense, result
+        student_gate = gate + (torch.sigmoid(logits) - gate).detach()
+        return routed_update(block, hidden_states, selection, student_gate, context), result
+
+    def student_logits(self, hidden_states: Tensor, starts: Tensor) -> Tensor:
+        """Logits (B, T) in fp32 from [x_t ‖ x_{t−1}], each half RMS-normalised, detached."""
+        current = hidden_states.detach().float()
+        previous = previous_token(current, starts)
+        size, eps = (self.config.hidden_size,), self.config.rms_norm_eps
+        features = torch.cat(
+            [F.rms_norm(current, size, eps=eps), F.rms_norm(previous, size, eps=eps)], dim=-1
+        )
+        return (features * self.student.weight.float()).sum(-1)
+
+    def targets(self, score: Tensor, gate: Tensor, valid: Tensor | None) -> Selection:
+        """Tokens that the teacher would compute: the γ most surprising, or all with g high enough."""
+        if self.config.targets == "topk":
+            return select_top_k(score.detach(), self.training_capacity, valid)
+        mask = gate >= self.config.target_threshold
+        return select_mask(mask if valid is None else mask & valid)
+
+
+class Qwen2STTModel(RoutedModel):
+    """Qwen2 backbone with STT layers."""
+
+    config: Qwen2STTConfig
+    router_class = STTRouter
+
+
+class Qwen2STTForCausalLM(RoutedForCausalLM):
+    """Sparse Transition Transformer language model."""
+
+    config: Qwen2STTConfig
+    model_class = Qwen2STTModel
+
+
+Qwen2STTConfig.register_for_auto_class()
+Qwen2STTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

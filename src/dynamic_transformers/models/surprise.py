@@ -1,0 +1,121 @@
+"""The surprise gate of SDT and STT, and the small network that predicts a block's update.
+
+Sources: Wieser et al. 2025 (arXiv 2511.21408), after Zakharov et al. 2022.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from .configuration import SurpriseConfig
+
+
+class PriorNetwork(nn.Module):
+    """Δ̂ = SwiGLU(RMSNorm(x)), bias-free, of width max(2, ⌈f·d⌉ rounded up to even)."""
+
+    def __init__(self, config: SurpriseConfig):
+        super().__init__()
+        width = prior_width(config)
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Predicted update (B, T, D) for (B, T, D)."""
+        hidden_states = self.norm(hidden_states)
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class SurpriseGate(nn.Module):
+    """g = S_CE + S_CU − S_CE·S_CU from expected and unexpected change (architectures.md, section 4).
+
+    With u = β·CE and v = β·CU the gate is σ(logsumexp(u, v, u + v)), exactly: both sides have the odds
+    e^u + e^v + e^(u+v). What selection compares is that logit divided by β and shifted,
+    s = (logsumexp(u, v, u + v) − log 3) / β. At a given β it orders tokens as g does, but it does not
+    saturate in floating point where β is large (g of two very surprising tokens would both be 1), and its
+    scale does not follow β's schedule, so that a moving average over steps can calibrate a threshold.
+    """
+
+    beta: Tensor
+
+    def __init__(self, config: SurpriseConfig):
+        super().__init__()
+        self.config = config
+        self.raw_offset_ce = nn.Parameter(torch.tensor(inverse_softplus(config.offset_ce_init)))
+        self.raw_multiplier_cu = nn.Parameter(torch.tensor(inverse_softplus(config.multiplier_cu_init)))
+        self.register_buffer("beta", torch.tensor(config.beta_start, dtype=torch.float32))
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Set β to its scheduled value at optimizer step `step` of `total_steps`."""
+        self.beta.fill_(beta_at(self.config, step, total_steps))
+
+    def score(self, update: Tensor, predicted: Tensor, state: Tensor, starts: Tensor) -> Tensor:
+        """Score s of each token, fp32.
+
+        Args:
+            update: Δ, (B, T, D).
+            predicted: Δ̂, (B, T, D).
+            state: x, what the update was added to, (B, T, D); used by `surprise_normalize: state`.
+            starts: index of the first token of each token's document, (B or 1, T).
+
+        Returns:
+            (B, T).
+        """
+        static = update.float().square().mean(-1)
+        change = (update.float() - predicted.float()).square().mean(-1)
+        average = moving_average(static.detach(), self.config.surprise_window, starts)
+        if self.config.surprise_normalize == "moving_average":
+            scale = 1 / average.clamp(min=1e-12)
+        elif self.config.surprise_normalize == "state":
+            scale = 1 / state.float().square().mean(-1).clamp(min=1e-12)
+        else:
+            scale = torch.ones_like(static)
+        offset_ce = F.softplus(self.raw_offset_ce.float())
+        multiplier_cu = F.softplus(self.raw_multiplier_cu.float())
+        expected = (static - change) * scale + offset_ce.log()
+        unexpected = (static - multiplier_cu * average) * scale
+        terms = torch.stack([expected, unexpected, expected + unexpected])
+        return ((self.beta * terms).logsumexp(0) - math.log(3)) / self.beta
+
+    def gate(self, score: Tensor) -> Tensor:
+        """g in (0, 1) of the scores that `score` gives, (B, T)."""
+        return torch.sigmoid(score * self.beta + math.log(3))
+
+
+def prior_width(config: SurpriseConfig) -> int:
+    """Width of the prior network: max(2, ⌈f·d⌉ rounded up to even)."""
+    width = math.ceil(config.prior_factor * config.hidden_size)
+    return max(2, width + width % 2)
+
+
+def inverse_softplus(value: float) -> float:
+    """The x with softplus(x) = value > 0."""
+    return value + math.log(-math.expm1(-value))
+
+
+def beta_at(config: SurpriseConfig, step: int, total_steps: int) -> float:
+    """β at a step: `beta_start` in the warm-up, then to `beta_end` at the last step."""
+    span = max(1, total_steps - 1 - config.beta_warmup_steps)
+    progress = min(1.0, max(0.0, (step - config.beta_warmup_steps) / span))
+    if config.beta_schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return config.beta_start + (config.beta_end - config.beta_start) * progress
+
+
+def moving_average(values: Tensor, window: int, starts: Tensor) -> Tensor:
+    """Causal mean over the last min(window, t + 1) tokens of the same document, the current one included.
+
+    Args:
+        values: (B, T).
+        window: W.
+        starts: index of the first token of each token's document, (B or 1, T).
+    """
+    index = torch.arange(values.shape[1], device=values.device)
+    first = torch.maximum(index - (window - 1), starts).expand_as(values)
+    # fp64, since the difference of two long sums loses what fp32 has.
+    total = F.pad(values.double().cumsum(1), (1, 0))
+    return ((total[:, 1:] - total.gather(1, first)) / (index + 1 - first)).to(values.dtype)

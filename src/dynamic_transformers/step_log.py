@@ -1,0 +1,40 @@
+"""One log file for each pipeline step, beside the step's output folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dynamic_transformers.training.display import configure_logging
+
+logger = logging.getLogger("dynamic_transformers")
+
+
+@contextmanager
+def step_log(output: Path) -> Iterator[None]:
+    """Copy what a step logs to `<output>.log`, while it still reaches the console.
+
+    A failing step leaves its traceback there.
+    """
+    configure_logging()
+    logging.captureWarnings(True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(output.with_name(f"{output.name}.log"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    receivers = (logging.getLogger(), logger)
+    for receiver in receivers:
+        receiver.addHandler(handler)
+    start = time.perf_counter()
+    try:
+        yield
+        logger.info("finished in %.1f s", time.perf_counter() - start)
+    except BaseException:
+        logger.exception("failed after %.1f s", time.perf_counter() - start)
+        raise
+    finally:
+        for receiver in receivers:
+            receiver.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,298 @@
+"""MLflow (and Weights & Biases) behind one small face, which an outage cannot stop or slow.
+
+`metrics.jsonl` in the run folder is the truth. `RunTracker.sync` pushes what the server has not seen yet;
+a background thread calls it during training, and any later step that opens the same run folder goes on
+where it stopped. Only rank 0 tracks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from dynamic_transformers.settings import TrackingSettings
+
+logger = logging.getLogger("dynamic_transformers")
+
+STATE = "tracking.json"
+METRICS = "metrics.jsonl"
+CHUNK = 200  # lines of metrics.jsonl in one request
+MAX_PARAM_LENGTH = 500
+RESERVED = ("step", "time")
+
+
+def tracking_uri(settings: TrackingSettings, output_dir: str | Path) -> str:
+    """`tracking.mlflow_uri`, else MLFLOW_TRACKING_URI, else a SQLite file in `output_dir`."""
+    if uri := settings.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    folder = Path(output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow parameters `a.b.c`, cut at what every server accepts."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = str(value)[:MAX_PARAM_LENGTH]
+    return flat
+
+
+def start_parent_run(settings: TrackingSettings, output_dir: str | Path, name: str) -> str:
+    """Open the run under which a comparison's runs hang; '' when tracking is off or the server is away."""
+    if not settings.mlflow:
+        return ""
+    try:
+        client = _client(tracking_uri(settings, output_dir))
+        run = client.create_run(_experiment_id(client, settings.experiment, output_dir), run_name=name)
+        return run.info.run_id
+    except Exception as error:
+        logger.warning("MLflow: no parent run (%s)", _first_line(error))
+        return ""
+
+
+def finish_parent_run(settings: TrackingSettings, output_dir: str | Path, run_id: str, report: Path) -> None:
+    """Log a comparison's report folder to the parent run, and close it."""
+    if not (settings.mlflow and run_id):
+        return
+    try:
+        client = _client(tracking_uri(settings, output_dir))
+        client.log_artifacts(run_id, str(report), "report")
+        client.set_terminated(run_id)
+    except Exception as error:
+        logger.warning("MLflow: the report was not logged (%s)", _first_line(error))
+
+
+class RunTracker:
+    """One training run, from `train` to `evaluate`, tied to its run folder.
+
+    Args:
+        run_dir: holds metrics.jsonl, and tracking.json with what has been sent.
+        settings, output_dir: where to track; needed by the first step only.
+        name, params, tags: of the run; needed by the first step only.
+        parent_run_id: '' for none.
+        enabled: false on ranks other than 0.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: TrackingSettings,
+        output_dir: str | Path,
+        name: str = "",
+        params: dict[str, Any] | None = None,
+        tags: dict[str, str] | None = None,
+        parent_run_id: str = "",
+        enabled: bool = True,
+    ):
+        self.run_dir = run_dir
+        self.settings, self.output_dir = settings, output_dir
+        self.enabled = enabled and settings.mlflow
+        self.wandb = _wandb_run(settings, name, params) if enabled and settings.wandb and name else None
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        path = run_dir / STATE
+        if path.is_file():
+            self.state = json.loads(path.read_text())
+        else:
+            self.state = {
+                "run_id": None,
+                "name": name,
+                "params": flatten(params or {}),
+                "tags": tags or {},
+                "parent_run_id": parent_run_id,
+                "synced_lines": 0,
+            }
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None until a server has been reached."""
+        return self.state["run_id"]
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl and let the background thread send it.
+
+        Args:
+            step: optimizer step; the line also carries `tokens` and `training_flops`.
+        """
+        with (self.run_dir / METRICS).open("a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+        if self.enabled:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+            self._wake.set()
+
+    def sync(self) -> bool:
+        """Send every line that the server has not seen; False, and a warning, when it cannot be reached."""
+        if not self.enabled:
+            return True
+        with self._lock:
+            try:
+                self._push()
+                return True
+            except Exception as error:
+                logger.warning("MLflow: will be synced later (%s)", _first_line(error))
+                return False
+
+    def log_final(self, axis: int, metrics: dict[str, float]) -> None:
+        """Send figures of a finished model, which are kept in the step's own output.
+
+        Args:
+            axis: the run's training tokens.
+        """
+        if self.enabled and self.sync() and self.run_id:
+            try:
+                from mlflow.entities import Metric
+
+                stamp = int(time.time() * 1000)
+                entries = [Metric(key, float(value), stamp, axis) for key, value in metrics.items()]
+                _client(self._uri()).log_batch(self.run_id, metrics=entries)
+            except Exception as error:
+                logger.warning("MLflow: figures were not logged (%s)", _first_line(error))
+
+    def log_artifacts(self, path: Path, artifact_path: str) -> None:
+        """Copy a file or folder to the run's artifacts."""
+        if self.enabled and self.sync() and self.run_id:
+            try:
+                client = _client(self._uri())
+                send = client.log_artifacts if path.is_dir() else client.log_artifact
+                send(self.run_id, str(path), artifact_path)
+            except Exception as error:
+                logger.warning("MLflow: %s was not logged (%s)", path.name, _first_line(error))
+
+    def log_data(self, data_dir: Path, manifest: dict[str, Any]) -> None:
+        """Record the data folder as the run's input."""
+        if not (self.enabled and self.sync() and self.run_id):
+            return
+        try:
+            from mlflow.entities import Dataset, DatasetInput
+
+            profile = json.dumps({"splits": manifest["splits"]})
+            dataset = Dataset(
+                name=data_dir.name,
+                digest=manifest["digest"][:36],
+                source_type="local",
+                source=json.dumps({"uri": str(data_dir)}),
+                profile=profile,
+            )
+            _client(self._uri()).log_inputs(self.run_id, [DatasetInput(dataset=dataset, tags=[])])
+        except Exception as error:
+            logger.warning("MLflow: the data set was not logged (%s)", _first_line(error))
+
+    def close(self, finished: bool) -> None:
+        """Send what is left, wait for the background thread, and close the run when it is `finished`."""
+        self._closed = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+        if self.sync() and finished and self.run_id:
+            try:
+                _client(self._uri()).set_terminated(self.run_id)
+            except Exception as error:
+                logger.warning("MLflow: the run was not closed (%s)", _first_line(error))
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._wake.wait()
+            self._wake.clear()
+            if not self.sync():
+                time.sleep(5)
+
+    def _uri(self) -> str:
+        return tracking_uri(self.settings, self.output_dir)
+
+    def _push(self) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        path = self.run_dir / METRICS
+        lines = path.read_text().splitlines()[self.state["synced_lines"] :] if path.is_file() else []
+        if self.run_id and not lines:
+            return
+        client = _client(self._uri())
+        if self.run_id is None:
+            experiment = _experiment_id(client, self.settings.experiment, self.output_dir)
+            tags = dict(self.state["tags"])
+            if self.state["parent_run_id"]:
+                tags["mlflow.parentRunId"] = self.state["parent_run_id"]
+            run = client.create_run(experiment, run_name=self.state["name"])
+            params = [Param(key, value) for key, value in self.state["params"].items()]
+            for first in range(0, len(params), 100):
+                client.log_batch(run.info.run_id, params=params[first : first + 100])
+            client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            self.state["run_id"] = run.info.run_id
+            self._save()
+        for first in range(0, len(lines), CHUNK):
+            chunk = lines[first : first + CHUNK]
+            metrics = []
+            for record in map(json.loads, chunk):
+                stamp = int(record["time"] * 1000)
+                values = {
+                    f"progress/{key}": record[key]
+                    for key in ("step", "tokens", "training_flops")
+                    if key in record
+                }
+                values |= {
+                    k: v for k, v in record.items() if k not in (*RESERVED, "tokens", "training_flops")
+                }
+                # The step axis is tokens; steps and training FLOPs are metrics to choose as the x axis.
+                axis = int(record.get("tokens", record["step"]))
+                metrics += [Metric(key, float(value), stamp, axis) for key, value in values.items()]
+            for start in range(0, len(metrics), 1000):
+                client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+            self.state["synced_lines"] += len(chunk)
+            self._save()
+
+    def _save(self) -> None:
+        path = self.run_dir / STATE
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state, indent=2))
+        temporary.replace(path)
+
+
+def _client(uri: str):
+    # Short, since an outage must not hold a run up.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    import mlflow
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _experiment_id(client, name: str, output_dir: str | Path) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    local = str(client.tracking_uri).startswith("sqlite:")
+    artifacts = (Path(output_dir).resolve() / "mlartifacts").as_uri() if local else None
+    return client.create_experiment(name, artifact_location=artifacts)
+
+
+def _wandb_run(settings: TrackingSettings, name: str, params: dict[str, Any] | None):
+    try:
+        import wandb
+
+        return wandb.init(project=settings.wandb_project, name=name, config=params)
+    except Exception as error:
+        logger.warning("W&B: off (%s)", _first_line(error))
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -1,0 +1,96 @@
+"""Settings → model: the one place where an architecture's options are read."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+
+from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.settings import ModelSettings, Settings, UserError
+
+
+def model_config(model: ModelSettings, vocab_size: int, eos_token_id: int | None = None) -> Qwen2Config:
+    """Configuration of the architecture and size that `model` asks for.
+
+    Args:
+        vocab_size: rows of the embedding, which is the tokenizer's length.
+        eos_token_id: also used as beginning-of-text and padding token.
+    """
+    size = model.backbone
+    backbone = dict(
+        vocab_size=vocab_size,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.num_hidden_layers,
+        num_attention_heads=size.num_attention_heads,
+        num_key_value_heads=size.num_key_value_heads,
+        max_position_embeddings=size.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
+        tie_word_embeddings=size.tie_word_embeddings,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=None,
+    )
+    return MODEL_CLASSES[model.type][0](**backbone, **routing_options(model))
+
+
+def routing_options(model: ModelSettings) -> dict:
+    """Keyword arguments that the architecture's configuration has beyond Qwen2's."""
+    if model.type == "standard":
+        return {}
+    options: dict = {"predictor_weight": model.predictor_weight}
+    if model.capacity is not None:
+        options["capacity"] = model.capacity
+    if model.selection_rule is not None:
+        options["selection_rule"] = model.selection_rule
+    if model.type == "mod":
+        return options | vars(model.mod)
+    surprise = dict(vars(model.surprise))
+    for name in ("window", "normalize"):
+        surprise[f"surprise_{name}"] = surprise.pop(name)
+    return options | surprise | (vars(model.stt) if model.type == "stt" else {})
+
+
+def build_model(settings: Settings, vocab_size: int, eos_token_id: int | None = None) -> PreTrainedModel:
+    """A new model in training mode, initialised from `run.seed` or from a pretrained Qwen2.
+
+    The four architectures of one seed share the backbone's initial weights.
+
+    Raises:
+        UserError: the pretrained checkpoint cannot be read or does not fit.
+    """
+    torch.manual_seed(settings.run.seed)
+    if settings.training.mode == "pretrained":
+        return load_pretrained(settings)
+    config = model_config(settings.model, vocab_size, eos_token_id)
+    config._attn_implementation = settings.model.attention
+    return MODEL_CLASSES[settings.model.type][1](config).train()
+
+
+def load_pretrained(settings: Settings) -> PreTrainedModel:
+    """A routed (or standard) model with every weight of a pretrained Qwen2; only the routers are new.
+
+    Raises:
+        UserError: no such checkpoint, not a Qwen2, or tensors that do not map, by name.
+    """
+    source_name = settings.model.pretrained
+    try:
+        source_config = AutoConfig.from_pretrained(source_name)
+        if source_config.model_type != "qwen2":
+            raise UserError(
+                f"model.pretrained={source_name}: model_type {source_config.model_type!r}, not qwen2"
+            )
+        source = AutoModelForCausalLM.from_pretrained(source_name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.pretrained={source_name}: {str(error).splitlines()[0]}") from error
+    config_class, model_class = MODEL_CLASSES[settings.model.type]
+    backbone = source_config.to_dict()
+    backbone.pop("model_type")
+    config = config_class(**backbone | routing_options(settings.model))
+    config._attn_implementation = settings.model.attention
+    model = model_class(config)
+    missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
+    dropped = [name for name in missing if ".routers." not in name] + list(unexpected)
+    if dropped:
+        raise UserError(f"model.pretrained={source_name}: tensors that do not map: {', '.join(dropped)}")
+    return model.train()

@@ -1,0 +1,111 @@
+"""Analytic FLOPs per token (architectures.md, section 9).
+
+Conventions: one multiply-add is 2 FLOPs; matrix products only (norms, activations, softmax and embedding
+look-ups are not counted); attention scores are counted for all T×T pairs, without a discount for causality
+or documents; recomputation under gradient checkpointing is not counted; work that a routed layer skips is
+not counted. Checked against `torch.utils.flop_counter.FlopCounterMode` on the real modules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from transformers import Qwen2Config
+
+from dynamic_transformers.models import RoutedConfig
+from dynamic_transformers.models.configuration import (
+    Qwen2MoDConfig,
+    Qwen2SDTConfig,
+    Qwen2STTConfig,
+    SurpriseConfig,
+)
+from dynamic_transformers.models.surprise import prior_width
+
+
+def block_flops(config: Qwen2Config, length: int, fraction: float = 1.0) -> Counter[str]:
+    """Forward FLOPs of one decoder layer, per token of a row of `length` tokens with `fraction` computed."""
+    d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or d // heads
+    return Counter(
+        qkvo=fraction * 2 * d * head_dim * (2 * heads + 2 * kv_heads),
+        scores=fraction * fraction * 4 * length * heads * head_dim,
+        mlp=fraction * 6 * d * config.intermediate_size,
+    )
+
+
+def forward_flops(
+    config: Qwen2Config, length: int, fractions: dict[int, float] | None = None
+) -> Counter[str]:
+    """FLOPs per token of one forward in eval mode, by component.
+
+    Args:
+        config: of any of the four architectures.
+        length: T, tokens of a row.
+        fractions: measured routed fraction by layer; missing layers take the configured capacity.
+    """
+    account = Counter(embeddings=0.0, lm_head=2.0 * config.hidden_size * config.vocab_size)
+    for layer in range(config.num_hidden_layers):
+        fraction = layer_fraction(config, layer, fractions)
+        account += block_flops(config, length, 1.0 if fraction is None else fraction)
+        if fraction is not None:
+            account += router_flops(config, training=False)
+    return account
+
+
+def training_flops(
+    config: Qwen2Config, length: int, fractions: dict[int, float] | None = None
+) -> Counter[str]:
+    """FLOPs per token of one forward and backward in training mode, by component.
+
+    The backward of a matrix product costs twice its forward. STT is charged for its dense teacher.
+
+    Args:
+        config, length, fractions: as in `forward_flops`; the fractions are those seen in training.
+    """
+    account = Counter(embeddings=0.0, lm_head=3 * 2.0 * config.hidden_size * config.vocab_size)
+    for layer in range(config.num_hidden_layers):
+        fraction = layer_fraction(config, layer, fractions)
+        if fraction is None:
+            account += times(3, block_flops(config, length))
+            continue
+        account += router_flops(config, training=True)
+        if isinstance(config, Qwen2STTConfig):
+            detached = config.teacher_detach and config.train_output == "sparse"
+            account["teacher"] += (1 if detached else 3) * block_flops(config, length).total()
+            if config.train_output == "dense":
+                continue
+        account += times(3, block_flops(config, length, fraction))
+    return account
+
+
+def router_flops(config: Qwen2Config, training: bool) -> Counter[str]:
+    """FLOPs per token of what one routed layer adds to its block."""
+    account: Counter[str] = Counter()
+    d = config.hidden_size
+    trained = 3 if training else 1
+    if isinstance(config, Qwen2MoDConfig):
+        account["router"] = trained * 2.0 * d
+    if isinstance(config, Qwen2STTConfig):
+        # The student's input is detached: its backward is the weights' gradient alone.
+        account["student"] = (2 if training else 1) * 4.0 * d
+    if isinstance(config, SurpriseConfig) and (training or isinstance(config, Qwen2SDTConfig)):
+        account["prior"] = trained * 6.0 * d * prior_width(config)
+    if isinstance(config, RoutedConfig) and config.predictor_weight:
+        up, down = 2.0 * d * (d // 2), 2.0 * (d // 2)
+        if training:
+            account["predictor"] = 2 * up + 3 * down
+        elif config.selection_rule == "predictor":
+            account["predictor"] = up + down
+    return account
+
+
+def layer_fraction(config: Qwen2Config, layer: int, fractions: dict[int, float] | None) -> float | None:
+    """Routed fraction of a layer; None for a dense one."""
+    if not isinstance(config, RoutedConfig) or layer not in config.routed_layers:
+        return None
+    return (fractions or {}).get(layer, config.capacity)
+
+
+def times(factor: float, account: Counter[str]) -> Counter[str]:
+    """Every entry of an account multiplied by `factor`."""
+    return Counter({name: factor * value for name, value in account.items()})

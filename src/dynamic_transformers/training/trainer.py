@@ -1,0 +1,363 @@
+"""The one training loop, for all four architectures, on one process or many (accelerate)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+
+from dynamic_transformers.data.loading import collate, load_split, load_tokenizer
+from dynamic_transformers.manifest import MANIFEST, digest, finished, read_manifest, write_manifest
+from dynamic_transformers.models import RoutedForCausalLM
+from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.tracking import METRICS, STATE, RunTracker
+from dynamic_transformers.training.batches import BlockOrder, MicroBatches
+from dynamic_transformers.training.budget import Budget, Progress
+from dynamic_transformers.training.build import build_model
+from dynamic_transformers.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from dynamic_transformers.training.display import TrainingDisplay
+from dynamic_transformers.training.flops import training_flops
+from dynamic_transformers.training.heldout import evaluate_heldout
+from dynamic_transformers.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+
+logger = logging.getLogger("dynamic_transformers")
+
+
+def train(
+    settings: Settings, data_dir: Path, run_dir: Path, parent_run_id: str = "", force: bool = False
+) -> Path:
+    """Train one model.
+
+    Writes `config.yaml`, `metrics.jsonl`, `checkpoints/step-…/` and, last, `manifest.json` into `run_dir`.
+    A finished run with the same settings and data is returned as it is; an unfinished one goes on from its
+    last checkpoint (`training.resume=auto`).
+
+    Args:
+        data_dir: folder that `prepare` wrote.
+        parent_run_id: MLflow run to hang this one under; '' for none.
+        force: begin anew, whatever `run_dir` holds.
+
+    Raises:
+        UserError: unfit data folder, checkpoint of other settings, no such device.
+    """
+    config = training_config(settings, data_dir)
+    accelerator = make_accelerator(settings)
+    if not force and finished(run_dir, "train", config):
+        logger.info("train: %s is finished, nothing to do", run_dir)
+        return run_dir
+    main = accelerator.is_main_process
+    with accelerator.main_process_first():
+        if main:
+            claim_run_dir(run_dir, settings, force)
+    run = TrainingRun(settings, data_dir, run_dir, accelerator, config, parent_run_id)
+    facts = run.fit()
+    if main:
+        write_manifest(run_dir, "train", config, {"data": data_dir}, **facts)
+    accelerator.wait_for_everyone()
+    return run_dir
+
+
+class TrainingRun:
+    """State of one run: model, optimizer, order of the blocks, work done."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        data_dir: Path,
+        run_dir: Path,
+        accelerator: Accelerator,
+        config: dict,
+        parent_run_id: str,
+    ):
+        self.settings, self.run_dir, self.accelerator = settings, run_dir, accelerator
+        self.training = settings.training
+        self.manifest = read_manifest(data_dir)
+        self.validation = load_split(data_dir, "validation")
+        self.identity = digest(identity(config))
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(data_dir)
+        set_seed(settings.run.seed)
+        model = build_model(settings, len(self.tokenizer), self.tokenizer.eos_token_id)
+        if self.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        optimizer = build_optimizer(model, self.training.optimizer)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.progress = self.resume()
+        self.tracker = RunTracker(
+            run_dir,
+            settings.tracking,
+            settings.run.output_dir,
+            name=f"{settings.model.type}-seed{settings.run.seed}",
+            params=settings.to_dict(),
+            tags={"architecture": settings.model.type, "seed": str(settings.run.seed)},
+            parent_run_id=parent_run_id,
+            enabled=accelerator.is_main_process,
+        )
+        self.tracker.log_data(data_dir, self.manifest)
+        self.micro_batches = self.loader(data_dir)
+        self.routed_sum: dict[int, float] = {}
+        self.routed_tokens = 0
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The model without accelerate's wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
+        data = self.settings.data
+        blocks = data.batch_size * self.training.gradient_accumulation_steps * self.accelerator.num_processes
+        return blocks * self.manifest["block_size"]
+
+    def resume(self) -> Progress:
+        """State of the checkpoint that `training.resume` names, or a fresh start."""
+        resume = self.training.resume
+        if resume == "none":
+            return Progress()
+        checkpoint = latest_checkpoint(self.run_dir) if resume == "auto" else Path(resume)
+        if checkpoint is None:
+            return Progress()
+        progress = load_checkpoint(checkpoint, self.plain_model, self.optimizer, self.identity)
+        logger.info("train: going on from %s", checkpoint)
+        return progress
+
+    def loader(self, data_dir: Path):
+        """Endless micro-batches of this rank, from the next step onwards."""
+        blocks = load_split(data_dir, "train")
+        sampler = MicroBatches(
+            BlockOrder(len(blocks), self.settings.run.seed),
+            self.settings.data.batch_size,
+            self.training.gradient_accumulation_steps,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.progress.step,
+        )
+        loader = DataLoader(
+            blocks,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.settings.system.num_workers,
+        )
+        return iter(loader)
+
+    def fit(self) -> dict:
+        """Run to the end of the budget; returns the facts for the manifest."""
+        budget = Budget.from_settings(self.training)
+        model_config = self.plain_model.config
+        assert isinstance(model_config, Qwen2Config)
+        length = self.manifest["block_size"]
+        step_flops = self.step_tokens * training_flops(model_config, length).total()
+        total = budget.total_steps(self.progress, self.step_tokens, step_flops)
+        main = self.accelerator.is_main_process
+        display = TrainingDisplay(self.tracker.state["name"], self.progress.step, main)
+        interval_start, interval_tokens = time.perf_counter(), 0
+        elapsed = 0.0
+        self.model.train()
+        try:
+            while self.progress.step < total:
+                factor = learning_rate_factor(self.training.optimizer, self.progress.step, total)
+                losses, fractions = self.optimizer_step(self.progress.step, total, factor)
+                step_flops = self.step_tokens * training_flops(model_config, length, fractions).total()
+                self.progress.step += 1
+                self.progress.tokens += self.step_tokens
+                self.progress.flops += step_flops
+                interval_tokens += self.step_tokens
+                total = budget.total_steps(self.progress, self.step_tokens, step_flops)
+                last = self.progress.step >= total
+                if self.progress.step % self.training.log_every == 0 or last:
+                    seconds = time.perf_counter() - interval_start
+                    elapsed += seconds
+                    speed = interval_tokens / seconds
+                    metrics = losses | {"train/learning_rate": self.training.optimizer.lr * factor}
+                    metrics |= {"train/tokens_per_second": speed}
+                    metrics |= {f"routing/layer_{i}/fraction": value for i, value in fractions.items()}
+                    self.log(metrics)
+                    display.update(self.progress.step, total, speed, losses["train/loss"])
+                    interval_start, interval_tokens = time.perf_counter(), 0
+                if last or (self.training.eval_every and self.progress.step % self.training.eval_every == 0):
+                    self.evaluate()
+                    interval_start, interval_tokens = time.perf_counter(), 0
+                every = self.training.checkpoint_every
+                if last or (every and self.progress.step % every == 0):
+                    self.checkpoint()
+                    interval_start, interval_tokens = time.perf_counter(), 0
+        finally:
+            display.close()
+            self.tracker.close(finished=False)
+        return {
+            "seed": self.settings.run.seed,
+            "architecture": self.settings.model.type,
+            "parameters": self.parameters,
+            "training_steps": self.progress.step,
+            "training_tokens": self.progress.tokens,
+            "training_flops": self.progress.flops,
+            "training_seconds": elapsed,
+            "train_routed_fraction": {
+                layer: total / max(1, self.routed_tokens) for layer, total in self.routed_sum.items()
+            },
+            "checkpoint": f"checkpoints/{latest_checkpoint(self.run_dir).name}",
+            "mlflow_run_id": self.tracker.run_id,
+            "parent_run_id": self.tracker.state["parent_run_id"],
+            "model_config": model_config.to_dict(),
+        }
+
+    def optimizer_step(
+        self, step: int, total_steps: int, lr_factor: float
+    ) -> tuple[dict[str, float], dict[int, float]]:
+        """One update from `gradient_accumulation_steps` micro-batches on every rank.
+
+        The loss is the sum over all targets of the step divided by their number, so it does not depend on
+        how the step is cut into micro-batches and ranks.
+
+        Returns:
+            Losses by metric name, and the routed fraction of each routed layer.
+        """
+        accelerator, accumulation = self.accelerator, self.training.gradient_accumulation_steps
+        plain = self.plain_model
+        routed = isinstance(plain, RoutedForCausalLM)
+        if routed:
+            plain.set_progress(step, total_steps)
+        batches = [next(self.micro_batches) for _ in range(accumulation)]
+        counts = torch.tensor([sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)])
+        targets = accelerator.reduce(counts.to(accelerator.device), "sum")[0]
+        set_learning_rate(self.optimizer, lr_factor)
+        sums: dict[str, torch.Tensor] = {}
+        fractions: dict[int, torch.Tensor] = {}
+        for index, batch in enumerate(batches):
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            scale = {"num_tokens_in_batch": self.step_tokens} if routed else {}
+            syncs = index == accumulation - 1
+            with contextlib.nullcontext() if syncs else accelerator.no_sync(self.model):
+                outputs = self.model(**batch, num_items_in_batch=targets, use_cache=False, **scale)
+                # DDP averages over ranks; the loss is already a share of the whole step.
+                accelerator.backward(outputs.loss * accelerator.num_processes)
+            add(sums, "train/total_loss", outputs.loss.detach())
+            if not routed:
+                add(sums, "train/loss", outputs.loss.detach())
+                continue
+            add(sums, "train/loss", outputs.language_model_loss.detach())
+            share = 1 / (accumulation * accelerator.num_processes)
+            for name, value in outputs.auxiliary_losses.items():
+                add(sums, f"train/{name}_loss", value.detach() * share)
+            for layer, result in outputs.routing.items():
+                add(fractions, layer, result.selected.float().mean() * share)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.training.optimizer.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        values = torch.stack([*sums.values(), *fractions.values()]).float()
+        values = accelerator.reduce(values, "sum").tolist()
+        losses = dict(zip(sums, values, strict=False))
+        if not all(map(torch.isfinite, torch.tensor([*losses.values()]))):
+            raise FloatingPointError(f"loss is not finite at step {step}: {losses}")
+        measured = dict(zip(fractions, values[len(sums) :], strict=True))
+        for layer, fraction in measured.items():
+            self.routed_sum[layer] = self.routed_sum.get(layer, 0.0) + fraction * self.step_tokens
+        self.routed_tokens += self.step_tokens
+        return losses | {"train/grad_norm": float(norm)}, measured
+
+    def evaluate(self) -> None:
+        """Held-out loss on the validation split, on every rank alike, logged by rank 0."""
+        result = evaluate_heldout(self.plain_model, self.validation, self.settings.data.batch_size)
+        metrics = {"eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
+        for layer, fraction in result.routed_fraction.items():
+            metrics[f"routing/layer_{layer}/eval_fraction"] = fraction
+            metrics[f"routing/layer_{layer}/gate_mean"] = result.gate_mean[layer]
+            metrics[f"routing/layer_{layer}/gate_std"] = result.gate_std[layer]
+        self.log(metrics)
+        logger.info("validation loss %.4f nats/token, %.4f bits/byte", result.loss, result.bits_per_byte)
+
+    def checkpoint(self) -> None:
+        """Save the state, by rank 0."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.run_dir, self.plain_model, self.optimizer, self.progress, self.identity)
+        self.accelerator.wait_for_everyone()
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write metrics with the work done so far."""
+        if self.accelerator.is_main_process:
+            done = {"tokens": self.progress.tokens, "training_flops": self.progress.flops}
+            self.tracker.log(self.progress.step, done | metrics)
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """Accelerator for `system.device` and `system.precision`.
+
+    Raises:
+        UserError: CUDA is asked for and absent.
+    """
+    device = settings.system.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("system.device=cuda: no CUDA device is available; use system.device=cpu or auto")
+    mixed = {"fp32": "no", "bf16": "bf16"}[settings.system.precision]
+    return Accelerator(mixed_precision=mixed, cpu=device == "cpu")
+
+
+def training_config(settings: Settings, data_dir: Path) -> dict:
+    """What a finished run depends on, without places and names."""
+    values = settings.to_dict()
+    config = {key: values[key] for key in ("model", "training", "system")}
+    config["training"] = {key: value for key, value in config["training"].items() if key != "resume"}
+    batch_size = settings.data.batch_size
+    return config | {
+        "seed": settings.run.seed,
+        "batch_size": batch_size,
+        "data_digest": read_manifest(data_dir)["digest"],
+    }
+
+
+def identity(config: dict) -> dict:
+    """What must agree for a run to go on from a checkpoint: all but when to stop, log, evaluate and save."""
+    free = ("max_steps", "max_tokens", "max_flops", "log_every", "eval_every", "checkpoint_every")
+    training = {key: value for key, value in config["training"].items() if key not in free}
+    return config | {"training": training, "system": {"precision": config["system"]["precision"]}}
+
+
+def claim_run_dir(run_dir: Path, settings: Settings, force: bool) -> None:
+    """Make `run_dir` ready: emptied when the run begins anew, kept when it goes on.
+
+    Raises:
+        UserError: it holds a finished run with other settings, which only `force` replaces.
+    """
+    if (run_dir / MANIFEST).is_file() and not force:
+        raise UserError(
+            f"{run_dir} holds a finished run with other settings; "
+            "choose another run.name, or replace it by --force"
+        )
+    checkpoint = None if force or settings.training.resume == "none" else latest_checkpoint(run_dir)
+    if checkpoint is None and run_dir.exists():
+        for name in ("checkpoints", "final_model"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        for name in (METRICS, STATE, MANIFEST):
+            (run_dir / name).unlink(missing_ok=True)
+    elif checkpoint is not None:
+        forget_after(run_dir / METRICS, read_state(checkpoint)["step"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False))
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that an interrupted run logged after its last checkpoint."""
+    if metrics.is_file():
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        metrics.write_text("".join(f"{line}\n" for line in lines))
+
+
+def add(sums: dict, key, value: torch.Tensor) -> None:
+    """sums[key] += value."""
+    sums[key] = sums[key] + value if key in sums else value

@@ -1,0 +1,191 @@
+"""compare() end to end: files, contract, self-contained HTML, labels, and what it refuses."""
+
+import json
+import re
+
+import pytest
+from synthetic_evaluations import make_run, write_run, write_runs
+
+from dynamic_transformers.comparison.compare import compare, print_comparison
+from dynamic_transformers.comparison.plots import smoothed
+from dynamic_transformers.comparison.report import summary
+from dynamic_transformers.manifest import read_manifest, write_json
+from dynamic_transformers.settings import UserError
+
+PLOTS = ("loss_vs_flops.png", "bench.png", "efficiency.png", "routed_fraction.png")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Report of the four architectures, one of them non-causal, given in no order."""
+    parent = tmp_path_factory.mktemp("four")
+    runs = [make_run("stt", 0, "topk"), make_run("mod"), make_run("standard"), make_run("sdt")]
+    return compare(write_runs(parent / "in", runs), parent / "report")
+
+
+def test_writes_every_file_and_a_manifest(four):
+    assert sorted(path.name for path in four.iterdir()) == sorted(
+        [*PLOTS, "comparison.json", "manifest.json", "report.html"]
+    )
+    for name in PLOTS:
+        assert (four / name).read_bytes().startswith(b"\x89PNG")
+    manifest = read_manifest(four)
+    assert manifest["step"] == "compare"
+    assert list(manifest["inputs"]) == [
+        "standard-seed0",
+        "mod-threshold-seed0",
+        "sdt-threshold-seed0",
+        "stt-topk-seed0",
+    ]
+
+
+def test_comparison_json_keeps_the_contract(four):
+    comparison = json.loads((four / "comparison.json").read_text())
+    assert set(comparison) == {"schema_version", "runs"} and comparison["schema_version"] == 1
+    assert [run["architecture"] for run in comparison["runs"]] == ["standard", "mod", "sdt", "stt"]
+    expected = make_run("mod")
+    del expected["schema_version"]
+    assert comparison["runs"][1] == expected
+
+
+def test_printed_table_names_the_report(four, capsys):
+    print_comparison(four)
+    out = capsys.readouterr().out
+    assert "Standard" in out and "4.234" in out
+    assert str(four / "report.html") in out
+
+
+def test_html_fetches_nothing(four):
+    html = (four / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", html)
+    assert len(sources) == 1 + len(PLOTS)
+    assert all(source.startswith("data:") for source in sources)
+    assert not re.search(r"https?://|@import|url\(|<script|<iframe", html)
+
+
+def test_non_causal_is_labelled_wherever_it_appears(four):
+    html = (four / "report.html").read_text()
+    text = re.sub(r"<[^>]+>", " ", html[html.index("<body>") :])
+    named = re.findall(r"STT \(topk\)(.{0,40})", text)
+    assert len(named) >= 4  # summary, table, rules, lineage
+    assert all(rest.strip().startswith("– non-causal upper bound") for rest in named)
+
+
+def test_report_says_how_and_from_what(four):
+    html = (four / "report.html").read_text()
+    run = make_run("mod")
+    for part in ("How these numbers were made", "multiply-add is 2 FLOPs", "dense\nteacher", "test split"):
+        assert part in html
+    for part in (run["model_dir"], run["config_digest"], run["mlflow_run_id"], "transformers 5"):
+        assert part in html
+
+
+def test_second_call_returns_the_finished_report(four, tmp_path):
+    runs = [make_run("standard"), make_run("mod")]
+    folders = write_runs(tmp_path / "in", runs)
+    report = compare(folders, tmp_path / "report")
+    made = (report / "report.html").stat().st_mtime_ns
+    compare(folders[::-1], tmp_path / "report")
+    assert (report / "report.html").stat().st_mtime_ns == made
+    compare(folders, tmp_path / "report", force=True)
+    assert (report / "report.html").stat().st_mtime_ns > made
+
+    # An evaluation measured again has the same manifest digest, yet must reach the report.
+    runs[1]["eval"]["loss"] = 4.011
+    write_json(folders[1] / "evaluation.json", runs[1])
+    assert "4.011" in (compare(folders, tmp_path / "report") / "report.html").read_text()
+
+
+def test_unequal_work_is_said_plainly(tmp_path):
+    folders = write_runs(tmp_path / "in", [make_run("standard"), make_run("mod", flops=1.4e13)])
+    html = (compare(folders, tmp_path / "report") / "report.html").read_text()
+    assert html.count("this is not an isoFLOP comparison") == 3  # summary, warnings, caption
+
+
+def test_bare_evaluations_still_make_a_report(tmp_path):
+    """One architecture, no benchmark, no decode, no history."""
+    run = make_run("standard")
+    run["bench"], run["bench_stderr"], run["history"] = {}, {}, []
+    run["efficiency"] |= {"decode_tokens_per_second": None, "kv_bytes_per_token": None}
+    run["mlflow_run_id"] = None
+    report = compare([write_run(tmp_path / "in", run)], tmp_path / "report")
+    assert all((report / name).stat().st_size > 1000 for name in PLOTS)
+    assert "Every benchmark score" not in (report / "report.html").read_text()
+
+
+def test_many_seeds_and_partly_missing_values(tmp_path):
+    runs = [make_run(name, seed) for name in ("standard", "mod") for seed in range(5)]
+    runs[7]["efficiency"]["decode_tokens_per_second"] = None
+    runs[7]["bench"], runs[7]["bench_stderr"] = {}, {}
+    for run in runs[:5]:
+        del run["bench"]["dt_cloze"], run["bench"]["dt_perplexity_code"]
+        run["efficiency"]["decode_tokens_per_second"] = None
+    for fraction in runs[7]["efficiency"]["routed_fraction"].values():
+        fraction |= {"train": None, "eval": None, "target": None}
+    report = compare(write_runs(tmp_path / "in", runs), tmp_path / "report")
+    assert "(seed 0, 1, 2, 3, 4)" in (report / "report.html").read_text()
+
+
+def test_title_is_escaped(tmp_path):
+    folder = write_run(tmp_path / "in", make_run("standard"))
+    html = (compare([folder], tmp_path / "report", title="<b>a & b</b>") / "report.html").read_text()
+    assert "<h1>&lt;b&gt;a &amp; b&lt;/b&gt;</h1>" in html
+
+
+def test_summary_states_the_difference():
+    runs = [make_run("standard"), make_run("mod")]
+    runs[0]["eval"]["loss"], runs[1]["eval"]["loss"] = 4.24, 4.21
+    text = summary(runs)
+    assert "MoD reaches a test loss of 4.210 nats/token, 0.030 below standard" in text
+    assert "0.60 times its forward FLOPs" in text and "Training FLOPs are equal" in text
+
+
+def test_smoothing_is_centred_and_keeps_the_length():
+    assert smoothed([0.0, 0.0, 5.0, 0.0, 0.0], 5) == [5 / 3, 1.25, 1.0, 1.25, 5 / 3]
+
+
+def put(run, key, value):
+    *parents, last = key.split(".")
+    for part in parents:
+        run = run[part]
+    run[last] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("schema_version", 2, "schema_version is 2, must be 1"),
+        ("architecture", "rnn", "architecture is rnn"),
+        ("eval.loss", float("nan"), "eval.loss is nan"),
+        ("eval", {}, "has no key eval.loss"),
+        ("eval.causal", True, "looks at later tokens"),
+    ],
+)
+def test_malformed_evaluations_are_refused(tmp_path, key, value, message):
+    run = make_run("mod", 0, "topk")
+    put(run, key, value)
+    with pytest.raises(UserError, match=message):
+        compare([write_run(tmp_path / "in", run)], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_wrong_sets_of_evaluations_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no evaluation given"):
+        compare([], tmp_path / "report")
+    with pytest.raises(UserError, match="no such folder"):
+        compare([tmp_path / "nowhere"], tmp_path / "report")
+    twice = write_runs(tmp_path / "twice", [make_run("mod"), make_run("mod")])
+    with pytest.raises(UserError, match="2 evaluations of mod-threshold-seed0"):
+        compare(twice, tmp_path / "report")
+    other = make_run("mod", 1) | {"parameters": 7}
+    with pytest.raises(UserError, match="seeds of one configuration"):
+        compare(write_runs(tmp_path / "other", [make_run("mod"), other]), tmp_path / "report")
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    folder = write_run(tmp_path / "in", make_run("standard"))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match="choose an empty folder"):
+        compare([folder], tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").exists()

@@ -1,0 +1,94 @@
+"""The table as text: formats, intervals, labels, bold, warnings."""
+
+import io
+
+import pytest
+from rich.console import Console
+from synthetic_evaluations import make_run
+
+from dynamic_transformers.comparison.statistics import group_runs, mean_interval
+from dynamic_transformers.comparison.tables import (
+    LOSS_HEADER,
+    TERMINAL_HEADERS,
+    bench_value,
+    headline_metric,
+    main_table,
+    render_table,
+    si,
+    with_interval,
+)
+
+
+def cell(table, label, header):
+    row = next(row for row in table.rows if row.label == label)
+    return row.cells[table.headers.index(header) - 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.234e13, "12.3 T"), (999.6, "1.00 k"), (1000, "1.00 k"), (17, "17"), (2_468_352, "2.47 M"), (0, "0")],
+)
+def test_si(value, text):
+    assert si(value) == text
+
+
+def test_seeds_show_mean_and_interval_and_one_seed_shows_the_mean():
+    runs = [make_run("standard", seed) for seed in range(3)]
+    for run, loss in zip(runs, (4.0, 4.1, 4.2), strict=True):
+        run["eval"]["loss"] = loss
+    # t(2) · s / √3 = 4.303 · 0.1 / 1.732
+    assert cell(main_table(runs), "Standard", LOSS_HEADER) == "4.100 ± 0.248"
+    assert cell(main_table(runs[:1]), "Standard", LOSS_HEADER) == "4.000"
+    assert with_interval(mean_interval([None]), 3) == "–"
+
+
+def test_caption_states_single_seeds_and_unequal_work():
+    caption = " ".join(main_table([make_run("standard"), make_run("mod", flops=1.4e13)]).caption)
+    assert "1 seed: differences are not significant by themselves" in caption
+    assert "13.5 %" in caption and "not an isoFLOP comparison" in caption
+    caption = " ".join(main_table([make_run("standard", 0), make_run("standard", 1)]).caption)
+    assert "significant" not in caption and "isoFLOP" not in caption
+
+
+def test_nulls_are_dashes():
+    run = make_run("mod")
+    run["efficiency"]["decode_tokens_per_second"] = None
+    run["efficiency"]["kv_bytes_per_token"] = None
+    table = main_table([run])
+    for header in ("decode tok/s", "KV bytes/token", "FLOPs ratio", "prefill tok/s ratio"):
+        assert cell(table, "MoD", header) == "–"
+
+
+def test_unigram_is_the_last_row():
+    row = main_table([make_run("standard")]).rows[-1]
+    assert row.label == "unigram" and "5.873" in row.cells
+
+
+def test_terminal_table_fits_80_columns_and_cuts_nothing():
+    runs = [make_run(name, seed) for name in ("standard", "mod", "sdt", "stt") for seed in range(3)]
+    runs += [make_run("mod", seed, "topk") for seed in range(3)]
+    for seed in range(3):
+        runs[3 + seed]["eval"]["loss"] = 3.9 + 0.001 * seed
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system="standard")
+    console.print(render_table({"schema_version": 1, "runs": runs}))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert "\x1b[1m 3.901\x1b[0m" in text  # bold: separated
+    assert text.index("Standard") < text.index("MoD") < text.index("SDT") < text.index("STT")
+    for part in ("non-causal", "upper bound", "3 seeds", "unigram", "±0.002"):
+        assert part in text
+    assert set(TERMINAL_HEADERS) == set(main_table(runs).headers) - {"architecture", "seeds"}
+
+
+def test_standard_error_does_not_shrink_with_seeds():
+    groups = group_runs([make_run("mod", seed) for seed in range(4)])
+    value, error = bench_value(groups[0], "dt_cloze", "acc")
+    assert value is not None and value.count == 4
+    assert error == pytest.approx(0.058)
+    assert bench_value(groups[0], "no_such_task", "acc") == (None, None)
+
+
+def test_headline_metric():
+    assert headline_metric(["word_perplexity", "bits_per_byte"]) == "bits_per_byte"
+    assert headline_metric(["acc_norm", "acc"]) == "acc"
+    assert headline_metric(["bleu"]) is None

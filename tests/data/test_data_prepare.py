@@ -1,0 +1,215 @@
+"""The whole step: contents of the data folder, determinism, reuse, tasks, errors."""
+
+import json
+import logging
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from dynamic_transformers.data import arithmetic
+from dynamic_transformers.data.documents import collect
+from dynamic_transformers.data.loading import collate, load_split, load_tokenizer
+from dynamic_transformers.data.prepare import data_config, prepare
+from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.settings import UserError
+
+SPLITS = ("train", "validation", "test")
+FACTS = ("sources", "splits", "unigram_loss", "vocab_size", "block_size", "seed", "tokenizer_name")
+
+
+def tasks(folder):
+    return {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (folder / "tasks").glob("*.jsonl")
+    }
+
+
+def facts(folder):
+    return {name: read_manifest(folder)[name] for name in FACTS}
+
+
+def input_ids(folder):
+    return {split: load_split(folder, split)["input_ids"][:].tobytes() for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory, make_settings):
+    """The three embedded sources, small."""
+    sources = [
+        {"name": name, "type": "embedded", "weight": weight}
+        for name, weight in (("prose", 2), ("code", 2), ("math", 1))
+    ]
+    settings = make_settings(sources, vocab_size=512, block_size=64, max_tokens=40000, max_eval_tokens=5000)
+    folder = prepare(settings, tmp_path_factory.mktemp("embedded") / "data")
+    return settings, folder
+
+
+def test_embedded_folder_holds_what_its_manifest_says(embedded):
+    settings, folder = embedded
+    manifest = read_manifest(folder)
+    assert manifest["step"] == "prepare_data" and manifest["config"] == data_config(settings)
+    assert manifest["vocab_size"] == len(load_tokenizer(folder)) == 512
+    for split in SPLITS:
+        told, blocks = manifest["splits"][split], load_split(folder, split)
+        ids, positions = blocks["input_ids"][:], blocks["position_ids"][:]
+        assert ids.shape == positions.shape == (told["blocks"], 64)
+        assert told["tokens"] == ids.size
+        assert told["target_tokens"] == np.count_nonzero(positions)
+        assert told["bytes"] == blocks["num_bytes"][:].sum()
+        assert set(np.unique(np.diff(positions)[positions[:, 1:] != 0])) == {1}
+        assert 1.5 < told["bytes"] / told["target_tokens"] < 6
+    stored = datasets.Dataset.load_from_disk(str(folder / "train")).features["input_ids"]
+    assert stored.feature.dtype == "int32" and stored.length == 64
+    for source in manifest["sources"]:
+        asked = {"prose": 0.4, "code": 0.4, "math": 0.2}[source["name"]]
+        assert source["proportion_asked"] == pytest.approx(asked)
+        assert source["proportion_realised"] == pytest.approx(asked, abs=0.05)
+        assert (
+            source["documents_in"] > source["documents_used"] + source["filtered"] + source["duplicates"] > 0
+        )
+    assert sum(source["tokens"] for source in manifest["sources"]) >= manifest["splits"]["train"]["tokens"]
+    assert 4 < manifest["unigram_loss"]["test"] < np.log(512)
+
+
+def test_a_loader_gives_batches(embedded):
+    loader = DataLoader(load_split(embedded[1], "train"), batch_size=3, collate_fn=collate)
+    batch = next(iter(loader))
+    assert set(batch) == {"input_ids", "position_ids", "labels"}
+    assert {tuple(tensor.shape) for tensor in batch.values()} == {(3, 64)}
+    unpredicted = batch["position_ids"] == 0
+    assert (batch["labels"][unpredicted] == -100).all()
+    assert (batch["labels"][~unpredicted] == batch["input_ids"][~unpredicted]).all()
+
+
+def test_tasks_come_from_the_test_split_only(embedded):
+    settings, folder = embedded
+    corpus = collect(settings.data)
+    held_out = {name: [d.text for d in documents] for name, documents in corpus.splits["test"].items()}
+    found = tasks(folder)
+    assert set(found) == {"perplexity_prose", "perplexity_code", "perplexity_math", "cloze", "arithmetic"}
+    for name, texts in held_out.items():
+        examples = [example["text"] for example in found[f"perplexity_{name}"]]
+        assert 0 < len(examples) <= 40 and max(map(len, examples)) <= 1200
+        assert set(examples) <= {text[:1200] for text in texts}
+    assert len(found["cloze"]) == 8
+    for index, example in enumerate(found["cloze"]):
+        texts = held_out[("prose", "code")[index % 2]]
+        true = example["context"] + example["choices"][example["answer"]]
+        assert 150 <= len(example["context"]) <= 200
+        owners = [text for text in texts if true in text]
+        assert owners
+        assert len(set(example["choices"])) == 4 and {len(choice) for choice in example["choices"]} == {40}
+        for choice in example["choices"]:
+            assert any(choice in text for text in texts)
+    assert sorted(example["answer"] for example in found["cloze"]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_arithmetic_questions_are_unseen_and_their_answers_right(embedded):
+    settings, folder = embedded
+    training = collect(settings.data).splits["train"]
+    seen = {key for texts in training.values() for d in texts for key in arithmetic.expressions(d.text)}
+    math = "\n".join(document.text for document in training["math"])
+    examples = tasks(folder)["arithmetic"]
+    assert len(examples) == 8 == len({example["question"] for example in examples})
+    assert sorted(example["answer"] for example in examples) == [0, 0, 1, 1, 2, 2, 3, 3]
+    for example in examples:
+        (key,) = arithmetic.expressions(example["question"])
+        assert key not in seen
+        expression = example["question"].removeprefix("Question: ").removesuffix(" =")
+        assert f" {expression} =" not in math
+        assert [choice == f" {eval(expression)}" for choice in example["choices"]].index(True) == example[
+            "answer"
+        ]
+        assert len(set(example["choices"])) == 4
+        assert f"\n{example['question'].split(expression)[0]}" in math  # the form is the documents' own
+
+
+def test_two_runs_are_the_same_to_the_byte(tmp_path, make_settings, make_source):
+    settings = make_settings(
+        [make_source("a", 300), make_source("b", 300, seed=1, weight=3)], max_tokens=8000
+    )
+    first, second = prepare(settings, tmp_path / "1"), prepare(settings, tmp_path / "2")
+    assert input_ids(first) == input_ids(second)
+    assert facts(first) == facts(second)
+    assert tasks(first) == tasks(second) and "cloze" in tasks(first)
+
+
+def test_another_seed_changes_the_training_order_alone(tmp_path, make_settings, make_source):
+    sources = [make_source("a", 300)]
+    first, second = (prepare(make_settings(sources, seed=seed), tmp_path / str(seed)) for seed in (0, 1))
+    ids = input_ids(first), input_ids(second)
+    assert ids[0]["train"] != ids[1]["train"]
+    assert ids[0]["validation"] == ids[1]["validation"] and ids[0]["test"] == ids[1]["test"]
+    assert tasks(first) == tasks(second)
+
+
+def test_a_finished_folder_is_reused_unless_forced(tmp_path, make_settings, make_source, caplog):
+    settings = make_settings([make_source("a", 200)])
+    folder = prepare(settings, tmp_path / "data")
+    made = (folder / "manifest.json").stat().st_ino
+    other_batch = replace(settings, data=replace(settings.data, batch_size=3, output_dir="elsewhere"))
+    assert prepare(other_batch, folder) == folder
+    assert (folder / "manifest.json").stat().st_ino == made
+    with caplog.at_level(logging.INFO, "dynamic_transformers"):
+        prepare(settings, folder, force=True)
+    assert (folder / "manifest.json").stat().st_ino != made
+    lines = caplog.text
+    assert "source a: 200 records read" in lines and "tokenizer: " in lines and "train: " in lines
+    prepare(replace(settings, data=replace(settings.data, block_size=16)), folder)
+    assert read_manifest(folder)["block_size"] == 16
+
+
+def test_quarantine_file_and_a_tokenizer_by_name(tmp_path, make_settings, make_source, make_texts):
+    records = [{"text": text} for text in make_texts(200)] + [{"text": 7}]
+    source = make_source("a", records=records)
+    first = prepare(make_settings([source]), tmp_path / "1")
+    (entry,) = map(json.loads, (first / "quarantine.jsonl").read_text().splitlines())
+    assert entry == {"source": "a", "index": 200, "reason": "int instead of str", "record": "7"}
+    assert read_manifest(first)["sources"][0]["quarantined"] == 1
+    named = make_settings([source], tokenizer_name=str(first / "tokenizer"), vocab_size=9999)
+    second = prepare(named, tmp_path / "2")
+    assert input_ids(first) == input_ids(second)
+    assert read_manifest(second)["tokenizer_name"] == str(first / "tokenizer")
+
+
+def test_a_failed_run_leaves_the_old_folder_and_no_other(tmp_path, make_settings, make_source):
+    folder = prepare(make_settings([make_source("a", 200)]), tmp_path / "out" / "data")
+    broken = make_settings([make_source("b", records=[{"text": 1}] * 200)])
+    with pytest.raises(UserError, match="200 of 200 records are broken"):
+        prepare(broken, folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]
+    assert read_manifest(folder)["sources"][0]["name"] == "a"
+
+
+def test_mistakes_are_told_in_one_line(tmp_path, make_settings, make_source):
+    source = make_source("a", 200)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("precious")
+    (tmp_path / "file").touch()
+    cases = [
+        (make_settings([source]), home, "holds something else than an output of prepare_data"),
+        (make_settings([source]), tmp_path / "file", "is a file"),
+        (
+            make_settings([source], block_size=2000, max_tokens=100),
+            tmp_path / "out",
+            "less than data.block_size=2000",
+        ),
+    ]
+    for settings, folder, words in cases:
+        with pytest.raises(UserError, match=words) as error:
+            prepare(settings, folder, force=True)
+        assert "\n" not in str(error.value)
+    assert (home / "thesis.tex").read_text() == "precious"
+    with pytest.raises(UserError, match="no such folder"):
+        load_split(tmp_path / "out", "train")
+
+
+def test_without_a_test_split_there_are_no_held_out_tasks(tmp_path, make_settings, make_source):
+    folder = prepare(make_settings([make_source("a", 200)], test_split_percentage=0), tmp_path / "data")
+    assert set(tasks(folder)) == {"arithmetic"}
+    assert len(load_split(folder, "test")) == 0
+    assert read_manifest(folder)["unigram_loss"]["test"] is None

@@ -1,0 +1,97 @@
+"""Round trip, digits, byte counts, and that other ways of loading the tokenizer change nothing."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dynamic_transformers.data.documents import Document
+from dynamic_transformers.data.tokenization import (
+    END_OF_TEXT,
+    _bytes_of_tokens,
+    encode,
+    load_pretrained_tokenizer,
+    train_tokenizer,
+)
+from dynamic_transformers.settings import UserError
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_texts):
+    return train_tokenizer(make_texts(200), 500)
+
+
+def encode_text(tokenizer, text):
+    (encoded,) = encode(tokenizer, [Document(text, "a", b"")])
+    return encoded
+
+
+@given(text=texts | texts.map(lambda text: f"{text}{END_OF_TEXT} 12 {text}"))
+@settings(max_examples=200, deadline=None)
+def test_round_trip_and_bytes(tokenizer, text):
+    encoded = encode_text(tokenizer, text)
+    end = tokenizer.eos_token_id
+    assert encoded.input_ids[0] == encoded.input_ids[-1] == end
+    assert end not in encoded.input_ids[1:-1]
+    assert tokenizer.decode(encoded.input_ids[1:-1]) == text
+    assert encoded.num_bytes.min() >= 0 and encoded.num_bytes[0] == encoded.num_bytes[-1] == 0
+    assert encoded.num_bytes.sum() == len(text.encode())
+
+
+def test_bytes_of_each_token_by_hand():
+    tokenizer = train_tokenizer(["aaaa"], 257)  # bytes only: a character of n bytes is n tokens
+    encoded = encode_text(tokenizer, "aé東🙂b")
+    assert encoded.num_bytes.tolist() == [0, 1, 2, 0, 3, 0, 0, 4, 0, 0, 0, 1, 0]
+
+
+def test_offsets_that_step_back_count_no_byte_twice():
+    assert _bytes_of_tokens("abécd", [(0, 1), (1, 3), (1, 2), (3, 5)]).tolist() == [1, 3, 0, 2]
+
+
+def test_digits_stand_alone(tokenizer):
+    assert tokenizer.tokenize(" 1234 + 5") == ["Ġ", "1", "2", "3", "4", "Ġ+", "Ġ", "5"]
+
+
+def test_beside_a_qwen2_config_the_tokens_are_the_same(tokenizer, tmp_path, make_texts):
+    """There AutoTokenizer builds a Qwen2Tokenizer and passes over the rules in tokenizer.json."""
+    tokenizer.save_pretrained(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    qwen2 = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(qwen2) is not type(plain)
+    samples = [*make_texts(20, seed=5), "def f(x):\n    return  x\n\n\nI don't 1234 (a_b)!\t "]
+    for text in samples:
+        expected = tokenizer(text)["input_ids"]
+        assert plain(text)["input_ids"] == expected == qwen2(text)["input_ids"]
+    for other in (plain, qwen2):
+        assert (other.bos_token, other.eos_token, other.pad_token) == (END_OF_TEXT,) * 3
+        assert len(other) == len(tokenizer)
+
+
+def test_a_tokenizer_from_a_folder_with_its_own_beginning(tmp_path):
+    vocabulary = {"<s>": 0, "</s>": 1, **{c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet(), 2)}}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2: offsets without spaces
+    backend.normalizer = normalizers.Strip()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(
+        tmp_path
+    )
+    encoded = encode_text(load_pretrained_tokenizer(str(tmp_path)), "é  a  ")
+    assert encoded.input_ids[0] == 0 and encoded.input_ids[-1] == 1
+    assert encoded.num_bytes.sum() == len("é  a  ".encode())
+
+
+def test_mistakes_are_told_in_one_line(tmp_path):
+    for name in ("nobody/nothing", str(tmp_path)):
+        with pytest.raises(UserError, match=f"data.tokenizer_name={name}") as error:
+            load_pretrained_tokenizer(name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="vocab_size=256: must be at least 257"):
+        train_tokenizer(["text"], 256)

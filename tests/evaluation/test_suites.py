@@ -1,0 +1,70 @@
+"""The suites name tasks that lm-eval has and data sets that need no scripts; embedded tasks resolve."""
+
+from pathlib import Path
+
+import pytest
+
+from dynamic_transformers.evaluation.harness import task_manager
+from dynamic_transformers.evaluation.suites import SUITES, embedded_tasks, expand_tasks
+from dynamic_transformers.settings import UserError
+
+HUB_TASKS = [(task, dataset) for suite in SUITES.values() for task, dataset in suite.items()]
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "data" / "tasks"
+    folder.mkdir(parents=True)
+    for name in ("perplexity_my_code", "perplexity_prose", "cloze", "arithmetic"):
+        (folder / f"{name}.jsonl").write_text("{}\n")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(("task", "dataset"), HUB_TASKS)
+def test_hub_task_exists_and_reads_the_approved_data_set(task: str, dataset: str) -> None:
+    entry = task_manager(include_defaults=True).task_index[task]
+    assert entry.cfg is not None
+    assert entry.cfg["dataset_path"] == dataset
+    assert not str(entry.cfg.get("dataset_name") or "").endswith(".py")
+    assert not (entry.cfg.get("dataset_kwargs") or {}).get("trust_remote_code")
+
+
+def test_only_the_code_suite_runs_code() -> None:
+    index = task_manager(include_defaults=True).task_index
+    unsafe = {task for task, _ in HUB_TASKS if (index[task].cfg or {}).get("unsafe_code")}
+    assert unsafe == set(SUITES["code"])
+
+
+def test_quick_test_is_what_the_data_folder_has(data_dir: Path) -> None:
+    specs = expand_tasks(["quick_test"], data_dir)
+    assert set(specs) == {"dt_perplexity_my_code", "dt_perplexity_prose", "dt_cloze", "dt_arithmetic"}
+    for name, config in embedded_tasks(data_dir).items():
+        assert specs[name] == config
+        assert config["task"] == name
+        assert Path(config["dataset_kwargs"]["data_files"]["test"]).is_file()
+        assert all({"aggregation", "higher_is_better"} <= set(metric) for metric in config["metric_list"])
+
+
+def test_suites_and_names_mix_in_order_and_each_once(data_dir: Path) -> None:
+    specs = expand_tasks(["mbpp", "dt_cloze", "code", "dt_cloze"], data_dir)
+    assert list(specs) == ["mbpp", "dt_cloze", "humaneval"]
+    assert specs["mbpp"] == "mbpp"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "with_data", "message"),
+    [
+        (["quick_test"], False, "--data_dir"),
+        (["dt_cloze"], False, "--data_dir"),
+        (["dt_perplexity_math"], True, "dt_perplexity_prose"),
+        ([], True, "no tasks"),
+    ],
+)
+def test_mistakes_are_named(data_dir: Path, tasks: list[str], with_data: bool, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        expand_tasks(tasks, data_dir if with_data else None)
+
+
+def test_a_folder_without_task_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no task files"):
+        embedded_tasks(tmp_path)

@@ -1,0 +1,177 @@
+"""Selection, skipping and calibration."""
+
+import pytest
+import torch
+
+from dynamic_transformers.models.routing import (
+    CalibratedThreshold,
+    Selection,
+    capacity_to_tokens,
+    select_mask,
+    select_top_k,
+)
+from tests.models.tiny import ROUTED, calibrated, tiny_model, tokens
+
+
+def test_top_k_is_ascending_and_holds_the_best():
+    scores = torch.rand(3, 20)
+    selection = select_top_k(scores, 0.3, None)
+    assert selection.indices.shape == (3, 6) and selection.valid is None
+    assert (selection.indices.diff(dim=1) > 0).all()
+    for row in range(3):
+        assert set(selection.indices[row].tolist()) == set(scores[row].topk(6).indices.tolist())
+
+
+def test_padding_never_competes_and_k_counts_valid_tokens():
+    scores = torch.rand(3, 20)
+    valid = torch.ones(3, 20, dtype=torch.bool)
+    valid[0, :10] = False
+    valid[1, 4:] = False
+    scores[~valid] = 100.0
+    selection = select_top_k(scores, 0.5, valid)
+    mask = selection.mask(20)
+    assert mask.sum(1).tolist() == [5, 2, 10]
+    assert not (mask & ~valid).any()
+    assert mask[0].nonzero().flatten().tolist() == sorted((10 + scores[0, 10:].topk(5).indices).tolist())
+
+
+@pytest.mark.parametrize(
+    ("capacity", "n", "k"), [(0.29, 100, 29), (0.125, 7, 1), (0.5, 1, 1), (1.0, 5, 5), (0.3, 10, 3)]
+)
+def test_k_is_the_floor_and_at_least_one(capacity, n, k):
+    assert int(capacity_to_tokens(capacity, n)) == k
+
+
+def test_mask_and_selection_are_inverse():
+    mask = torch.rand(4, 13) > 0.6
+    mask[2] = False
+    assert torch.equal(select_mask(mask).mask(13), mask)
+    assert select_mask(torch.zeros(2, 5, dtype=torch.bool)).indices.shape == (2, 0)
+    assert torch.equal(Selection(torch.tensor([[0, 2]]), None).mask(3), torch.tensor([[True, False, True]]))
+
+
+def test_threshold_is_the_bias_corrected_average_of_the_quantile():
+    threshold = CalibratedThreshold(decay=0.9)
+    assert threshold.value() == 0
+    average = weight = 0.0
+    for step in range(5):
+        scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(step))
+        valid = torch.ones(4, 50, dtype=torch.bool)
+        valid[:, :7] = False
+        threshold.update(scores.masked_fill(~valid, 1e6), 0.25, valid)
+        average = 0.9 * average + 0.1 * scores[:, 7:].flatten().quantile(0.75).item()
+        weight = 0.9 * weight + 0.1
+        assert threshold.value().item() == pytest.approx(average / weight, rel=1e-5)
+
+
+def test_threshold_holds_the_fraction_at_capacity():
+    threshold = CalibratedThreshold(decay=0.99)
+    for step in range(50):
+        threshold.update(torch.randn(8, 128, generator=torch.Generator().manual_seed(step)), 0.125, None)
+    fresh = torch.randn(8, 1024, generator=torch.Generator().manual_seed(99))
+    assert (fresh > threshold.value()).float().mean().item() == pytest.approx(0.125, abs=0.02)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_the_block_sees_selected_tokens_only(architecture, mode):
+    """Q, K, V and MLP of a routed layer run over the selected tokens, at their original positions."""
+    model = calibrated(architecture, capacity=0.25).train(mode == "train")
+    layer = model.config.routed_layers[0]
+    seen = []
+    block = model.model.layers[layer]
+    for module in (
+        block.self_attn.q_proj,
+        block.self_attn.k_proj,
+        block.self_attn.v_proj,
+        block.mlp.gate_proj,
+    ):
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    selected = model(input_ids=tokens(2, 24), use_cache=False).routing[layer].selected
+    widest = int(selected.sum(1).max())
+    dense = {24} if architecture == "stt" and mode == "train" else set()
+    assert widest < 24 and set(seen) == {widest} | dense
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_routed_layer_equals_the_formula(architecture):
+    """y = x + g·(F(x̃) − x̃) for the selected tokens run alone at their positions, y = x for the others."""
+    model = calibrated(architecture)
+    layer = model.config.routed_layers[0]
+    captured = {}
+    router = model.model.routers[str(layer)]
+    router.register_forward_hook(
+        lambda _, inputs, output: captured.update(x=inputs[1], y=output[0], result=output[1])
+    )
+    ids = tokens(1, 24)
+    model(input_ids=ids, use_cache=False)
+    x, y, result = captured["x"], captured["y"], captured["result"]
+    places = result.selected[0].nonzero().flatten()
+    positions = places.unsqueeze(0)
+    alone = model.model.layers[layer](
+        x[:, places], position_ids=positions, position_embeddings=model.model.rotary_emb(x, positions)
+    )
+    expected = x.clone()
+    expected[:, places] += result.gate[:, places].unsqueeze(-1) * (alone - x[:, places])
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("mod", {}),
+        ("mod", {"predictor_weight": 0.01, "aux_weight": 0.01}),
+        ("sdt", {"predictor_weight": 0.01}),
+        ("stt", {}),
+        ("stt", {"targets": "threshold", "target_threshold": 0.5}),
+        ("stt", {"teacher_detach": True}),
+    ],
+)
+def test_every_parameter_learns(architecture, options):
+    model = tiny_model(architecture, **options)
+    ids = tokens(2, 24)
+    model(input_ids=ids, labels=ids).loss.backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_mod_at_full_capacity_with_unit_gate_is_the_dense_model(monkeypatch):
+    dense, mod = tiny_model("standard"), tiny_model("mod", capacity=1.0)
+    mod.load_state_dict(dense.state_dict(), strict=False)
+    ids = tokens(2, 24)
+    assert not torch.allclose(mod(input_ids=ids).logits, dense(input_ids=ids).logits, atol=1e-2)
+    monkeypatch.setattr(torch, "sigmoid", torch.ones_like)
+    torch.testing.assert_close(mod(input_ids=ids).logits, dense(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_auxiliary_losses_reach_the_loss_with_their_weight():
+    ids = tokens(2, 24)
+    model = tiny_model("stt", targets="threshold", target_threshold=0.5)
+    out = model(input_ids=ids, labels=ids)
+    aux = out.auxiliary_losses
+    assert set(aux) == {"prior", "student", "gate_mean"}
+    expected = (
+        out.language_model_loss + 0.05 * aux["prior"] + 0.01 * aux["student"] + 0.001 * aux["gate_mean"]
+    )
+    torch.testing.assert_close(out.loss, expected)
+    model.eval()
+    assert torch.equal(
+        model(input_ids=ids, labels=ids).loss, model(input_ids=ids, labels=ids).language_model_loss
+    )
+
+
+def test_predictor_and_student_send_no_gradient_to_the_language_model():
+    for architecture, loss_name in (("mod", "predictor"), ("sdt", "predictor"), ("stt", "student")):
+        options = {} if architecture == "stt" else {"predictor_weight": 0.01}
+        model = tiny_model(architecture, **options)
+        ids = tokens(2, 24)
+        model(input_ids=ids, labels=ids).auxiliary_losses[loss_name].backward()
+        touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert touched and all("predictor" in name or "student" in name for name in touched), touched
+
+
+def test_unknown_rule_is_refused():
+    model = calibrated("mod")
+    model.config.selection_rule = "predictor"
+    with pytest.raises(ValueError, match="predictor"):
+        model(input_ids=tokens(1, 8))

@@ -1,0 +1,67 @@
+"""Folders are finished, whole and ours, or not touched."""
+
+import json
+
+import pytest
+
+from dynamic_transformers.manifest import (
+    MANIFEST,
+    digest,
+    finished,
+    fresh_folder,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from dynamic_transformers.settings import UserError
+
+
+def test_digest_ignores_key_order_and_sees_values():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+
+
+def test_a_failing_body_leaves_the_old_folder(tmp_path):
+    folder = tmp_path / "out"
+    with fresh_folder(folder, "train") as temporary:
+        (temporary / "x").write_text("old")
+        write_manifest(temporary, "train", {}, {})
+    with pytest.raises(RuntimeError), fresh_folder(folder, "train") as temporary:
+        (temporary / "x").write_text("new")
+        raise RuntimeError
+    assert (folder / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_foreign_folders_are_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="something else"), fresh_folder(tmp_path, "train"):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_manifest_names_inputs_by_digest(tmp_path):
+    for name in ("data", "run"):
+        (tmp_path / name).mkdir()
+    data = write_manifest(tmp_path / "data", "prepare_data", {"x": 1}, {})
+    run = write_manifest(tmp_path / "run", "train", {"y": 2}, {"data": tmp_path / "data"}, seed=3)
+    assert run["inputs"]["data"]["digest"] == data["digest"]
+    assert run["seed"] == 3 and run["packages"]["torch"]
+    assert finished(tmp_path / "run", "train", {"y": 2})
+    assert not finished(tmp_path / "run", "train", {"y": 3})
+    assert not finished(tmp_path / "run", "export", {"y": 2})
+
+
+def test_folders_without_a_manifest_are_unfinished(tmp_path):
+    with pytest.raises(UserError, match="unfinished"):
+        read_manifest(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / MANIFEST
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == [MANIFEST]

@@ -1,0 +1,77 @@
+"""The analytic account against torch's own count on the real modules."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.training.flops import forward_flops, training_flops
+
+LENGTH, ROWS, VOCAB = 128, 2, 211
+CASES = [
+    ("standard", {}),
+    ("mod", {}),
+    ("mod", {"capacity": 0.5, "predictor_weight": 0.01, "selection_rule": "predictor"}),
+    ("sdt", {}),
+    ("sdt", {"predictor_weight": 0.01, "prior_factor": 0.5}),
+    ("stt", {}),
+    ("stt", {"teacher_detach": True}),
+    ("stt", {"train_output": "dense"}),
+    ("stt", {"targets": "threshold", "target_threshold": 0.6}),
+]
+
+
+def build(architecture, options):
+    torch.manual_seed(0)
+    config_class, model_class = MODEL_CLASSES[architecture]
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=96,
+        intermediate_size=200,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        **options,
+    )
+    # torch does not count the fused CPU kernel; eager attention is plain matrix products.
+    config._attn_implementation = "eager"
+    return model_class(config)
+
+
+def fractions(outputs):
+    return {i: r.selected.float().mean().item() for i, r in (getattr(outputs, "routing", None) or {}).items()}
+
+
+@pytest.mark.parametrize(("architecture", "options"), CASES)
+def test_forward_and_training_flops_agree_within_one_percent(architecture, options):
+    model = build(architecture, options)
+    ids = torch.randint(0, VOCAB, (ROWS, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(input_ids=ids, labels=ids, use_cache=False)
+        outputs.loss.backward()
+    counted = counter.get_total_flops() / ids.numel()
+    expected = training_flops(model.config, LENGTH, fractions(outputs)).total()
+    assert expected == pytest.approx(counted, rel=0.01)
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # One row: the widest of several ragged rows would be counted for all.
+        outputs = model(input_ids=ids[:1], use_cache=False)
+    expected = forward_flops(model.config, LENGTH, fractions(outputs)).total()
+    assert expected == pytest.approx(counter.get_total_flops() / LENGTH, rel=0.01)
+
+
+@pytest.mark.parametrize(("capacity", "linear", "scores"), [(0.5, 0.75, 0.625), (0.125, 0.5625, 0.508)])
+def test_ratios_of_the_specification(capacity, linear, scores):
+    config = MODEL_CLASSES["mod"][0](num_hidden_layers=24, capacity=capacity)
+    dense = MODEL_CLASSES["standard"][0](num_hidden_layers=24)
+    routed, full = forward_flops(config, 2048), forward_flops(dense, 2048)
+    assert routed["mlp"] / full["mlp"] == pytest.approx(linear, abs=1e-3)
+    assert routed["qkvo"] / full["qkvo"] == pytest.approx(linear, abs=1e-3)
+    assert routed["scores"] / full["scores"] == pytest.approx(scores, abs=1e-3)
+
+
+def test_stt_training_costs_more_than_dense():
+    config = MODEL_CLASSES["stt"][0](num_hidden_layers=24)
+    dense = MODEL_CLASSES["standard"][0](num_hidden_layers=24)
+    assert training_flops(config, 1024).total() > training_flops(dense, 1024).total()
+    assert forward_flops(config, 1024).total() < forward_flops(dense, 1024).total()

@@ -1,0 +1,137 @@
+"""The loop: budgets, resume, accumulation, what a run leaves behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.training.batches import BlockOrder, MicroBatches
+from dynamic_transformers.training.trainer import train
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
+
+
+def weights(run_dir):
+    return load_file(run_dir / read_manifest(run_dir)["checkpoint"] / "model.safetensors")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_learns_and_says_what_it_did(architecture, make_settings, data_dir, tmp_path):
+    settings = make_settings(architecture, training={"max_steps": 30, "log_every": 5})
+    run_dir = train(settings, data_dir, tmp_path / "run")
+    manifest = read_manifest(run_dir)
+    assert manifest["training_steps"] == 30
+    assert manifest["training_tokens"] == 30 * 4 * 32
+    assert manifest["training_flops"] == pytest.approx(metrics(run_dir)[-1]["training_flops"])
+    assert yaml.safe_load((run_dir / "config.yaml").read_text()) == json.loads(settings.to_json())
+    assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.3
+    last = metrics(run_dir)[-1]
+    assert last["eval/loss"] > 0 and last["eval/bits_per_byte"] > 0
+    layers = [] if architecture == "standard" else ["1", "3"]
+    assert list(manifest["train_routed_fraction"]) == layers
+    for layer in layers:
+        target = 0.125 if architecture == "mod" else 0.5
+        assert manifest["train_routed_fraction"][layer] == pytest.approx(target)
+        assert 0 <= last[f"routing/layer_{layer}/eval_fraction"] <= 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_twelve_steps_equal_four_and_four_and_four(architecture, make_settings, data_dir, tmp_path):
+    settings = make_settings(architecture, training={"max_steps": 12, "checkpoint_every": 4})
+    straight = train(settings, data_dir, tmp_path / "straight")
+    resumed = tmp_path / "resumed"
+    for step in (4, 8):
+        # What an interruption between two checkpoints leaves: no manifest, lines of steps that are lost.
+        shutil.rmtree(resumed, ignore_errors=True)
+        shutil.copytree(straight, resumed)
+        (resumed / "manifest.json").unlink()
+        for later in (resumed / "checkpoints").glob("step-*"):
+            if int(later.name.removeprefix("step-")) > step:
+                shutil.rmtree(later)
+        train(settings, data_dir, resumed)
+        assert losses(resumed) == losses(straight)
+        for name, value in weights(straight).items():
+            assert torch.equal(value, weights(resumed)[name]), name
+    one, two = (
+        load_file(folder / "checkpoints" / "step-00000012" / "optimizer.safetensors")
+        for folder in (straight, resumed)
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_accumulation_does_not_change_the_step(architecture, make_settings, data_dir, tmp_path):
+    # Router thresholds see micro-batches, but nothing of training depends on them.
+    whole = make_settings(architecture, data={"batch_size": 8})
+    parts = make_settings(
+        architecture, data={"batch_size": 2}, training={"gradient_accumulation_steps": 4}
+    )
+    one = train(whole, data_dir, tmp_path / "one")
+    four = train(parts, data_dir, tmp_path / "four")
+    assert losses(one) == pytest.approx(losses(four), abs=2e-4)
+    for name, value in weights(one).items():
+        if "threshold" not in name:
+            torch.testing.assert_close(weights(four)[name], value, atol=2e-3, rtol=1e-2)
+
+
+def test_equal_flops_budgets_end_within_two_percent(make_settings, data_dir, tmp_path):
+    spent = []
+    for architecture in ARCHITECTURES:
+        settings = make_settings(architecture, training={"max_flops": 2e10, "log_every": 50})
+        spent.append(read_manifest(train(settings, data_dir, tmp_path / architecture))["training_flops"])
+    assert max(spent) / min(spent) < 1.02
+    assert spent[0] == pytest.approx(2e10, rel=0.01)
+
+
+def test_token_budget(make_settings, data_dir, tmp_path):
+    settings = make_settings("mod", training={"max_tokens": 1000.0})
+    assert read_manifest(train(settings, data_dir, tmp_path / "run"))["training_tokens"] == 1024
+
+
+def test_a_finished_run_is_returned_and_others_are_not_overwritten(make_settings, data_dir, tmp_path):
+    run_dir = train(make_settings("mod"), data_dir, tmp_path / "run")
+    before = (run_dir / "manifest.json").stat().st_mtime_ns
+    train(make_settings("mod"), data_dir, run_dir)
+    assert (run_dir / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="finished run with other settings"):
+        train(make_settings("sdt"), data_dir, run_dir)
+    train(make_settings("sdt"), data_dir, run_dir, force=True)
+    assert read_manifest(run_dir)["architecture"] == "sdt"
+
+
+def test_a_checkpoint_of_other_settings_is_refused(make_settings, data_dir, tmp_path):
+    run_dir = train(make_settings("mod"), data_dir, tmp_path / "run")
+    (run_dir / "manifest.json").unlink()
+    other = make_settings("mod", training={"optimizer": {"lr": 1.0}})
+    with pytest.raises(UserError, match="made with other settings"):
+        train(other, data_dir, run_dir)
+
+
+def test_order_is_a_permutation_each_epoch_and_does_not_depend_on_ranks():
+    order = BlockOrder(10, seed=0)
+    first, second = [order[i] for i in range(10)], [order[i] for i in range(10, 20)]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+    def batches(batch_size, accumulation, world_size, first_step=0, steps=5):
+        ranks = [
+            iter(MicroBatches(order, batch_size, accumulation, rank, world_size, first_step))
+            for rank in range(world_size)
+        ]
+        return [
+            sorted(block for _ in range(accumulation) for rank in ranks for block in next(rank))
+            for _ in range(steps)
+        ]
+
+    assert batches(4, 1, 1) == batches(2, 2, 1) == batches(2, 1, 2) == batches(1, 2, 2)
+    assert batches(4, 1, 1)[2:] == batches(4, 1, 1, first_step=2, steps=3)
