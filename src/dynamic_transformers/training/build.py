@@ -24,6 +24,7 @@ def model_config(model: ModelSettings, vocab_size: int, eos_token_id: int | None
         num_hidden_layers=size.num_hidden_layers,
         num_attention_heads=size.num_attention_heads,
         num_key_value_heads=size.num_key_value_heads,
+        initializer_range=size.initializer_range,
         max_position_embeddings=size.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
         tie_word_embeddings=size.tie_word_embeddings,
