@@ -15,6 +15,7 @@ from dynamic_transformers.configure import compose_settings, run_command
 from dynamic_transformers.settings import ARCHITECTURES, Settings, UserError
 from dynamic_transformers.tracking import tracking_uri
 from pipelines.compile import compile_pipeline
+from pipelines.console import quiet_console
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,16 +34,24 @@ def run(args: argparse.Namespace) -> None:
     package = compile_pipeline()
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
     pipeline = components.load_component_from_file(str(package))
+    logs = folder / "logs"
+    shutil.rmtree(logs, ignore_errors=True)
     start = time.time()
+    failure = None
     try:
-        pipeline(settings=settings.to_json(), runs=runs)
+        with quiet_console(logs / "pipeline.log"):
+            pipeline(settings=settings.to_json(), runs=runs)
+    except RuntimeError as error:  # how the runner tells that a task failed
+        failure = str(error).splitlines()[0]
     finally:
         execution = newest(root, start)
         if execution is not None:
-            collect_logs(execution, runs, folder / "logs")
+            collect_logs(execution, runs, logs)
+    if failure:
+        raise UserError(f"the pipeline failed ({failure}); its logs are in {logs}")
     report = execution / "compare" / "report" if execution else None
     if report is None or not (report / "comparison.json").is_file():
-        raise UserError(f"the pipeline ended without a comparison; its logs are in {folder / 'logs'}")
+        raise UserError(f"the pipeline ended without a comparison; its logs are in {logs}")
     shutil.rmtree(folder / "report", ignore_errors=True)
     shutil.copytree(report, folder / "report")
     show(settings, time.time() - start)
@@ -56,8 +65,6 @@ def newest(root: Path, start: float) -> Path | None:
 
 def collect_logs(execution: Path, runs: list[str], logs: Path) -> None:
     """Copy every step's log to `logs`, named after step and run."""
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
     for path in sorted(execution.rglob("*.log")):
         parts = path.relative_to(execution).parts
         run_name = ""

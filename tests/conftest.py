@@ -1,5 +1,51 @@
+"""A small data folder and settings that train on it in seconds."""
+
 import os
 
-# Before torch and the hub libraries are imported: tests never reach out, and two cores are enough.
+import pytest
+
+# Before the hub libraries are imported: tests never reach out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from dynamic_transformers.configure import settings_from_dict  # noqa: E402
+from dynamic_transformers.data.prepare import prepare  # noqa: E402
+
+DATA = {
+    "dataset_configs": [{"name": "math", "type": "embedded"}],
+    "vocab_size": 300,
+    "block_size": 32,
+    "batch_size": 4,
+    "max_tokens": 4000,
+    "max_eval_tokens": 1000,
+    "cloze_examples": 4,
+    "arithmetic_examples": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def make_settings(tmp_path_factory):
+    """Settings of a micro run; keyword arguments are `group={key: value}`."""
+    output_dir = str(tmp_path_factory.mktemp("outputs"))
+
+    def make(architecture="standard", **groups):
+        values = {
+            "run": {"name": architecture, "output_dir": output_dir},
+            "model": {"type": architecture, "size": "micro", "surprise": {"beta_warmup_steps": 2}},
+            "data": dict(DATA),
+            "training": {"log_every": 1},
+            "tracking": {"mlflow": False},
+            "system": {"device": "cpu"},
+        }
+        for group, entries in groups.items():
+            values[group] = values[group] | entries
+        if not {"max_steps", "max_tokens", "max_flops"} & set(values["training"]):
+            values["training"]["max_steps"] = 6
+        return settings_from_dict(values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_dir(make_settings, tmp_path_factory):
+    return prepare(make_settings(), tmp_path_factory.mktemp("data") / "data")

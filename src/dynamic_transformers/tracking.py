@@ -23,6 +23,11 @@ STATE = "tracking.json"
 METRICS = "metrics.jsonl"
 CHUNK = 200  # lines of metrics.jsonl in one request
 MAX_PARAM_LENGTH = 500
+PARENT_NOTE = (
+    "One comparison: its runs hang below, one for each architecture and seed. Select them and compare "
+    "`test/loss`, `bench/…` and `efficiency/…`; the step axis of the curves is training tokens, and "
+    "`progress/training_flops` is the x axis for equal work. The report is among the artifacts."
+)
 RESERVED = ("step", "time")
 
 
@@ -53,8 +58,9 @@ def start_parent_run(settings: TrackingSettings, output_dir: str | Path, name: s
         return ""
     try:
         client = _client(tracking_uri(settings, output_dir))
-        run = client.create_run(_experiment_id(client, settings.experiment, output_dir), run_name=name)
-        return run.info.run_id
+        experiment = _experiment_id(client, settings.experiment, output_dir)
+        tags = {"mlflow.note.content": PARENT_NOTE}
+        return client.create_run(experiment, run_name=name, tags=tags).info.run_id
     except Exception as error:
         logger.warning("MLflow: no parent run (%s)", _first_line(error))
         return ""
@@ -281,7 +287,9 @@ def _experiment_id(client, name: str, output_dir: str | Path) -> str:
         return experiment.experiment_id
     local = str(client.tracking_uri).startswith("sqlite:")
     artifacts = (Path(output_dir).resolve() / "mlartifacts").as_uri() if local else None
-    return client.create_experiment(name, artifact_location=artifacts)
+    # Opens the pages of training runs instead of those of GenAI traces.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return client.create_experiment(name, artifact_location=artifacts, tags=tags)
 
 
 def _wandb_run(settings: TrackingSettings, name: str, params: dict[str, Any] | None):

@@ -6,6 +6,8 @@ import logging
 import sys
 import time
 
+import datasets
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -13,7 +15,11 @@ logger = logging.getLogger("dynamic_transformers")
 
 
 def configure_logging() -> None:
-    """Plain lines with a time on standard output; called once by each command."""
+    """Plain lines with a time on standard output, no bars in logs; called once by each command."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -70,6 +71,39 @@ def train(
         write_manifest(run_dir, "train", config, {"data": data_dir}, **facts)
     accelerator.wait_for_everyone()
     return run_dir
+
+
+class Interval:
+    """Means of the losses, and the speed, since the last log line."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.steps = self.tokens = 0
+        self.sums: dict[str, float] = {}
+
+    def add(self, tokens: int, losses: dict[str, float]) -> None:
+        """Count one optimizer step."""
+        self.steps += 1
+        self.tokens += tokens
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return time.perf_counter() - self.start
+
+    def means(self) -> dict[str, float]:
+        """Mean of each loss, and tokens per second."""
+        means = {name: value / self.steps for name, value in self.sums.items()}
+        return means | {"train/tokens_per_second": self.tokens / self.seconds}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the body."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
 
 
 class TrainingRun:
@@ -166,7 +200,7 @@ class TrainingRun:
         total = budget.total_steps(self.progress, self.step_tokens, step_flops)
         main = self.accelerator.is_main_process
         display = TrainingDisplay(self.tracker.state["name"], self.progress.step, main)
-        interval_start, interval_tokens = time.perf_counter(), 0
+        interval = Interval()
         elapsed = 0.0
         self.model.train()
         try:
@@ -177,26 +211,24 @@ class TrainingRun:
                 self.progress.step += 1
                 self.progress.tokens += self.step_tokens
                 self.progress.flops += step_flops
-                interval_tokens += self.step_tokens
+                interval.add(self.step_tokens, losses)
                 total = budget.total_steps(self.progress, self.step_tokens, step_flops)
                 last = self.progress.step >= total
                 if self.progress.step % self.training.log_every == 0 or last:
-                    seconds = time.perf_counter() - interval_start
-                    elapsed += seconds
-                    speed = interval_tokens / seconds
-                    metrics = losses | {"train/learning_rate": self.training.optimizer.lr * factor}
-                    metrics |= {"train/tokens_per_second": speed}
+                    metrics = interval.means() | {"train/learning_rate": self.training.optimizer.lr * factor}
                     metrics |= {f"routing/layer_{i}/fraction": value for i, value in fractions.items()}
+                    elapsed += interval.seconds
                     self.log(metrics)
-                    display.update(self.progress.step, total, speed, losses["train/loss"])
-                    interval_start, interval_tokens = time.perf_counter(), 0
+                    speed = metrics["train/tokens_per_second"]
+                    display.update(self.progress.step, total, speed, metrics["train/loss"])
+                    interval = Interval()
                 if last or (self.training.eval_every and self.progress.step % self.training.eval_every == 0):
-                    self.evaluate()
-                    interval_start, interval_tokens = time.perf_counter(), 0
+                    with interval.paused():
+                        self.evaluate()
                 every = self.training.checkpoint_every
                 if last or (every and self.progress.step % every == 0):
-                    self.checkpoint()
-                    interval_start, interval_tokens = time.perf_counter(), 0
+                    with interval.paused():
+                        self.checkpoint()
         finally:
             display.close()
             self.tracker.close(finished=False)
