@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# kfp replaces a component's function by a task factory, which type checkers cannot see.
 """The pipeline: one data set, every architecture and seed, one comparison.
 
 The same definition runs locally (`pipelines.run`) and on a cluster (`build/pipeline.yaml`).

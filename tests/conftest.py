@@ -8,8 +8,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from dynamic_transformers.configure import settings_from_dict  # noqa: E402
-from dynamic_transformers.data.prepare import prepare  # noqa: E402
+from dynamic_transformers.configure import settings_from_dict
+from dynamic_transformers.data.prepare import prepare
 
 DATA = {
     "dataset_configs": [{"name": "math", "type": "embedded"}],

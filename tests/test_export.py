@@ -16,7 +16,7 @@ from dynamic_transformers.training.trainer import train
 # Everything that such an environment lacks is made unimportable.
 ALONE = """
 import sys
-for name in ("dynamic_transformers", "accelerate", "datasets", "mlflow", "lm_eval", "hydra", "omegaconf", "kfp"):
+for name in "dynamic_transformers accelerate datasets mlflow lm_eval hydra omegaconf kfp".split():
     sys.modules[name] = None
 import torch
 from safetensors.torch import save_file
@@ -26,7 +26,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).ev
 tokenizer = AutoTokenizer.from_pretrained(folder)
 assert tokenizer.decode(tokenizer("12 + 7 = 19")["input_ids"]) == "12 + 7 = 19"
 ids = torch.arange(48).remainder(model.config.vocab_size).view(2, 24)
-text = model.generate(ids[:, :6], max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids[:, :6]))
+prompt = ids[:, :6]
+text = model.generate(prompt, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(prompt))
 assert text.shape == (2, 10)
 with torch.no_grad():
     save_file({"logits": model(input_ids=ids).logits.contiguous()}, output)

@@ -224,25 +224,14 @@ class RunTracker:
         return tracking_uri(self.settings, self.output_dir)
 
     def _push(self) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Metric
 
         path = self.run_dir / METRICS
         lines = path.read_text().splitlines()[self.state["synced_lines"] :] if path.is_file() else []
         if self.run_id and not lines:
             return
+        run_id = self.run_id or self._create_run()
         client = _client(self._uri())
-        if self.run_id is None:
-            experiment = _experiment_id(client, self.settings.experiment, self.output_dir)
-            tags = dict(self.state["tags"])
-            if self.state["parent_run_id"]:
-                tags["mlflow.parentRunId"] = self.state["parent_run_id"]
-            run = client.create_run(experiment, run_name=self.state["name"])
-            params = [Param(key, value) for key, value in self.state["params"].items()]
-            for first in range(0, len(params), 100):
-                client.log_batch(run.info.run_id, params=params[first : first + 100])
-            client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-            self.state["run_id"] = run.info.run_id
-            self._save()
         for first in range(0, len(lines), CHUNK):
             chunk = lines[first : first + CHUNK]
             metrics = []
@@ -260,9 +249,26 @@ class RunTracker:
                 axis = int(record.get("tokens", record["step"]))
                 metrics += [Metric(key, float(value), stamp, axis) for key, value in values.items()]
             for start in range(0, len(metrics), 1000):
-                client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+                client.log_batch(run_id, metrics=metrics[start : start + 1000])
             self.state["synced_lines"] += len(chunk)
             self._save()
+
+    def _create_run(self) -> str:
+        from mlflow.entities import Param, RunTag
+
+        client = _client(self._uri())
+        experiment = _experiment_id(client, self.settings.experiment, self.output_dir)
+        tags = dict(self.state["tags"])
+        if self.state["parent_run_id"]:
+            tags["mlflow.parentRunId"] = self.state["parent_run_id"]
+        run_id = client.create_run(experiment, run_name=self.state["name"]).info.run_id
+        params = [Param(key, value) for key, value in self.state["params"].items()]
+        for first in range(0, len(params), 100):
+            client.log_batch(run_id, params=params[first : first + 100])
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.state["run_id"] = run_id
+        self._save()
+        return run_id
 
     def _save(self) -> None:
         path = self.run_dir / STATE
@@ -294,7 +300,7 @@ def _experiment_id(client, name: str, output_dir: str | Path) -> str:
 
 def _wandb_run(settings: TrackingSettings, name: str, params: dict[str, Any] | None):
     try:
-        import wandb
+        import wandb  # type: ignore[import-not-found]  # an extra
 
         return wandb.init(project=settings.wandb_project, name=name, config=params)
     except Exception as error:

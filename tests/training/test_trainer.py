@@ -74,9 +74,7 @@ def test_twelve_steps_equal_four_and_four_and_four(architecture, make_settings, 
 def test_accumulation_does_not_change_the_step(architecture, make_settings, data_dir, tmp_path):
     # Router thresholds see micro-batches, but nothing of training depends on them.
     whole = make_settings(architecture, data={"batch_size": 8})
-    parts = make_settings(
-        architecture, data={"batch_size": 2}, training={"gradient_accumulation_steps": 4}
-    )
+    parts = make_settings(architecture, data={"batch_size": 2}, training={"gradient_accumulation_steps": 4})
     one = train(whole, data_dir, tmp_path / "one")
     four = train(parts, data_dir, tmp_path / "four")
     assert losses(one) == pytest.approx(losses(four), abs=2e-4)

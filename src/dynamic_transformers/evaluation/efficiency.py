@@ -34,8 +34,8 @@ class Throughput:
 
 def load_model(model_dir: Path) -> PreTrainedModel:
     """An exported model, in fp32 and eval mode, on the GPU when there is one."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, device_map=device).eval()
 
 
 @torch.inference_mode()

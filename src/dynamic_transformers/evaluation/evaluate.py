@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from transformers import Qwen2Config
+
 from dynamic_transformers.data.loading import load_split
 from dynamic_transformers.evaluation.efficiency import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
@@ -46,6 +48,7 @@ def evaluate(
     tracker = RunTracker(run_dir, settings.tracking, settings.run.output_dir)
     tracker.sync()
     model = load_model(model_dir)
+    assert isinstance(model.config, Qwen2Config)
     test = load_split(data_dir, "test")
     heldout = evaluate_heldout(model, test, options.batch_size)
     logger.info("test loss %.4f nats/token, %.4f bits/byte", heldout.loss, heldout.bits_per_byte)

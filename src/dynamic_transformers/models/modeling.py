@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM, Qwen2Model
 from transformers import initialization as init
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration import RoutedConfig
 from .routing import NO_SEGMENT, CalibratedThreshold, Router, RoutingContext, RoutingResult, causal_mask

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dynamic_transformers.settings import TrainingSettings
 
 
 @dataclass
 class Progress:
-    """Work done so far, over all ranks."""
+    """Work done so far, over all ranks.
+
+    Attributes:
+        seconds: of training, without evaluation and checkpoints.
+        selected_tokens: routed layer → tokens that its block computed.
+    """
 
     step: int = 0
     tokens: int = 0
     flops: float = 0.0
+    seconds: float = 0.0
+    selected_tokens: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

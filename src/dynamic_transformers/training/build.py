@@ -75,6 +75,7 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
         UserError: no such checkpoint, not a Qwen2, or tensors that do not map, by name.
     """
     source_name = settings.model.pretrained
+    assert source_name is not None
     try:
         source_config = AutoConfig.from_pretrained(source_name)
         if source_config.model_type != "qwen2":

@@ -8,8 +8,6 @@ not counted. Checked against `torch.utils.flop_counter.FlopCounterMode` on the r
 
 from __future__ import annotations
 
-from collections import Counter
-
 from transformers import Qwen2Config
 
 from dynamic_transformers.models import RoutedConfig
@@ -22,20 +20,35 @@ from dynamic_transformers.models.configuration import (
 from dynamic_transformers.models.surprise import prior_width
 
 
-def block_flops(config: Qwen2Config, length: int, fraction: float = 1.0) -> Counter[str]:
+class FlopAccount(dict[str, float]):
+    """FLOPs by component; a component that was never entered costs 0."""
+
+    def __missing__(self, component: str) -> float:
+        return 0.0
+
+    def add(self, other: FlopAccount, factor: float = 1.0) -> None:
+        """Enter every component of `other`, multiplied by `factor`."""
+        for component, flops in other.items():
+            self[component] += factor * flops
+
+    def total(self) -> float:
+        """Sum over the components."""
+        return sum(self.values())
+
+
+def block_flops(config: Qwen2Config, length: int, fraction: float = 1.0) -> FlopAccount:
     """Forward FLOPs of one decoder layer, per token of a row of `length` tokens with `fraction` computed."""
-    d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    d, heads = config.hidden_size, config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
     head_dim = getattr(config, "head_dim", None) or d // heads
-    return Counter(
+    return FlopAccount(
         qkvo=fraction * 2 * d * head_dim * (2 * heads + 2 * kv_heads),
         scores=fraction * fraction * 4 * length * heads * head_dim,
         mlp=fraction * 6 * d * config.intermediate_size,
     )
 
 
-def forward_flops(
-    config: Qwen2Config, length: int, fractions: dict[int, float] | None = None
-) -> Counter[str]:
+def forward_flops(config: Qwen2Config, length: int, fractions: dict[int, float] | None = None) -> FlopAccount:
     """FLOPs per token of one forward in eval mode, by component.
 
     Args:
@@ -43,18 +56,18 @@ def forward_flops(
         length: T, tokens of a row.
         fractions: measured routed fraction by layer; missing layers take the configured capacity.
     """
-    account = Counter(embeddings=0.0, lm_head=2.0 * config.hidden_size * config.vocab_size)
+    account = FlopAccount(embeddings=0.0, lm_head=2.0 * config.hidden_size * config.vocab_size)
     for layer in range(config.num_hidden_layers):
         fraction = layer_fraction(config, layer, fractions)
-        account += block_flops(config, length, 1.0 if fraction is None else fraction)
+        account.add(block_flops(config, length, 1.0 if fraction is None else fraction))
         if fraction is not None:
-            account += router_flops(config, training=False)
+            account.add(router_flops(config, training=False))
     return account
 
 
 def training_flops(
     config: Qwen2Config, length: int, fractions: dict[int, float] | None = None
-) -> Counter[str]:
+) -> FlopAccount:
     """FLOPs per token of one forward and backward in training mode, by component.
 
     The backward of a matrix product costs twice its forward. STT is charged for its dense teacher.
@@ -62,25 +75,25 @@ def training_flops(
     Args:
         config, length, fractions: as in `forward_flops`; the fractions are those seen in training.
     """
-    account = Counter(embeddings=0.0, lm_head=3 * 2.0 * config.hidden_size * config.vocab_size)
+    account = FlopAccount(embeddings=0.0, lm_head=3 * 2.0 * config.hidden_size * config.vocab_size)
     for layer in range(config.num_hidden_layers):
         fraction = layer_fraction(config, layer, fractions)
         if fraction is None:
-            account += times(3, block_flops(config, length))
+            account.add(block_flops(config, length), 3)
             continue
-        account += router_flops(config, training=True)
+        account.add(router_flops(config, training=True))
         if isinstance(config, Qwen2STTConfig):
             detached = config.teacher_detach and config.train_output == "sparse"
             account["teacher"] += (1 if detached else 3) * block_flops(config, length).total()
             if config.train_output == "dense":
                 continue
-        account += times(3, block_flops(config, length, fraction))
+        account.add(block_flops(config, length, fraction), 3)
     return account
 
 
-def router_flops(config: Qwen2Config, training: bool) -> Counter[str]:
+def router_flops(config: Qwen2Config, training: bool) -> FlopAccount:
     """FLOPs per token of what one routed layer adds to its block."""
-    account: Counter[str] = Counter()
+    account = FlopAccount()
     d = config.hidden_size
     trained = 3 if training else 1
     if isinstance(config, Qwen2MoDConfig):
@@ -104,8 +117,3 @@ def layer_fraction(config: Qwen2Config, layer: int, fractions: dict[int, float] 
     if not isinstance(config, RoutedConfig) or layer not in config.routed_layers:
         return None
     return (fractions or {}).get(layer, config.capacity)
-
-
-def times(factor: float, account: Counter[str]) -> Counter[str]:
-    """Every entry of an account multiplied by `factor`."""
-    return Counter({name: factor * value for name, value in account.items()})

@@ -125,7 +125,8 @@ class TrainingRun:
         self.identity = digest(identity(config))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(data_dir)
         set_seed(settings.run.seed)
-        model = build_model(settings, len(self.tokenizer), self.tokenizer.eos_token_id)
+        eos = self.tokenizer.eos_token_id
+        model = build_model(settings, len(self.tokenizer), eos if isinstance(eos, int) else None)
         if self.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -144,8 +145,6 @@ class TrainingRun:
         )
         self.tracker.log_data(data_dir, self.manifest)
         self.micro_batches = self.loader(data_dir)
-        self.routed_sum: dict[int, float] = {}
-        self.routed_tokens = 0
 
     @property
     def plain_model(self) -> PreTrainedModel:
@@ -201,7 +200,6 @@ class TrainingRun:
         main = self.accelerator.is_main_process
         display = TrainingDisplay(self.tracker.state["name"], self.progress.step, main)
         interval = Interval()
-        elapsed = 0.0
         self.model.train()
         try:
             while self.progress.step < total:
@@ -211,13 +209,16 @@ class TrainingRun:
                 self.progress.step += 1
                 self.progress.tokens += self.step_tokens
                 self.progress.flops += step_flops
+                for layer, fraction in fractions.items():
+                    selected = self.progress.selected_tokens.get(str(layer), 0.0)
+                    self.progress.selected_tokens[str(layer)] = selected + fraction * self.step_tokens
                 interval.add(self.step_tokens, losses)
                 total = budget.total_steps(self.progress, self.step_tokens, step_flops)
                 last = self.progress.step >= total
                 if self.progress.step % self.training.log_every == 0 or last:
                     metrics = interval.means() | {"train/learning_rate": self.training.optimizer.lr * factor}
                     metrics |= {f"routing/layer_{i}/fraction": value for i, value in fractions.items()}
-                    elapsed += interval.seconds
+                    self.progress.seconds += interval.seconds
                     self.log(metrics)
                     speed = metrics["train/tokens_per_second"]
                     display.update(self.progress.step, total, speed, metrics["train/loss"])
@@ -232,6 +233,8 @@ class TrainingRun:
         finally:
             display.close()
             self.tracker.close(finished=False)
+        checkpoint = latest_checkpoint(self.run_dir)
+        assert checkpoint is not None
         return {
             "seed": self.settings.run.seed,
             "architecture": self.settings.model.type,
@@ -239,11 +242,12 @@ class TrainingRun:
             "training_steps": self.progress.step,
             "training_tokens": self.progress.tokens,
             "training_flops": self.progress.flops,
-            "training_seconds": elapsed,
+            "training_seconds": self.progress.seconds,
             "train_routed_fraction": {
-                layer: total / max(1, self.routed_tokens) for layer, total in self.routed_sum.items()
+                layer: tokens / self.progress.tokens
+                for layer, tokens in self.progress.selected_tokens.items()
             },
-            "checkpoint": f"checkpoints/{latest_checkpoint(self.run_dir).name}",
+            "checkpoint": str(checkpoint.relative_to(self.run_dir)),
             "mlflow_run_id": self.tracker.run_id,
             "parent_run_id": self.tracker.state["parent_run_id"],
             "model_config": model_config.to_dict(),
@@ -292,15 +296,13 @@ class TrainingRun:
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.training.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        values = torch.stack([*sums.values(), *fractions.values()]).float()
-        values = accelerator.reduce(values, "sum").tolist()
+        reduced = accelerator.reduce(torch.stack([*sums.values(), *fractions.values()]).float(), "sum")
+        assert isinstance(reduced, torch.Tensor) and norm is not None
+        values = reduced.tolist()
         losses = dict(zip(sums, values, strict=False))
         if not all(map(torch.isfinite, torch.tensor([*losses.values()]))):
             raise FloatingPointError(f"loss is not finite at step {step}: {losses}")
         measured = dict(zip(fractions, values[len(sums) :], strict=True))
-        for layer, fraction in measured.items():
-            self.routed_sum[layer] = self.routed_sum.get(layer, 0.0) + fraction * self.step_tokens
-        self.routed_tokens += self.step_tokens
         return losses | {"train/grad_norm": float(norm)}, measured
 
     def evaluate(self) -> None:
