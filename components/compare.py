@@ -10,7 +10,7 @@ from components import BASE_IMAGE
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
 def compare(
     settings: str,
-    parent_run_id: str,
+    parent_run: dsl.Input[dsl.Artifact],
     models: dsl.Input[List[dsl.Model]],  # noqa: UP006
     evaluations: dsl.Input[List[dsl.Artifact]],  # noqa: UP006
     report: dsl.Output[dsl.Artifact],
@@ -19,7 +19,7 @@ def compare(
 
     Args:
         settings: all settings, as JSON.
-        parent_run_id: MLflow run that receives the report.
+        parent_run: what start_comparison wrote, the MLflow run that receives the report.
         models: what the export steps wrote, in the order of `evaluations`.
         evaluations: what the evaluate steps wrote.
         report: the comparison.
@@ -39,4 +39,5 @@ def compare(
             output,
             models=[Path(model.path) for model in models],
         )
-        finish_parent_run(values.tracking, values.run.output_dir, parent_run_id, output)
+        run_id = Path(parent_run.path).read_text()
+        finish_parent_run(values.tracking, values.run.output_dir, run_id, output)

@@ -9,7 +9,7 @@ from components import BASE_IMAGE
 def train(
     settings: str,
     run: str,
-    parent_run_id: str,
+    parent_run: dsl.Input[dsl.Artifact],
     data: dsl.Input[dsl.Dataset],
     run_folder: dsl.Output[dsl.Artifact],
 ):
@@ -18,7 +18,7 @@ def train(
     Args:
         settings: all settings, as JSON.
         run: `architecture:seed`.
-        parent_run_id: MLflow run to hang this one under.
+        parent_run: what start_comparison wrote, the MLflow run to hang this one under.
         data: what prepare_data wrote.
         run_folder: the run.
     """
@@ -31,4 +31,4 @@ def train(
     architecture, _, seed = run.partition(":")
     values = settings_from_json(settings, [f"model.type={architecture}", f"run.seed={int(seed or 0)}"])
     with step_log(Path(run_folder.path)):
-        train_step(values, Path(data.path), Path(run_folder.path), parent_run_id)
+        train_step(values, Path(data.path), Path(run_folder.path), Path(parent_run.path).read_text())

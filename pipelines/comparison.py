@@ -37,7 +37,10 @@ def comparison_pipeline(
     prepared = prepare_data(settings=settings)
     with dsl.ParallelFor(runs, parallelism=1) as run:
         trained = train(
-            settings=settings, run=run, parent_run_id=started.output, data=prepared.outputs["data"]
+            settings=settings,
+            run=run,
+            parent_run=started.outputs["parent_run"],
+            data=prepared.outputs["data"],
         )
         exported = export(data=prepared.outputs["data"], run_folder=trained.outputs["run_folder"])
         evaluated = evaluate(
@@ -48,7 +51,7 @@ def comparison_pipeline(
         )
     compare(
         settings=settings,
-        parent_run_id=started.output,
+        parent_run=started.outputs["parent_run"],
         models=dsl.Collected(exported.outputs["model"]),
         evaluations=dsl.Collected(evaluated.outputs["evaluation"]),
     )

@@ -186,6 +186,6 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     folder = write_run(tmp_path / "in", make_run("standard"))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(UserError, match="choose an empty folder"):
+    with pytest.raises(UserError, match="name an empty or new folder"):
         compare([folder], tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").exists()

@@ -1,0 +1,101 @@
+"""`python -m pipelines.run`, as `make quickstart` calls it, at a micro size."""
+
+import json
+import os
+import subprocess
+import sys
+
+import mlflow
+import pytest
+
+from dynamic_transformers.settings import PROJECT_ROOT
+
+MICRO = (
+    "model.size=micro",
+    "data.vocab_size=300",
+    "data.block_size=32",
+    "data.max_tokens=4000",
+    "data.max_eval_tokens=1000",
+    "data.cloze_examples=4",
+    "data.arithmetic_examples=4",
+    "training.max_flops=2.0e9",
+    "evaluation.efficiency_tokens=16",
+)
+
+
+def run_pipeline(output_dir, runs, *overrides):
+    command = [sys.executable, "-m", "pipelines.run", "--runs", runs, f"run.output_dir={output_dir}"]
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    return subprocess.run(
+        [*command, *MICRO, *overrides], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("outputs")
+    result = run_pipeline(output_dir, "sdt:1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return output_dir, result.stdout
+
+
+def test_it_prints_table_report_and_mlflow_command(finished):
+    output_dir, stdout = finished
+    assert "SDT" in stdout and "unigram" in stdout
+    assert str(output_dir / "quickstart" / "report" / "report.html") in stdout
+    assert f"mlflow ui --backend-store-uri sqlite:///{output_dir}/mlflow.db" in stdout
+
+
+def test_comparison_json_keeps_its_contract(finished):
+    report = finished[0] / "quickstart" / "report"
+    comparison = json.loads((report / "comparison.json").read_text())
+    assert comparison["schema_version"] == 1
+    (run,) = comparison["runs"]
+    assert (run["architecture"], run["seed"]) == ("sdt", 1)
+    assert run["training_flops"] == pytest.approx(2e9, rel=0.05)
+    assert run["eval"]["causal"] is True and run["eval"]["loss"] > 0
+    assert {"dt_arithmetic", "dt_cloze"} <= set(run["bench"])
+    assert run["efficiency"]["prefill_tokens_per_second"] > 0
+    assert set(run["efficiency"]["routed_fraction"]) == {"1", "3"}
+    assert (PROJECT_ROOT / run["model_dir"] / "model.safetensors").is_file()
+    assert (report / "report.html").stat().st_size > 10_000
+
+
+def test_every_step_leaves_its_log(finished):
+    logs = finished[0] / "quickstart" / "logs"
+    names = {path.stem for path in logs.glob("*.log")}
+    loop = {f"{step}-sdt-seed1" for step in ("train", "export", "evaluate")}
+    assert names == loop | {"prepare-data", "compare", "pipeline"}
+    assert "step" in (logs / "train-sdt-seed1.log").read_text()
+
+
+def test_mlflow_has_the_run_under_its_parent(finished):
+    client = mlflow.MlflowClient(f"sqlite:///{finished[0]}/mlflow.db")
+    experiment = client.get_experiment_by_name("dynamic-transformers")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"quickstart", "sdt-seed1"}
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    parent, child = runs["quickstart"].info.run_id, runs["sdt-seed1"]
+    assert child.data.tags["mlflow.parentRunId"] == parent
+    wanted = {"train/loss", "eval/loss", "test/loss", "efficiency/forward_flops_per_token"}
+    assert wanted <= set(child.data.metrics)
+    artifacts = {artifact.path for artifact in client.list_artifacts(parent, "report")}
+    assert {"report/report.html", "report/comparison.json"} <= artifacts
+    assert {"config", "evaluation", "model"} <= {a.path for a in client.list_artifacts(child.info.run_id)}
+
+
+def test_a_failing_step_fails_the_run_and_shows_why(tmp_path):
+    sources = "data.dataset_configs=[{name: gone, path: json, data_files: /nowhere/gone.jsonl}]"
+    result = run_pipeline(tmp_path, "standard:0", sources)
+    assert result.returncode == 2
+    assert "/nowhere/gone.jsonl" in result.stdout
+    assert "prepare-data" in result.stderr and "Traceback" not in result.stderr
+    assert "gone.jsonl" in (tmp_path / "quickstart" / "logs" / "prepare-data.log").read_text()
+
+
+@pytest.mark.parametrize("runs", ["transformer:0", "mod", "mod:x"])
+def test_a_wrong_run_is_refused_before_anything_starts(runs, tmp_path):
+    result = run_pipeline(tmp_path, runs)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: --runs {runs}: must be architecture:seed")
+    assert not list(tmp_path.iterdir())
