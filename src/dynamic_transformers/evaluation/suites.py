@@ -1,9 +1,9 @@
 """Suites of lm-eval tasks, and the embedded tasks that need no network.
 
-The hub suites hold only tasks whose data set, as far as public threads tell, is published as plain files, since
-`datasets` no longer runs loading scripts. Sources: lm-evaluation-harness issue 3171 and pull request 3943
-(`regisss/math_qa`), brevitas pull request 1624 (`Rowan/hellaswag`). The tests check that the pinned lm-eval has
-every task and reads it from the data set named here; the data sets themselves were not loaded.
+The hub suites hold only tasks whose data set, as far as public threads tell, is published as plain files,
+since `datasets` no longer runs loading scripts. Sources: lm-evaluation-harness issue 3171 and pull request
+3943 (`regisss/math_qa`), brevitas pull request 1624 (`Rowan/hellaswag`). The tests check that the pinned
+lm-eval has every task and reads it from the data set named here; the data sets themselves were not loaded.
 """
 
 from __future__ import annotations
