@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dynamic_transformers.models.configuration import Qwen2SDTConfig
+from dynamic_transformers.models.routing import RoutingContext
 from dynamic_transformers.models.surprise import (
     SurpriseGate,
     beta_at,
@@ -18,6 +19,11 @@ from tests.models.tiny import BACKBONE, tiny_model, tokens
 
 def gate_of(**options) -> SurpriseGate:
     return SurpriseGate(Qwen2SDTConfig(**BACKBONE | options))
+
+
+def plain_rows() -> RoutingContext:
+    """One document a row, no padding, no past."""
+    return RoutingContext(None, None, None, 0, None, False, None)
 
 
 def naive_average(values, window, starts):
@@ -42,14 +48,13 @@ def test_gate_and_score_are_the_papers_formula(beta):
     gate = gate_of(surprise_window=5)
     gate.beta.fill_(beta)
     update, predicted, state = (torch.randn(2, 20, 32) for _ in range(3))
-    starts = torch.zeros(1, 20, dtype=torch.long)
     static = update.square().sum(-1) / 32
     change = (update - predicted).square().sum(-1) / 32
     ce = static - (change - math.log(1.025))
-    cu = static - 1.1 * naive_average(static, 5, starts.expand(2, -1))
+    cu = static - 1.1 * naive_average(static, 5, torch.zeros(2, 20))
     s_ce, s_cu = torch.sigmoid(beta * ce), torch.sigmoid(beta * cu)
     expected = s_ce + s_cu - s_ce * s_cu
-    score = gate.score(update, predicted, state, starts)
+    score = gate.score(update, predicted, state, plain_rows(), 1)
     torch.testing.assert_close(gate.gate(score), expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(score.argsort(dim=1)[:, :3], expected.argsort(dim=1)[:, :3])
 
@@ -58,21 +63,20 @@ def test_score_still_tells_tokens_apart_where_the_gate_saturates():
     gate = gate_of()
     gate.beta.fill_(100.0)
     update = torch.linspace(1, 3, 20)[None, :, None].expand(1, 20, 32)
-    score = gate.score(update, torch.zeros_like(update), update, torch.zeros(1, 20, dtype=torch.long))
+    score = gate.score(update, torch.zeros_like(update), update, plain_rows(), 1)
     assert (gate.gate(score) == 1).sum() > 1
     assert len(score.unique()) == 20
 
 
 def test_normalised_surprise_does_not_depend_on_the_updates_scale():
     update, predicted, state = (torch.randn(1, 20, 32) for _ in range(3))
-    starts = torch.zeros(1, 20, dtype=torch.long)
     for normalize in ("moving_average", "state"):
         gate = gate_of(surprise_normalize=normalize)
-        one = gate.score(update, predicted, state, starts)
-        ten = gate.score(10 * update, 10 * predicted, 10 * state, starts)
+        one = gate.score(update, predicted, state, plain_rows(), 1)
+        ten = gate.score(10 * update, 10 * predicted, 10 * state, plain_rows(), 1)
         torch.testing.assert_close(one, ten, atol=1e-4, rtol=1e-4)
     gate = gate_of()
-    one, ten = (gate.score(s * update, s * predicted, s * state, starts) for s in (1, 10))
+    one, ten = (gate.score(s * update, s * predicted, s * state, plain_rows(), 1) for s in (1, 10))
     assert not torch.allclose(one, ten, rtol=1e-2)
 
 

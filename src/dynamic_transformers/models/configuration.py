@@ -14,7 +14,6 @@ class RoutedConfig(Qwen2Config):
         threshold_decay: ρ of the moving average that calibrates the `threshold` rule.
     """
 
-    use_cache: bool = False
     capacity: float = 0.5
     selection_rule: str = "threshold"
     predictor_weight: float = 0.0

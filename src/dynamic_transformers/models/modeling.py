@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM, Qwen2Model
 from transformers import initialization as init
-from transformers.masking_utils import find_packed_sequence_indices
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from .cache import RoutedCache, row_segments
 from .configuration import RoutedConfig
-from .routing import NO_SEGMENT, CalibratedThreshold, Router, RoutingContext, RoutingResult, causal_mask
+from .routing import CalibratedThreshold, Router, RoutingContext, RoutingResult, causal_mask
 from .surprise import SurpriseGate, inverse_softplus
 
 
@@ -25,10 +26,12 @@ class RoutedModelOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: (B, T, D), after the final norm.
+        past_key_values: the cache, if one was used.
         routing: layer index → what the routed layer reports.
     """
 
     last_hidden_state: Tensor | None = None
+    past_key_values: RoutedCache | None = None
     routing: dict[int, RoutingResult] | None = None
 
 
@@ -40,6 +43,7 @@ class RoutedCausalLMOutput(ModelOutput):
         loss: with labels; in training the language-model loss plus the weighted auxiliary losses.
         logits: (B, T, vocabulary).
         language_model_loss: cross-entropy alone, nats per target token.
+        past_key_values: the cache, if one was used.
         auxiliary_losses: name → mean over routed layers, not weighted; training only.
         routing: layer index → what the routed layer reports.
     """
@@ -47,6 +51,7 @@ class RoutedCausalLMOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     language_model_loss: Tensor | None = None
+    past_key_values: RoutedCache | None = None
     auxiliary_losses: dict[str, Tensor] | None = None
     routing: dict[int, RoutingResult] | None = None
 
@@ -74,36 +79,40 @@ class RoutedModel(Qwen2Model):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: RoutedCache | None = None,
+        use_cache: bool | None = None,
         **kwargs,
     ) -> RoutedModelOutput:
         """Run the layers.
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T), 0 for padding.
-            position_ids: (B or 1, T). A position that does not follow its predecessor starts a document;
-                documents of a row do not see one another.
+            attention_mask: 0 for padding, (B, S + T); S is the length of the past.
+            position_ids: (B or 1, T); counted from `attention_mask` when not given. A position that does not
+                follow its predecessor starts a document; documents of a row do not see one another.
             inputs_embeds: (B, T, D) in place of input_ids.
+            past_key_values: the past, to which the present is added.
+            use_cache: make a cache when none is given; eval mode only. Default: as configured.
+
+        Raises:
+            ValueError: inputs that do not fit together, or a cache of another kind.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length, _ = hidden_states.shape
-        if position_ids is None:
-            position_ids = torch.arange(length, device=hidden_states.device).unsqueeze(0)
-        segments = row_segments(position_ids, attention_mask, batch)
-        eager = self.config._attn_implementation == "eager"
-        context = RoutingContext(
-            position_ids=position_ids,
-            position_embeddings=self.rotary_emb(hidden_states, position_ids),
-            segments=segments,
-            attention_mask=causal_mask(segments, None, eager, hidden_states.dtype),
-            eager=eager,
-        )
-        if eager and context.attention_mask is None:
-            # Eager attention has no causal switch of its own: it needs the mask spelled out.
-            context.segments = torch.zeros(batch, length, dtype=torch.long, device=hidden_states.device)
-            context.attention_mask = causal_mask(context.segments, None, eager, hidden_states.dtype)
+        cache = past_key_values
+        if cache is not None and (self.training or not isinstance(cache, RoutedCache)):
+            raise ValueError(
+                f"{self.config.model_type} needs a RoutedCache, in eval mode; got {type(cache).__name__}"
+                f" in {'training' if self.training else 'eval'} mode"
+            )
+        if (
+            cache is None
+            and not self.training
+            and (self.config.use_cache if use_cache is None else use_cache)
+        ):
+            cache = RoutedCache(self.config)
+        context = self.routing_context(hidden_states, attention_mask, position_ids, cache)
         previous, routing = hidden_states, {}
         for index, block in enumerate(self.layers):
             layer_input = hidden_states
@@ -115,11 +124,58 @@ class RoutedModel(Qwen2Model):
                 hidden_states = block(
                     hidden_states,
                     attention_mask=context.attention_mask,
-                    position_ids=position_ids,
+                    position_ids=context.position_ids,
                     position_embeddings=context.position_embeddings,
+                    past_key_values=cache,
                 )
             previous = layer_input
-        return RoutedModelOutput(last_hidden_state=self.norm(hidden_states), routing=routing)
+        if cache is not None:
+            for index in routing:
+                cache.layers[index].seen_tokens = context.past + hidden_states.shape[1]
+        return RoutedModelOutput(
+            last_hidden_state=self.norm(hidden_states), past_key_values=cache, routing=routing
+        )
+
+    def routing_context(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: RoutedCache | None,
+    ) -> RoutingContext:
+        """Positions, documents and masks that all layers share; tells the cache of the present tokens."""
+        batch, length, _ = hidden_states.shape
+        device, dtype = hidden_states.device, hidden_states.dtype
+        past = cache.get_seq_length() if cache is not None else 0
+        valid = None
+        if attention_mask is not None:
+            if attention_mask.shape != (batch, past + length):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; "
+                    f"(rows, past and present tokens) is {(batch, past + length)}"
+                )
+            if not attention_mask.all():
+                valid = attention_mask[:, past:] != 0
+        if position_ids is None and valid is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + length, device=device).unsqueeze(0)
+        segments = row_segments(position_ids.expand(batch, -1), valid, cache)
+        eager = self.config._attn_implementation == "eager"
+        mask = None
+        if segments is not None or eager or (past and length > 1):
+            slots = torch.arange(past + length, device=device).unsqueeze(0)
+            numbers = segments if segments is not None else torch.zeros_like(slots).expand(batch, -1)
+            mask = causal_mask(slots[:, past:], numbers[:, past:], slots, numbers, eager, dtype)
+        return RoutingContext(
+            position_ids=position_ids,
+            position_embeddings=self.rotary_emb(hidden_states, position_ids),
+            segments=segments,
+            past=past,
+            attention_mask=mask,
+            eager=eager,
+            cache=cache,
+        )
 
 
 class RoutedForCausalLM(Qwen2ForCausalLM):
@@ -145,6 +201,22 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             assert isinstance(router, Router)
             router.set_progress(step, total_steps)
 
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        """What `generate` calls to make its cache: a `RoutedCache`, whose layers are of two kinds."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={kind!r}: a routed model's cache is dynamic, leave it out"
+            )
+        if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "a routed model's cache cannot be cropped; assisted decoding needs a standard model"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = RoutedCache(self.config)
+
     @can_return_tuple
     def forward(
         self,
@@ -152,7 +224,9 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: RoutedCache | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
@@ -161,16 +235,17 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
         """Logits and, with labels, the loss.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: as in `RoutedModel.forward`.
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache: as in
+                `RoutedModel.forward`.
             labels: (B, T), -100 where there is no target; shifted inside.
             logits_to_keep: as in Qwen2.
             num_items_in_batch: targets of the whole optimizer step, over micro-batches and ranks; the
                 language-model loss is then a sum divided by it.
             num_tokens_in_batch: valid tokens of the whole optimizer step; scales the auxiliary losses alike.
         """
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError(f"{self.config.model_type} has no cache yet: generate with use_cache=False")
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache
+        )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = language_model_loss = auxiliary = None
         if labels is not None:
@@ -189,20 +264,10 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             loss=loss,
             logits=logits,
             language_model_loss=language_model_loss,
+            past_key_values=outputs.past_key_values,
             auxiliary_losses=auxiliary,
             routing=outputs.routing,
         )
-
-
-def row_segments(position_ids: Tensor, attention_mask: Tensor | None, batch: int) -> Tensor | None:
-    """Document numbers (B, T), `NO_SEGMENT` for padding; None where each row is one unpadded document."""
-    position_ids = position_ids.expand(batch, -1)
-    segments = find_packed_sequence_indices(position_ids)
-    if attention_mask is None or attention_mask.all():
-        return segments
-    if segments is None:
-        segments = torch.zeros_like(position_ids)
-    return segments.masked_fill(attention_mask == 0, NO_SEGMENT)
 
 
 def combine_losses(routing: dict[int, RoutingResult]) -> tuple[dict[str, Tensor], Tensor | float]:

@@ -9,42 +9,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cache import EMPTY, NO_SEGMENT, RoutedCache
 from .configuration import RoutedConfig
-
-NO_SEGMENT = -1
 
 
 @dataclass
 class RoutingContext:
-    """What a routed layer needs to know of its rows.
+    """What a routed layer needs to know of its rows. S tokens are past, T present.
 
     Attributes:
         position_ids: RoPE positions, (B or 1, T).
         position_embeddings: cosine and sine, each (B or 1, T, head_dim).
-        segments: document number of each token, `NO_SEGMENT` for padding, (B, T); None where every row
-            is one document without padding.
+        segments: document number of each past and present token, `NO_SEGMENT` for padding, (B, S + T);
+            None where every row is one document without padding.
+        past: S.
         attention_mask: the dense layers' mask, as the attention implementation wants it; None: plain causal.
         eager: whether attention wants an additive mask instead of a boolean one.
+        cache: None in training and without a cache.
     """
 
     position_ids: Tensor
     position_embeddings: tuple[Tensor, Tensor]
     segments: Tensor | None
+    past: int
     attention_mask: Tensor | None
     eager: bool
+    cache: RoutedCache | None
 
     @property
     def valid(self) -> Tensor | None:
-        """Tokens that are not padding, (B, T); None: all."""
-        return None if self.segments is None else self.segments != NO_SEGMENT
+        """Present tokens that are not padding, (B, T); None: all."""
+        return None if self.segments is None else self.segments[:, self.past :] != NO_SEGMENT
 
     def segment_starts(self, length: int, device: torch.device) -> Tensor:
-        """Index of the first token of each token's document, (B or 1, T)."""
+        """For each of the last `length` tokens, the first of its document among them, (B or 1, length)."""
         index = torch.arange(length, device=device).unsqueeze(0)
         if self.segments is None:
             return torch.zeros_like(index)
-        changed = F.pad(self.segments[:, 1:] != self.segments[:, :-1], (1, 0), value=True)
+        segments = self.segments[:, self.segments.shape[1] - length :]
+        changed = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
         return torch.where(changed, index, 0).cummax(dim=1).values
+
+    def with_history(self, values: Tensor, layer: int, length: int) -> Tensor:
+        """`values` behind those of the tokens just before, as the cache of routed layer `layer` holds them.
+
+        Args:
+            values: of the present tokens, (B, T, ...).
+            length: how many earlier tokens' values the router looks back on.
+
+        Returns:
+            (B, h + T, ...), h = min(S, length); the cache then holds the last `length` of them.
+        """
+        if self.cache is None:
+            return values
+        cached = self.cache.layers[layer]
+        if cached.state is not None:
+            values = torch.cat([cached.state, values], dim=1)
+        cached.state = values[:, max(0, values.shape[1] - length) :]
+        return values
 
 
 @dataclass
@@ -82,26 +104,28 @@ class RoutingResult:
 
 
 def causal_mask(
-    segments: Tensor | None, indices: Tensor | None, eager: bool, dtype: torch.dtype
-) -> Tensor | None:
+    query_slots: Tensor,
+    query_segments: Tensor,
+    key_slots: Tensor,
+    key_segments: Tensor,
+    eager: bool,
+    dtype: torch.dtype,
+) -> Tensor:
     """Mask under which a token sees its own document's earlier tokens and itself.
 
-    A padding token sees padding alone, so that no row of the mask is empty (softmax would give NaN).
+    Padding sees everything, so that no row of the mask is empty (softmax would give NaN); none see it.
 
     Args:
-        segments: (B, K) document numbers; None gives None, which the attention reads as plain causal.
-        indices: (B, K) places of the tokens in their rows; None: 0 … K−1. Equal or ascending.
+        query_slots, key_slots: indices of the tokens in their rows, (B or 1, Q) and (B or 1, K).
+        query_segments, key_segments: their document numbers, (B, Q) and (B, K).
         eager: give an additive mask of `dtype`.
 
     Returns:
-        (B, 1, K, K), True or 0 where attention is allowed.
+        (B, 1, Q, K), True or 0 where attention is allowed.
     """
-    if segments is None:
-        return None
-    if indices is None:
-        indices = torch.arange(segments.shape[1], device=segments.device).unsqueeze(0)
-    allowed = (indices[:, None, :] <= indices[:, :, None]) & (segments[:, None, :] == segments[:, :, None])
-    allowed = allowed.unsqueeze(1)
+    allowed = key_slots[:, None, :] <= query_slots[:, :, None]
+    allowed = allowed & (key_segments[:, None, :] == query_segments[:, :, None])
+    allowed = (allowed | (query_segments == NO_SEGMENT)[:, :, None]).unsqueeze(1)
     if not eager:
         return allowed
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
@@ -138,9 +162,11 @@ def select_top_k(scores: Tensor, capacity: float, valid: Tensor | None) -> Selec
 def select_mask(mask: Tensor) -> Selection:
     """The tokens of a membership mask (B, T); K is the largest count of a row, possibly 0."""
     counts = mask.sum(1)
-    width = int(counts.max())
+    least, width = counts.aminmax()
+    width = int(width)
     indices = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    return Selection(indices, torch.arange(width, device=mask.device) < counts[:, None])
+    used = None if least == width else torch.arange(width, device=mask.device) < counts[:, None]
+    return Selection(indices, used)
 
 
 def routed_update(
@@ -155,38 +181,71 @@ def routed_update(
         block: a Qwen2 decoder layer with its residuals.
         hidden_states: (B, T, D).
         gate: g, (B, T).
+        context: the layer's own keys and values join its cache, if there is one.
     """
     batch, length, _ = hidden_states.shape
     indices = selection.indices
-    if indices.shape[1] == 0:
+    count = indices.shape[1]
+    if count == 0:
         return hidden_states
+    rows = None
+    if count < length or selection.valid is not None:
+        rows = (indices + length * torch.arange(batch, device=indices.device).unsqueeze(1)).flatten()
 
     def gather_rows(values: Tensor) -> Tensor:
+        values = values.expand(batch, *values.shape[1:])
         return (
-            values.expand(batch, *values.shape[1:])
-            .flatten(0, 1)
-            .index_select(0, rows)
-            .unflatten(0, indices.shape)
+            values if rows is None else values.flatten(0, 1).index_select(0, rows).unflatten(0, indices.shape)
         )
 
-    rows = (indices + length * torch.arange(batch, device=indices.device).unsqueeze(1)).flatten()
-    segments = None if context.segments is None else gather_rows(context.segments)
-    if selection.valid is not None:
-        segments = torch.zeros_like(indices) if segments is None else segments
-        segments = segments.masked_fill(~selection.valid, NO_SEGMENT)
     selected = gather_rows(hidden_states)
     cos, sin = context.position_embeddings
     output = block(
         selected,
-        attention_mask=causal_mask(segments, indices, context.eager, hidden_states.dtype),
+        attention_mask=selected_mask(block.self_attn.layer_idx, selection, context, hidden_states.dtype),
         position_ids=gather_rows(context.position_ids),
         position_embeddings=(gather_rows(cos), gather_rows(sin)),
+        past_key_values=context.cache,
     )
     update = gather_rows(gate).unsqueeze(-1) * (output - selected)
     if selection.valid is not None:
-        update = update * selection.valid.unsqueeze(-1)
+        update = update.masked_fill(~selection.valid.unsqueeze(-1), 0)
+    update = update.to(hidden_states.dtype)
+    if rows is None:
+        return hidden_states + update
     flat = hidden_states.flatten(0, 1)
-    return flat.index_add(0, rows, update.flatten(0, 1).to(flat.dtype)).view_as(hidden_states)
+    return flat.index_add(0, rows, update.flatten(0, 1)).view_as(hidden_states)
+
+
+def selected_mask(
+    layer: int, selection: Selection, context: RoutingContext, dtype: torch.dtype
+) -> Tensor | None:
+    """Mask among a routed layer's selected tokens, those in its cache included; None: plain causal."""
+    indices, past = selection.indices, context.past
+    slots = indices + past
+    cached = None if context.cache is None else context.cache.layers[layer]
+    if context.segments is None and selection.valid is None:
+        key_slots = slots if cached is None else cached.append(slots)
+        full = len(slots) == 1 or not (key_slots == EMPTY).any()
+        plain = key_slots.shape == slots.shape or (slots.shape[1] == 1 and full)
+        if plain and not context.eager:
+            return None
+    elif cached is not None:
+        used = slots if selection.valid is None else slots.masked_fill(~selection.valid, EMPTY)
+        key_slots = cached.append(used)
+    else:
+        key_slots = slots
+
+    def segments_of(places: Tensor, used: Tensor | None) -> Tensor:
+        if context.segments is None:
+            segments = torch.zeros_like(places)
+        else:
+            segments = context.segments.gather(1, places.clamp(min=0))
+        return segments if used is None else segments.masked_fill(~used, NO_SEGMENT)
+
+    query_segments = segments_of(slots, selection.valid)
+    key_segments = query_segments if cached is None else segments_of(key_slots, key_slots != EMPTY)
+    return causal_mask(slots, query_segments, key_slots, key_segments, context.eager, dtype)
 
 
 def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:

@@ -43,8 +43,7 @@ class SDTRouter(Router):
         """
         post, before = hidden_states, previous_hidden_states
         predicted = self.prior(before)
-        starts = context.segment_starts(post.shape[1], post.device)
-        score = self.surprise.score(post - before, predicted, before, starts)
+        score = self.surprise.score(post - before, predicted, before, context, block.self_attn.layer_idx)
         gate = self.surprise.gate(score)
         losses = {}
         if self.training:

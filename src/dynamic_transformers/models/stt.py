@@ -52,8 +52,10 @@ class STTRouter(Router):
         self, block: nn.Module, hidden_states: Tensor, previous_hidden_states: Tensor, context: RoutingContext
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the routed layer, and what it reports."""
-        starts = context.segment_starts(hidden_states.shape[1], hidden_states.device)
-        logits = self.student_logits(hidden_states, starts)
+        history = context.with_history(hidden_states.detach(), block.self_attn.layer_idx, 1)
+        starts = context.segment_starts(history.shape[1], history.device)
+        previous = previous_token(history, starts)[:, -hidden_states.shape[1] :]
+        logits = self.student_logits(hidden_states.detach(), previous)
         if self.training:
             return self.forward_training(block, hidden_states, logits, starts, context)
         if self.config.selection_rule == "predictor":  # the student is the predictor
@@ -80,7 +82,7 @@ class STTRouter(Router):
         )
         predicted = self.prior(previous_token(teacher, starts))
         update = teacher - state
-        score = self.surprise.score(update, predicted, state, starts)
+        score = self.surprise.score(update, predicted, state, context, block.self_attn.layer_idx)
         gate = self.surprise.gate(score)
         selection = self.targets(score, gate, valid)
         selected = selection.mask(logits.shape[1])
@@ -98,14 +100,11 @@ class STTRouter(Router):
         student_gate = gate + (torch.sigmoid(logits) - gate).detach()
         return routed_update(block, hidden_states, selection, student_gate, context), result
 
-    def student_logits(self, hidden_states: Tensor, starts: Tensor) -> Tensor:
-        """Logits (B, T) in fp32 from [x_t ‖ x_{t−1}], each half RMS-normalised, detached."""
-        current = hidden_states.detach().float()
-        previous = previous_token(current, starts)
+    def student_logits(self, current: Tensor, previous: Tensor) -> Tensor:
+        """Logits (B, T) in fp32 from [x_t ‖ x_{t−1}], (B, T, D) each, each RMS-normalised."""
         size, eps = (self.config.hidden_size,), self.config.rms_norm_eps
-        features = torch.cat(
-            [F.rms_norm(current, size, eps=eps), F.rms_norm(previous, size, eps=eps)], dim=-1
-        )
+        halves = [F.rms_norm(half.float(), size, eps=eps) for half in (current, previous)]
+        features = torch.cat(halves, dim=-1)
         return (features * self.student.weight.float()).sum(-1)
 
     def targets(self, score: Tensor, gate: Tensor, valid: Tensor | None) -> Selection:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from .configuration import SurpriseConfig
+from .routing import RoutingContext
 
 
 class PriorNetwork(nn.Module):
@@ -53,21 +54,26 @@ class SurpriseGate(nn.Module):
         """Set β to its scheduled value at optimizer step `step` of `total_steps`."""
         self.beta.fill_(beta_at(self.config, step, total_steps))
 
-    def score(self, update: Tensor, predicted: Tensor, state: Tensor, starts: Tensor) -> Tensor:
+    def score(
+        self, update: Tensor, predicted: Tensor, state: Tensor, context: RoutingContext, layer: int
+    ) -> Tensor:
         """Score s of each token, fp32.
 
         Args:
             update: Δ, (B, T, D).
             predicted: Δ̂, (B, T, D).
             state: x, what the update was added to, (B, T, D); used by `surprise_normalize: state`.
-            starts: index of the first token of each token's document, (B or 1, T).
+            context, layer: give the earlier tokens' D_st when there is a cache.
 
         Returns:
             (B, T).
         """
         static = update.float().square().mean(-1)
         change = (update.float() - predicted.float()).square().mean(-1)
-        average = moving_average(static.detach(), self.config.surprise_window, starts)
+        window = self.config.surprise_window
+        history = context.with_history(static.detach(), layer, window - 1)
+        starts = context.segment_starts(history.shape[1], history.device)
+        average = moving_average(history, window, starts)[:, -static.shape[1] :]
         if self.config.surprise_normalize == "moving_average":
             scale = 1 / average.clamp(min=1e-12)
         elif self.config.surprise_normalize == "state":

@@ -1,0 +1,191 @@
+"""Cache of a routed model: keys and values of every token in dense layers, of selected tokens in routed ones.
+
+Shape suffixes as in routing.py; S past tokens of a row, C cached tokens of a row in a routed layer.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from .configuration import RoutedConfig
+
+EMPTY = -1  # slot of a place that holds no token
+NO_SEGMENT = -1  # document number of padding
+
+
+class RoutedCacheLayer(CacheLayerMixin):
+    """Keys and values of a routed layer's selected tokens.
+
+    Rows are ragged: row i uses its first places, the others are `EMPTY`.
+
+    Attributes:
+        keys, values: (B, heads, C, head_dim).
+        slots: (B, C), index in its row of the token at each place, ascending, then `EMPTY`.
+        state: what the router must remember of the last tokens, (B, any, ...), ending with the last token;
+            None before the first forward, and where the router needs nothing.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self):
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self.slots = self.state = self._order = None
+        self.is_initialized = False
+        self.seen_tokens = 0
+
+    def append(self, slots: Tensor) -> Tensor:
+        """Announce the tokens whose keys and values the next `update` brings.
+
+        Args:
+            slots: (B, K) ascending, `EMPTY` where a row brings fewer.
+
+        Returns:
+            Slots in the order in which `update` will return keys and values, (B, C).
+        """
+        merged = slots if self.slots is None else torch.cat([self.slots, slots], dim=1)
+        self._order = None
+        if len(slots) > 1 and (empty := merged == EMPTY).any():
+            width = int((~empty).sum(1).max())
+            self._order = empty.int().argsort(dim=1, stable=True)[:, :width]
+            merged = merged.gather(1, self._order)
+        self.slots = merged
+        return merged
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take data type and device of the first keys."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Keys and values of all cached tokens, the new ones (B, heads, K, head_dim) included."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._merge(self.keys, key_states)
+        self.values = self._merge(self.values, value_states)
+        return self.keys, self.values
+
+    def _merge(self, old: Tensor | None, new: Tensor) -> Tensor:
+        merged = new if old is None else torch.cat([old, new], dim=2)
+        if self._order is None:
+            return merged
+        return merged.gather(
+            2, self._order[:, None, :, None].expand(-1, merged.shape[1], -1, merged.shape[3])
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens that the model has seen, computed here or not."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As a dense layer would answer; the routed models build their masks from `slots`."""
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what the router must remember of earlier tokens is gone."""
+        raise ValueError("a routed model's cache cannot be cropped; assisted decoding needs a standard model")
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep the rows with these indices, in this order; a row may be repeated."""
+        change_tensors(self, ("keys", "values", "slots", "state"), lambda value: value[rows.to(value.device)])
+
+    reorder_cache = batch_select_indices = select_rows
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        change_tensors(
+            self, ("keys", "values", "slots", "state"), lambda value: value.repeat_interleave(repeats, 0)
+        )
+
+
+class RoutedCache(Cache):
+    """The layers' caches, and what all layers need to know of the rows' past.
+
+    Attributes:
+        segments: document number of each past token, `NO_SEGMENT` for padding, (B, S); None where every row
+            is one document without padding.
+        last_position: position of each row's last token, (B, 1).
+    """
+
+    def __init__(self, config: RoutedConfig):
+        routed = config.routed_layers
+        layers = [
+            RoutedCacheLayer() if index in routed else DynamicLayer()
+            for index in range(config.num_hidden_layers)
+        ]
+        super().__init__(layers=layers)
+        self.segments: Tensor | None = None
+        self.last_position: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.segments = self.last_position = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows, for beam search."""
+        super().reorder_cache(beam_idx)
+        change_tensors(self, ("segments", "last_position"), lambda value: value[beam_idx.to(value.device)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep rows."""
+        super().batch_select_indices(indices)
+        change_tensors(self, ("segments", "last_position"), lambda value: value[indices.to(value.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat rows."""
+        super().batch_repeat_interleave(repeats)
+        change_tensors(self, ("segments", "last_position"), lambda value: value.repeat_interleave(repeats, 0))
+
+
+def change_tensors(owner, names: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> None:
+    """Put `change` of each of the owner's tensors that exists in its place."""
+    for name in names:
+        if (value := getattr(owner, name)) is not None:
+            setattr(owner, name, change(value))
+
+
+def row_segments(position_ids: Tensor, valid: Tensor | None, cache: RoutedCache | None) -> Tensor | None:
+    """Document number of each past and present token; a new one starts where positions do not go on.
+
+    Args:
+        position_ids: of the present tokens, (B, T).
+        valid: which of them are not padding, (B, T); None: all.
+        cache: gives the past, and is told of the present.
+
+    Returns:
+        (B, S + T), `NO_SEGMENT` for padding; None where every row is one document without padding.
+
+    Raises:
+        ValueError: padding between two tokens of a row.
+    """
+    past = cache.get_seq_length() if cache is not None else 0
+    segments = cache.segments if cache is not None and past else None
+    before = cache.last_position if cache is not None and past else position_ids[:, :1] - 1
+    starts = position_ids != torch.cat([before, position_ids[:, :-1]], dim=1) + 1
+    if segments is not None or valid is not None or starts.any():
+        if segments is None:
+            segments = position_ids.new_zeros(len(position_ids), past)
+        if valid is None:
+            valid = torch.ones_like(starts)
+        begun = (segments != NO_SEGMENT).any(1, keepdim=True)
+        known = torch.cat([segments[:, -1:] != NO_SEGMENT if past else begun, valid[:, :-1]], dim=1)
+        first = valid & ~known
+        if (begun + first.sum(1, keepdim=True) > 1).any():
+            raise ValueError("padding between two tokens of a row: pad on the left to generate")
+        number = segments.amax(1, keepdim=True).clamp(min=0) if past else 0
+        present = number + (starts & known & valid).cumsum(1)
+        segments = torch.cat([segments, present.masked_fill(~valid, NO_SEGMENT)], dim=1)
+    if cache is not None:
+        cache.segments, cache.last_position = segments, position_ids[:, -1:]
+    return segments

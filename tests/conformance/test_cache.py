@@ -1,0 +1,183 @@
+"""The cache: same numbers as without it, wherever the sequence is cut, and only what it must hold."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from dynamic_transformers.models.cache import EMPTY, RoutedCache, RoutedCacheLayer
+from tests.models.tiny import ALL, ROUTED, calibrated, logits, tokens
+
+LENGTH = 24
+RULES = [
+    *((architecture, {}) for architecture in ALL),
+    ("mod", {"selection_rule": "aux", "aux_weight": 0.01}),
+    ("mod", {"selection_rule": "predictor", "predictor_weight": 0.01}),
+    ("sdt", {"selection_rule": "predictor", "predictor_weight": 0.01}),
+    ("stt", {"selection_rule": "predictor"}),
+    ("sdt", {"surprise_window": 5}),
+    ("sdt", {"surprise_window": 1}),
+    ("sdt", {"surprise_normalize": "moving_average", "surprise_window": 7}),
+]
+
+
+@torch.no_grad()
+def cached_logits(model, ids, cuts, mask=None, positions=None):
+    """Logits of a sequence given in pieces that end at `cuts`, each with the cache of the former ones."""
+    cache, pieces, start = None, [], 0
+    for end in (*cuts, ids.shape[1]):
+        if end == start:
+            continue
+        output = model(
+            input_ids=ids[:, start:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=None if positions is None else positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, start = output.past_key_values, end
+        pieces.append(output.logits)
+    return torch.cat(pieces, dim=1), cache
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("architecture", "options"), RULES)
+def test_cached_equals_uncached_wherever_the_prefill_is_cut(architecture, options, attention):
+    model = calibrated(architecture, attention=attention, **options)
+    ids = tokens(3, LENGTH)
+    expected = logits(model, ids)
+    for cut in range(1, LENGTH):
+        close(cached_logits(model, ids, [cut])[0], expected)
+    close(cached_logits(model, ids, range(1, LENGTH))[0], expected)  # token by token
+    close(cached_logits(model, ids, [5, 6, 13])[0], expected)
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_cached_batches_with_left_padding_equal_single_rows(architecture):
+    model = calibrated(architecture, surprise_window=6) if architecture != "mod" else calibrated("mod")
+    lengths, prompt = (10, 4, 7), 10
+    rows = [tokens(1, n + 8, seed=n) for n in lengths]
+    ids, mask = torch.full((3, prompt + 8), 5), torch.zeros(3, prompt + 8, dtype=torch.long)
+    for row, (n, values) in enumerate(zip(lengths, rows, strict=True)):
+        ids[row, prompt - n :], mask[row, prompt - n :] = values[0], 1
+    got, _ = cached_logits(model, ids, [4, prompt, *range(prompt + 1, prompt + 8)], mask)
+    for row, values in enumerate(rows):
+        close(got[row][mask[row] == 1], logits(model, values)[0])
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_packed_documents_stay_apart_in_the_cache(architecture):
+    window = {} if architecture == "mod" else {"surprise_window": 6}
+    model = calibrated(architecture, **window)
+    documents = [tokens(2, length, seed=length) for length in (9, 5, 10)]
+    ids = torch.cat(documents, dim=1)
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents]).expand(2, -1)
+    expected = torch.cat([logits(model, document) for document in documents], dim=1)
+    for cuts in ([9], [7], [14, 15], range(1, 24)):
+        close(cached_logits(model, ids, cuts, positions=positions)[0], expected)
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_routed_layer_stores_selected_tokens_only(architecture):
+    model = calibrated(architecture)
+    ids = tokens(1, LENGTH)
+    _, cache = cached_logits(model, ids, [11, 12, 13])
+    routing = model(input_ids=ids, use_cache=False).routing
+    for index, layer in enumerate(cache.layers):
+        stored = layer.keys.shape[2]
+        if index in model.config.routed_layers:
+            places = routing[index].selected[0].nonzero().flatten()
+            assert 0 < stored < LENGTH
+            assert layer.slots[0].tolist() == places.tolist()
+        else:
+            assert stored == LENGTH
+        assert layer.values.shape == layer.keys.shape == (1, 2, stored, 8)
+    assert cache.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_ragged_rows_are_as_wide_as_the_widest(architecture):
+    model = calibrated(architecture)
+    ids = tokens(4, LENGTH)
+    _, cache = cached_logits(model, ids, range(10, LENGTH))
+    routing = model(input_ids=ids, use_cache=False).routing
+    for index in model.config.routed_layers:
+        counts = routing[index].selected.sum(1)
+        assert cache.layers[index].keys.shape[2] == counts.max()
+        assert (cache.layers[index].slots != EMPTY).sum(1).tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("change", ["reorder", "select", "repeat"])
+def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, change):
+    model = calibrated(architecture)
+    ids = tokens(3, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    start = LENGTH - 6
+    cache = model(input_ids=ids[:, :start], attention_mask=mask[:, :start], use_cache=True).past_key_values
+    if change == "repeat":
+        rows = torch.tensor([0, 0, 1, 1, 2, 2])
+        cache.batch_repeat_interleave(2)
+    elif change == "select":
+        rows = torch.tensor([2, 1])
+        cache.batch_select_indices(rows)
+    else:
+        rows = torch.tensor([2, 2, 1])
+        cache.reorder_cache(rows)
+    expected = logits(model, ids[rows], attention_mask=mask[rows])
+    for place in range(start, LENGTH):
+        with torch.no_grad():
+            got = model(
+                input_ids=ids[rows, place : place + 1],
+                attention_mask=mask[rows, : place + 1],
+                past_key_values=cache,
+            ).logits
+        close(got[:, 0], expected[:, place])
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_reset_cache_is_as_new(architecture):
+    model = calibrated(architecture)
+    ids = tokens(2, LENGTH)
+    _, cache = cached_logits(model, ids, [])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        output = model(input_ids=ids[:, :9], past_key_values=cache)
+    close(output.logits, logits(model, ids[:, :9]))
+
+
+def test_places_are_compacted_row_by_row():
+    layer = RoutedCacheLayer()
+    for slots in ([[0, 2], [1, EMPTY]], [[EMPTY], [3]], [[5, EMPTY], [EMPTY, EMPTY]]):
+        slots = torch.tensor(slots)
+        order = layer.append(slots)
+        states = slots[:, None, :, None].float().expand(2, 1, -1, 4)
+        keys, values = layer.update(states, -states)
+        assert torch.equal(keys[:, 0, :, 0].long() * (order != EMPTY), order * (order != EMPTY))
+        assert torch.equal(values, -keys)
+    assert layer.slots.tolist() == [[0, 2, 5], [1, 3, EMPTY]]
+
+
+def test_what_does_not_fit_is_refused():
+    model, ids = calibrated("mod"), tokens(2, 8)
+    with pytest.raises(ValueError, match="needs a RoutedCache"):
+        model(input_ids=ids, past_key_values=DynamicCache())
+    mask = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+    padded = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="pad on the left"):
+        model(input_ids=ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), past_key_values=padded)
+    with pytest.raises(ValueError, match="pad on the left"):
+        model(input_ids=ids, attention_mask=torch.tensor([[1] * 8, [1] * 3 + [0] + [1] * 4]))
+    cache = RoutedCache(model.config)
+    model(input_ids=ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(input_ids=ids, attention_mask=torch.ones(2, 8), past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="in training mode"):
+        model.train()(input_ids=ids, past_key_values=cache)
