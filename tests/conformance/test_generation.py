@@ -70,9 +70,7 @@ def test_generation_goes_on_from_a_returned_cache(architecture):
     first = generate(model, ids, mask, 6, do_sample=False, return_dict_in_generate=True)
     assert first.past_key_values.get_seq_length() == 14
     longer = torch.cat([mask, torch.ones(2, 6, dtype=torch.long)], dim=1)
-    rest = generate(
-        model, first.sequences, longer, 8, do_sample=False, past_key_values=first.past_key_values
-    )
+    rest = generate(model, first.sequences, longer, 8, do_sample=False, past_key_values=first.past_key_values)
     assert torch.equal(rest, whole)
 
 

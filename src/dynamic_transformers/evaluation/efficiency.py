@@ -19,7 +19,7 @@ DECODED_TOKENS = 32
 
 @dataclass
 class Throughput:
-    """Speed of one model on this machine; None where the model has no cache.
+    """Speed of one model on this machine.
 
     Attributes:
         prefill_tokens_per_second: forward over a prompt, batch 1, eval mode.
@@ -28,8 +28,8 @@ class Throughput:
     """
 
     prefill_tokens_per_second: float
-    decode_tokens_per_second: float | None
-    kv_bytes_per_token: float | None
+    decode_tokens_per_second: float
+    kv_bytes_per_token: float
 
 
 def load_model(model_dir: Path) -> PreTrainedModel:
@@ -53,25 +53,24 @@ def measure_side_by_side(model_dirs: Sequence[Path], prompts: Sequence[list[int]
     for repeat in range(REPEATS + 1):
         for index, (model, prompt) in enumerate(zip(models, inputs, strict=True)):
             seconds = prefill_seconds(model, prompt)
-            decoded = decode_seconds(model, prompt) if model.config.use_cache else None
+            decoded = decode_seconds(model, prompt)
             if repeat == 0:  # warm-up
                 continue
             prefill[index].append(seconds)
-            if decoded is not None:
-                decode[index].append(decoded)
+            decode[index].append(decoded)
     return [
         Throughput(
             prompt.shape[1] / statistics.median(prefill[index]),
-            DECODED_TOKENS / statistics.median(decode[index]) if decode[index] else None,
-            kv_bytes_per_token(model, prompt) if model.config.use_cache else None,
+            DECODED_TOKENS / statistics.median(decode[index]),
+            kv_bytes_per_token(model, prompt),
         )
         for index, (model, prompt) in enumerate(zip(models, inputs, strict=True))
     ]
 
 
 def prefill_seconds(model: PreTrainedModel, prompt: torch.Tensor) -> float:
-    """Seconds of one forward over a prompt, with a cache where the model has one."""
-    return timed(model, lambda: model(input_ids=prompt, use_cache=model.config.use_cache))
+    """Seconds of one forward over a prompt that fills a cache."""
+    return timed(model, lambda: model(input_ids=prompt, use_cache=True))
 
 
 def decode_seconds(model: PreTrainedModel, prompt: torch.Tensor) -> float:
@@ -90,7 +89,8 @@ def decode_seconds(model: PreTrainedModel, prompt: torch.Tensor) -> float:
 def kv_bytes_per_token(model: PreTrainedModel, prompt: torch.Tensor) -> float:
     """Bytes of keys and values that the cache holds after a prompt, per token of the prompt."""
     cache = model(input_ids=prompt, use_cache=True).past_key_values
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    # A routed layer that has selected no token yet has no tensors.
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / prompt.shape[1]
 
 

@@ -374,11 +374,21 @@ class Router(nn.Module):
             mask = scores > self.threshold.value()
         elif rule == "aux":
             mask = scores > 0
-        elif rule == "predictor" and self.predictor is not None:
-            mask = self.predictor(hidden_states) > 0
+        elif rule == "predictor":
+            mask = self.predicted_membership(scores, hidden_states) > 0
         else:
-            raise ValueError(f"selection_rule={rule!r}: not one that this model was built for")
+            raise ValueError(f"selection_rule={rule!r}: must be threshold, predictor, aux or topk")
         return select_mask(mask if context.valid is None else mask & context.valid)
+
+    def predicted_membership(self, scores: Tensor, hidden_states: Tensor) -> Tensor:
+        """The predictor's logits, (B, T) fp32.
+
+        Raises:
+            ValueError: the model was built without a predictor.
+        """
+        if self.predictor is None:
+            raise ValueError("selection_rule='predictor': the model has none; predictor_weight was 0")
+        return self.predictor(hidden_states)
 
 
 def membership_loss(logits: Tensor, selection: Selection, valid: Tensor | None) -> Tensor:

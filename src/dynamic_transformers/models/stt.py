@@ -58,10 +58,7 @@ class STTRouter(Router):
         logits = self.student_logits(hidden_states.detach(), previous)
         if self.training:
             return self.forward_training(block, hidden_states, logits, starts, context)
-        if self.config.selection_rule == "predictor":  # the student is the predictor
-            selection = select_mask(logits > 0 if context.valid is None else (logits > 0) & context.valid)
-        else:
-            selection = self.select(logits, hidden_states, context)
+        selection = self.select(logits, hidden_states, context)
         gate = torch.sigmoid(logits)
         output = routed_update(block, hidden_states, selection, gate, context)
         return output, RoutingResult(selection.mask(logits.shape[1]), gate)
@@ -106,6 +103,10 @@ class STTRouter(Router):
         halves = [F.rms_norm(half.float(), size, eps=eps) for half in (current, previous)]
         features = torch.cat(halves, dim=-1)
         return (features * self.student.weight.float()).sum(-1)
+
+    def predicted_membership(self, scores: Tensor, hidden_states: Tensor) -> Tensor:
+        """The scores are the student's logits, and the student is the predictor."""
+        return scores
 
     def targets(self, score: Tensor, gate: Tensor, valid: Tensor | None) -> Selection:
         """Tokens that the teacher would compute: the γ most surprising, or all with g high enough."""

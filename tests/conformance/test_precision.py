@@ -1,0 +1,86 @@
+"""bf16, torch.compile, and what a checkpoint in another type keeps."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dynamic_transformers.models.routing import Router, select_mask
+from tests.conformance.test_cache import cached_logits
+from tests.models.tiny import ALL, ROUTED, calibrated, logits, tiny_model, tokens
+
+LENGTH = 24
+
+
+@pytest.fixture
+def given_selection(monkeypatch):
+    """Makes routed layers select by recorded masks (rows, tokens), one for each layer, in place of a rule."""
+
+    def give(model, masks):
+        layers = {id(model.model.routers[str(layer)]): mask for layer, mask in masks.items()}
+
+        def select(router, scores, hidden_states, context):
+            return select_mask(layers[id(router)][:, context.past : context.past + scores.shape[1]])
+
+        monkeypatch.setattr(Router, "select", select)
+
+    return give
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_bf16_trains_with_a_gradient_for_every_parameter(architecture):
+    model = tiny_model(architecture).to(torch.bfloat16)
+    ids = tokens(2, LENGTH)
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    assert output.loss.isfinite() and output.logits.dtype == torch.bfloat16
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_bf16_cached_equals_uncached_for_the_same_selection(architecture, given_selection):
+    model = calibrated(architecture).to(torch.bfloat16)
+    ids = tokens(2, LENGTH)
+    routing = model(input_ids=ids, use_cache=False).routing
+    given_selection(model, {layer: result.selected for layer, result in routing.items()})
+    expected = logits(model, ids).float()
+    for cuts in ([7], range(1, LENGTH)):
+        got = cached_logits(model, ids, cuts)[0].float()
+        # bf16 keeps 8 bits: a few roundings of values around 1.
+        torch.testing.assert_close(got, expected, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_bf16_moves_few_tokens_across_the_cut(architecture):
+    model = calibrated(architecture)
+    ids = tokens(16, 64)
+    full = model(input_ids=ids, use_cache=False).routing
+    half = model.to(torch.bfloat16)(input_ids=ids, use_cache=False).routing
+    first = model.config.routed_layers[0]  # later layers see other inputs where one token flipped
+    flips = (full[first].selected != half[first].selected).float().mean()
+    assert flips < 0.05
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_thresholds_and_beta_stay_fp32_in_a_bf16_model(architecture, tmp_path):
+    model = calibrated(architecture)
+    model.set_progress(7, 9)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    for name, value in model.named_buffers():
+        if ".routers." in name:
+            assert torch.equal(loaded.get_buffer(name), value), name
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("architecture", ALL)
+def test_compiled_gives_the_same_numbers(architecture, mode):
+    model = calibrated(architecture).train(mode == "train")
+    ids = tokens(2, LENGTH)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model(input_ids=ids, labels=ids, use_cache=False)
+    model.load_state_dict(state)
+    torch._dynamo.reset()
+    got = torch.compile(model)(input_ids=ids, labels=ids, use_cache=False)
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.loss, expected.loss, atol=1e-5, rtol=1e-4)
