@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import sys
 import time
@@ -28,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--runs {name}: must be architecture:seed, one of {', '.join(ARCHITECTURES)}")
     # Steps run in folders of their own: places must not depend on where they are.
     settings.run.output_dir = str(Path(settings.run.output_dir).resolve())
-    settings.tracking.mlflow_uri = tracking_uri(settings.tracking, settings.run.output_dir)
+    if "MLFLOW_TRACKING_URI" not in os.environ:  # the steps inherit it, with whatever secret it holds
+        settings.tracking.mlflow_uri = tracking_uri(settings.tracking, settings.run.output_dir)
     folder = settings.run_dir
     root = folder / "pipeline"
     package = compile_pipeline()
@@ -80,7 +82,10 @@ def show(settings: Settings, seconds: float) -> None:
     folder = settings.run_dir
     print_comparison(folder / "report")
     print(f"logs:   {folder / 'logs'}")
-    print(f"MLflow: make mlflow-ui   (mlflow ui --backend-store-uri {settings.tracking.mlflow_uri})")
+    if uri := settings.tracking.mlflow_uri:
+        print(f"MLflow: make mlflow-ui   (mlflow ui --backend-store-uri {uri})")
+    else:
+        print("MLflow: at MLFLOW_TRACKING_URI")
     print(f"time:   {seconds:.0f} s")
 
 

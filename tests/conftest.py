@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.data.prepare import prepare
+from dynamic_transformers.models.routing import Router, select_mask
 
 DATA = {
     "dataset_configs": [{"name": "math", "type": "embedded"}],
@@ -49,3 +50,18 @@ def make_settings(tmp_path_factory):
 @pytest.fixture(scope="session")
 def data_dir(make_settings, tmp_path_factory):
     return prepare(make_settings(), tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture
+def given_selection(monkeypatch):
+    """Makes routed layers select by recorded masks (rows, tokens), one for each layer, in place of a rule."""
+
+    def give(model, masks):
+        layers = {id(model.model.routers[str(layer)]): mask for layer, mask in masks.items()}
+
+        def select(router, scores, hidden_states, context):
+            return select_mask(layers[id(router)][:, context.past : context.past + scores.shape[1]])
+
+        monkeypatch.setattr(Router, "select", select)
+
+    return give

@@ -4,42 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
-from dynamic_transformers.configure import CONFIG_DIR, compose_settings, run_command
+import yaml
+
+from dynamic_transformers.configure import CONFIG_DIR, compose_settings, run_command, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
+from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import Settings
-
-
-def main() -> None:
-    """Entry of `dynamic-transformers`."""
-    parser = argparse.ArgumentParser(prog="dynamic-transformers", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="prepare|train|export|bench|compare")
-
-    for name, function, text in (
-        ("prepare", prepare_command, "mix, tokenize and pack data"),
-        ("train", train_command, "prepare if need be, train one model, export it"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        add_config_arguments(command)
-        command.set_defaults(function=function)
-
-    command = commands.add_parser("export", help="a training run's checkpoint as a Hugging Face folder")
-    command.add_argument("run_dir", type=Path)
-    command.add_argument("--output_dir", type=Path, help="default: RUN_DIR/final_model")
-    command.add_argument("--force", action="store_true", help="export again")
-    command.set_defaults(function=export_command)
-
-    command = commands.add_parser("bench", help="run lm-eval on an exported model")
-    add_bench_arguments(command)
-    command.set_defaults(function=bench_command)
-
-    command = commands.add_parser("compare", help="table, plots and report over evaluations")
-    command.add_argument("evaluations", type=Path, nargs="+", help="folders with evaluation.json")
-    command.add_argument("--output_dir", type=Path, default=Path("outputs/report"))
-    command.set_defaults(function=compare_command)
-
-    run_command(lambda args: args.function(args), parser)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,9 +74,65 @@ def export_command(args: argparse.Namespace) -> None:
 
 
 def compare_command(args: argparse.Namespace) -> None:
-    """`compare`: print the table and say where the report is."""
+    """`compare`: evaluate what is not evaluated yet, print the table and say where the report is."""
     from dynamic_transformers.comparison.compare import compare, print_comparison
     from dynamic_transformers.training.display import configure_logging
 
     configure_logging()
-    print_comparison(compare(args.evaluations, args.output_dir))
+    evaluations = [evaluation_of(folder) for folder in args.runs]
+    models = [Path(read_manifest(folder, "evaluate")["inputs"]["model"]["path"]) for folder in evaluations]
+    print_comparison(compare(evaluations, args.output_dir, models=models))
+
+
+def evaluation_of(folder: Path) -> Path:
+    """The evaluation of a run folder, made now if need be; a folder of an evaluation is given back."""
+    from dynamic_transformers.evaluation.evaluate import evaluate
+    from dynamic_transformers.export import export
+
+    manifest = read_manifest(folder)
+    if manifest["step"] == "evaluate":
+        return folder
+    data_dir = Path(read_manifest(folder, "train")["inputs"]["data"]["path"])
+    settings = settings_from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    model_dir = export(folder, folder / "final_model")
+    return evaluate(settings, data_dir, folder, model_dir, folder / "evaluation")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `export`."""
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--output_dir", type=Path, help="default: RUN_DIR/final_model")
+    parser.add_argument("--force", action="store_true", help="export again")
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `compare`."""
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders with evaluation.json")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/report"))
+
+
+COMMANDS = {
+    "prepare": (prepare_command, add_config_arguments, "mix, tokenize and pack data"),
+    "train": (train_command, add_config_arguments, "prepare if need be, train one model, export it"),
+    "export": (export_command, add_export_arguments, "a run's checkpoint as a Hugging Face folder"),
+    "bench": (bench_command, add_bench_arguments, "run lm-eval on an exported model"),
+    "compare": (compare_command, add_compare_arguments, "evaluate finished runs; table, plots and report"),
+}
+
+
+def main() -> None:
+    """Entry of `dynamic-transformers`."""
+    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if name not in COMMANDS:
+        lines = [f"  {command:8}  {text}" for command, (_, _, text) in COMMANDS.items()]
+        usage = "\n".join(["usage: dynamic-transformers COMMAND ...", "", *lines])
+        asked = name in ("-h", "--help")
+        print(
+            usage if asked else f"error: {name or 'no'}: not a command\n{usage}",
+            file=None if asked else sys.stderr,
+        )
+        sys.exit(0 if asked else 2)
+    function, add_arguments, text = COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"dynamic-transformers {name}", description=text)
+    add_arguments(parser)
+    run_command(function, parser, arguments)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dynamic_transformers.settings import (
     ARCHITECTURES,
+    ATTENTION,
     PROJECT_ROOT,
     SELECTION_RULES,
     SIZES,
@@ -30,6 +32,42 @@ from dynamic_transformers.settings import (
 )
 
 CONFIG_DIR = PROJECT_ROOT / "config"
+LEAST = (
+    ("run", "seed", 0),
+    ("data", "block_size", 2),
+    ("data", "batch_size", 1),
+    ("data", "vocab_size", 257),
+    ("data", "max_eval_tokens", 1),
+    ("training", "gradient_accumulation_steps", 1),
+    ("training", "log_every", 1),
+    ("training", "eval_every", 0),
+    ("training", "checkpoint_every", 0),
+    ("training.optimizer", "weight_decay", 0),
+    ("training.optimizer", "warmup_fraction", 0),
+    ("training.optimizer", "min_lr_fraction", 0),
+    ("model", "predictor_weight", 0),
+    ("model.mod", "aux_weight", 0),
+    ("model.mod", "z_loss_weight", 0),
+    ("model.mod", "capacity_warmup_steps", 0),
+    ("model.surprise", "window", 1),
+    ("model.surprise", "beta_warmup_steps", 0),
+    ("evaluation", "batch_size", 1),
+    ("evaluation", "limit", 1),
+    ("evaluation", "num_fewshot", 0),
+    ("system", "num_workers", 0),
+)
+POSITIVE = (
+    ("training.optimizer", "lr"),
+    ("training.optimizer", "eps"),
+    ("training.optimizer", "max_grad_norm"),
+    ("model.surprise", "offset_ce_init"),
+    ("model.surprise", "multiplier_cu_init"),
+    ("model.surprise", "beta_start"),
+    ("model.surprise", "beta_end"),
+    ("model.surprise", "prior_factor"),
+    ("data", "validation_split_percentage"),
+    ("data", "test_split_percentage"),
+)
 
 
 def settings_from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> Settings:
@@ -98,6 +136,7 @@ def check(settings: Settings) -> None:
     model, data, training = settings.model, settings.data, settings.training
     _one_of("model.type", model.type, ARCHITECTURES)
     _one_of("model.size", model.size, tuple(SIZES))
+    _one_of("model.attention", model.attention, ATTENTION)
     _one_of("model.mod.gate", model.mod.gate, ("sigmoid", "raw"))
     _one_of("model.surprise.beta_schedule", model.surprise.beta_schedule, ("linear", "cosine"))
     _one_of("model.surprise.normalize", model.surprise.normalize, ("none", "moving_average", "state"))
@@ -119,6 +158,10 @@ def check(settings: Settings) -> None:
     if training.mode == "pretrained" and not model.pretrained:
         raise UserError(
             "training.mode=pretrained needs model.pretrained: a folder or hub name of a Qwen2 model"
+        )
+    if training.mode == "pretrained" and data.tokenizer_name is None:
+        raise UserError(
+            "training.mode=pretrained needs data.tokenizer_name, usually that of model.pretrained"
         )
     if training.mode == "scratch" and model.pretrained:
         raise UserError(f"model.pretrained={model.pretrained} needs training.mode=pretrained")
@@ -147,9 +190,7 @@ def check(settings: Settings) -> None:
         _one_of(f"data.dataset_configs.{source.name}.type", source.type, ("embedded", "hub"))
         if source.weight <= 0:
             raise UserError(f"data.dataset_configs.{source.name}.weight={source.weight}: must be positive")
-    for name, least in (("block_size", 2), ("batch_size", 1), ("vocab_size", 257)):
-        if getattr(data, name) < least:
-            raise UserError(f"data.{name}={getattr(data, name)}: must be at least {least}")
+    check_ranges(settings)
     backbone = model.backbone
     if data.block_size > backbone.max_position_embeddings:
         raise UserError(
@@ -161,14 +202,61 @@ def check(settings: Settings) -> None:
             f"model.dimensions: hidden_size={backbone.hidden_size} is no multiple of "
             f"num_attention_heads={backbone.num_attention_heads}"
         )
-    if not 0 < data.validation_split_percentage + data.test_split_percentage < 100:
-        raise UserError("data.validation_split_percentage + data.test_split_percentage must lie in (0, 100)")
+    if backbone.num_attention_heads % backbone.num_key_value_heads:
+        raise UserError(
+            f"model.dimensions: num_attention_heads={backbone.num_attention_heads} is no multiple of "
+            f"num_key_value_heads={backbone.num_key_value_heads}"
+        )
+    if backbone.hidden_size // backbone.num_attention_heads % 2:
+        raise UserError(
+            "model.dimensions: hidden_size / num_attention_heads must be even (rotary embeddings)"
+        )
+    if data.validation_split_percentage + data.test_split_percentage >= 100:
+        raise UserError("data.validation_split_percentage + data.test_split_percentage must be below 100")
+    uri = settings.tracking.mlflow_uri
+    if uri and urlsplit(uri).password:
+        raise UserError(
+            "tracking.mlflow_uri holds a password; give it in MLFLOW_TRACKING_USERNAME and _PASSWORD instead"
+        )
 
 
-def run_command(command: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
-    """Parse the command line and run `command`; a `UserError` becomes one line and exit code 2."""
+def check_ranges(settings: Settings) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        UserError: names the key, the value and the bound.
+    """
+    for group, name, least in LEAST:
+        value = getattr(_lookup(settings, group), name)
+        if value is not None and value < least:
+            raise UserError(f"{group}.{name}={value}: must be at least {least}")
+    for group, name in POSITIVE:
+        value = getattr(_lookup(settings, group), name)
+        if value <= 0:
+            raise UserError(f"{group}.{name}={value}: must be positive")
+    betas = settings.training.optimizer.betas
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"training.optimizer.betas={betas}: both must lie in [0, 1)")
+
+
+def _lookup(settings: Settings, group: str) -> Any:
+    value: Any = settings
+    for part in group.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def run_command(
+    command: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parse the arguments (default: the command line's) and run `command`.
+
+    A `UserError` becomes one line and exit code 2.
+    """
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args(arguments)
     try:
         sys.exit(command(args) or 0)
     except UserError as error:

@@ -49,7 +49,7 @@ def export(run_dir: Path, output_dir: Path, data_dir: Path | None = None, force:
         UserError: `run_dir` is not a finished run.
         RuntimeError: the reloaded model's logits differ.
     """
-    run = read_manifest(run_dir)
+    run = read_manifest(run_dir, "train")
     config = {"run_digest": run["digest"]}
     if not force and finished(output_dir, "export", config):
         logger.info("export: %s is finished, nothing to do", output_dir)
@@ -60,7 +60,7 @@ def export(run_dir: Path, output_dir: Path, data_dir: Path | None = None, force:
         model.save_pretrained(temporary)
         load_tokenizer(data_dir).save_pretrained(temporary)
         difference = reload_difference(model, temporary)
-        if difference > TOLERANCE:
+        if not difference <= TOLERANCE:  # NaN must not pass
             raise RuntimeError(f"{output_dir}: logits of the reloaded model differ by {difference:.2e}")
         facts = {
             key: run[key]
@@ -76,6 +76,7 @@ def export(run_dir: Path, output_dir: Path, data_dir: Path | None = None, force:
             {"run": run_dir, "data": data_dir},
             **facts,
             run_config=run["config"],
+            block_size=read_manifest(data_dir, "prepare_data")["block_size"],
             data_dir=str(data_dir.resolve()),
             logits_difference=difference,
         )

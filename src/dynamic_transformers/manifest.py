@@ -73,17 +73,23 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, step: str | None = None) -> dict[str, Any]:
     """Manifest of a finished folder.
 
+    Args:
+        step: what the folder must be the output of; None: any step.
+
     Raises:
-        UserError: the folder is missing or unfinished.
+        UserError: the folder is missing, unfinished, or another step's output.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         what = "no such folder" if not Path(folder).is_dir() else f"unfinished: it has no {MANIFEST}"
         raise UserError(f"{folder}: {what}")
-    return json.loads(path.read_text())
+    manifest = json.loads(path.read_text())
+    if step not in (None, manifest["step"]):
+        raise UserError(f"{folder}: is the output of {manifest['step']}, not of {step}")
+    return manifest
 
 
 def finished(folder: Path, step: str, config: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 ARCHITECTURES = ("standard", "mod", "sdt", "stt")
+ATTENTION = ("sdpa", "eager")
 SELECTION_RULES = ("threshold", "predictor", "aux", "topk")
 
 
@@ -105,7 +106,7 @@ class ModelSettings:
     capacity: float | None = None  # None: 0.125 for MoD, 0.5 for SDT and STT
     selection_rule: str | None = None  # None: the architecture's measured default
     predictor_weight: float = 0.0
-    attention: str = "sdpa"
+    attention: str = "sdpa"  # sdpa | eager (for reference)
     mod: MoDSettings = field(default_factory=MoDSettings)
     surprise: SurpriseSettings = field(default_factory=SurpriseSettings)
     stt: STTSettings = field(default_factory=STTSettings)
@@ -194,7 +195,6 @@ class EvaluationSettings:
     batch_size: int = 16
     limit: int | None = None
     num_fewshot: int | None = None
-    efficiency_tokens: int = 256  # prompt length of the throughput measurement
     confirm_run_unsafe_code: bool = False
 
 

@@ -78,6 +78,22 @@ def finish_parent_run(settings: TrackingSettings, output_dir: str | Path, run_id
         logger.warning("MLflow: the report was not logged (%s)", _first_line(error))
 
 
+def forget_after(run_dir: Path, step: int) -> None:
+    """Drop what an interrupted run logged after the checkpoint of `step`, from which it goes on.
+
+    MLflow keeps every value, so when it has seen some of it the run goes on under a new id.
+    """
+    path, state_path = run_dir / METRICS, run_dir / STATE
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))
+    state = json.loads(state_path.read_text()) if state_path.is_file() else {"synced_lines": 0}
+    if state["synced_lines"] > len(kept):
+        state_path.write_text(json.dumps(state | {"run_id": None, "synced_lines": 0}, indent=2))
+
+
 class RunTracker:
     """One training run, from `train` to `evaluate`, tied to its run folder.
 

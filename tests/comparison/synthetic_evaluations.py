@@ -57,7 +57,7 @@ def make_run(
             "causal": causal,
             "selection_rule": rule if routed else None,
         },
-        "reference": {"unigram_loss": UNIGRAM},
+        "reference": {"unigram_loss": UNIGRAM, "test_sha256": "a" * 64},
         "bench": {
             "dt_cloze": {"acc": 0.34 + rng.gauss(0, 0.03), "acc_norm": 0.36},
             "dt_arithmetic": {"acc": 0.27 + rng.gauss(0, 0.03)},
@@ -76,7 +76,8 @@ def make_run(
         "history": history,
         "model_dir": f"outputs/quickstart/{architecture}-seed{seed}/final_model",
         "mlflow_run_id": f"{rng.getrandbits(128):032x}",
-        "config_digest": f"{rng.getrandbits(256):064x}",
+        "variant": f"{random.Random(architecture).getrandbits(256):064x}",
+        "model_digest": f"{rng.getrandbits(256):064x}",
     }
 
 

@@ -76,7 +76,7 @@ def test_report_says_how_and_from_what(four):
     run = make_run("mod")
     for part in ("How these numbers were made", "multiply-add is 2 FLOPs", "dense\nteacher", "test split"):
         assert part in html
-    for part in (run["model_dir"], run["config_digest"], run["mlflow_run_id"], "transformers 5"):
+    for part in (run["model_dir"], run["variant"], run["mlflow_run_id"], "transformers 5"):
         assert part in html
 
 
@@ -177,7 +177,7 @@ def test_wrong_sets_of_evaluations_are_refused(tmp_path):
     twice = write_runs(tmp_path / "twice", [make_run("mod"), make_run("mod")])
     with pytest.raises(UserError, match="2 evaluations of mod-threshold-seed0"):
         compare(twice, tmp_path / "report")
-    other = make_run("mod", 1) | {"parameters": 7}
+    other = make_run("mod", 1) | {"variant": "b" * 64}
     with pytest.raises(UserError, match="seeds of one configuration"):
         compare(write_runs(tmp_path / "other", [make_run("mod"), other]), tmp_path / "report")
 

@@ -144,20 +144,63 @@ def test_mod_at_full_capacity_with_unit_gate_is_the_dense_model(monkeypatch):
     torch.testing.assert_close(mod(input_ids=ids).logits, dense(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_auxiliary_losses_reach_the_loss_with_their_weight():
+@pytest.mark.parametrize(
+    ("architecture", "options", "weights"),
+    [
+        (
+            "stt",
+            {"targets": "threshold", "target_threshold": 0.5},
+            {"prior": 0.05, "student": 0.01, "gate_mean": 0.001},
+        ),
+        ("sdt", {"predictor_weight": 0.02}, {"prior": 0.05, "predictor": 0.02}),
+        (
+            "mod",
+            {"predictor_weight": 0.02, "aux_weight": 0.03, "z_loss_weight": 1e-3},
+            {"predictor": 0.02, "aux": 0.03, "z": 1e-3},
+        ),
+    ],
+)
+def test_auxiliary_losses_reach_the_loss_with_their_weight(architecture, options, weights):
     ids = tokens(2, 24)
-    model = tiny_model("stt", targets="threshold", target_threshold=0.5)
+    model = tiny_model(architecture, **options)
     out = model(input_ids=ids, labels=ids)
-    aux = out.auxiliary_losses
-    assert set(aux) == {"prior", "student", "gate_mean"}
-    expected = (
-        out.language_model_loss + 0.05 * aux["prior"] + 0.01 * aux["student"] + 0.001 * aux["gate_mean"]
-    )
+    assert set(out.auxiliary_losses) == set(weights)
+    expected = out.language_model_loss + sum(w * out.auxiliary_losses[name] for name, w in weights.items())
     torch.testing.assert_close(out.loss, expected)
     model.eval()
     assert torch.equal(
         model(input_ids=ids, labels=ids).loss, model(input_ids=ids, labels=ids).language_model_loss
     )
+
+
+def test_z_loss_is_the_mean_square_of_the_router_logits():
+    model = tiny_model("mod", num_hidden_layers=2, z_loss_weight=1.0)
+    inputs = []
+    model.model.routers["1"].register_forward_pre_hook(lambda _, args: inputs.append(args[1]))
+    ids = tokens(2, 24)
+    losses = model(input_ids=ids, labels=ids).auxiliary_losses
+    logits = inputs[0] @ model.model.routers["1"].router.weight[0]
+    torch.testing.assert_close(losses["z"], logits.square().mean())
+
+
+def test_capacity_warms_up_from_all_tokens():
+    model = tiny_model("mod", capacity=0.25, capacity_warmup_steps=4)
+    ids = tokens(2, 24)
+    for step, expected in ((0, 24), (2, 15), (4, 6), (9, 6)):
+        model.set_progress(step, 10)
+        assert (model(input_ids=ids).routing[1].selected.sum(1) == expected).all()
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_training_and_evaluation_agree_for_the_same_selection(architecture, given_selection):
+    """The same gate multiplies the update in both modes (fault 6 of the specification)."""
+    model = calibrated(architecture).train()
+    ids = tokens(2, 24)
+    trained = model(input_ids=ids)
+    model.eval()
+    given_selection(model, {layer: result.selected for layer, result in trained.routing.items()})
+    evaluated = model(input_ids=ids, use_cache=False)
+    torch.testing.assert_close(evaluated.logits, trained.logits, atol=1e-5, rtol=1e-4)
 
 
 def test_predictor_and_student_send_no_gradient_to_the_language_model():

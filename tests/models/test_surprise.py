@@ -75,6 +75,13 @@ def test_normalised_surprise_does_not_depend_on_the_updates_scale():
         one = gate.score(update, predicted, state, plain_rows(), 1)
         ten = gate.score(10 * update, 10 * predicted, 10 * state, plain_rows(), 1)
         torch.testing.assert_close(one, ten, atol=1e-4, rtol=1e-4)
+    # Each token for itself: a large first token does not make those after it less surprising.
+    gate = gate_of(surprise_normalize="state")
+    sizes = torch.ones(1, 20, 1)
+    sizes[0, 0] = 100
+    same = torch.ones(1, 20, 32)
+    score = gate.score(0.1 * sizes * same, 0 * same, sizes * same, plain_rows(), 1)
+    torch.testing.assert_close(score, score[:, :1].expand_as(score))
     gate = gate_of()
     one, ten = (gate.score(s * update, s * predicted, s * state, plain_rows(), 1) for s in (1, 10))
     assert not torch.allclose(one, ten, rtol=1e-2)
@@ -93,6 +100,7 @@ def test_beta_waits_then_reaches_its_end_at_the_last_step(schedule):
     config = Qwen2SDTConfig(**BACKBONE, beta_schedule=schedule)
     assert beta_at(config, 0, 1000) == beta_at(config, 100, 1000) == pytest.approx(0.1)
     assert beta_at(config, 999, 1000) == pytest.approx(100.0)
+    assert beta_at(config, 19, 20) == pytest.approx(100.0)  # shorter than the warm-up
     middle = beta_at(config, 100 + 899 // 2, 1000)
     assert 45 < middle < 55
 

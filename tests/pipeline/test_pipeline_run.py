@@ -19,7 +19,6 @@ MICRO = (
     "data.cloze_examples=4",
     "data.arithmetic_examples=4",
     "training.max_flops=2.0e9",
-    "evaluation.efficiency_tokens=16",
 )
 
 

@@ -8,9 +8,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dynamic_transformers.data.loading import load_tokenizer
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import ARCHITECTURES, UserError
 from dynamic_transformers.training.batches import BlockOrder, MicroBatches
+from dynamic_transformers.training.build import build_model
 from dynamic_transformers.training.trainer import train
 
 
@@ -40,6 +42,8 @@ def test_a_run_learns_and_says_what_it_did(architecture, make_settings, data_dir
     assert last["eval/loss"] > 0 and last["eval/bits_per_byte"] > 0
     layers = [] if architecture == "standard" else ["1", "3"]
     assert list(manifest["train_routed_fraction"]) == layers
+    if architecture in ("sdt", "stt"):
+        assert weights(run_dir)["model.routers.1.surprise.beta"] == 100
     for layer in layers:
         target = 0.125 if architecture == "mod" else 0.5
         assert manifest["train_routed_fraction"][layer] == pytest.approx(target)
@@ -114,6 +118,43 @@ def test_a_checkpoint_of_other_settings_is_refused(make_settings, data_dir, tmp_
     other = make_settings("mod", training={"optimizer": {"lr": 1.0}})
     with pytest.raises(UserError, match="made with other settings"):
         train(other, data_dir, run_dir)
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_it_is_told(make_settings, data_dir, tmp_path):
+    settings = make_settings("mod", training={"max_steps": 12, "checkpoint_every": 4})
+    run_dir = train(settings, data_dir, tmp_path / "run")
+    expected = losses(run_dir)[:8]
+    (run_dir / "manifest.json").unlink()
+    chosen = run_dir / "checkpoints" / "step-00000004"
+    with pytest.raises(UserError, match="--force would delete"):
+        resume = {"max_steps": 12, "checkpoint_every": 4, "resume": str(chosen)}
+        train(make_settings("mod", training=resume), data_dir, run_dir, force=True)
+    settings = make_settings("mod", training={"max_steps": 12, "resume": str(chosen)})
+    train(settings, data_dir, run_dir)
+    manifest = read_manifest(run_dir)
+    assert manifest["checkpoint"] == "checkpoints/step-00000012"
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir())[1:] == ["step-00000012"]
+    assert losses(run_dir)[:8] == expected
+    assert [line["step"] for line in metrics(run_dir) if "train/loss" in line] == list(range(1, 13))
+
+
+def test_a_folder_that_is_no_run_is_left_alone(make_settings, data_dir, tmp_path):
+    thesis = tmp_path / "run" / "checkpoints" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(UserError, match="holds something else than a run"):
+        train(make_settings("mod"), data_dir, tmp_path / "run")
+    assert thesis.read_text() == "years of work"
+
+
+def test_clipped_gradients_do_not_move_the_weights(make_settings, data_dir, tmp_path):
+    # Below AdamW's eps of 1e-8 the size of a gradient matters; without clipping it does not get there.
+    optimizer = {"max_grad_norm": 1e-13, "weight_decay": 0.0}
+    settings = make_settings("standard", training={"max_steps": 3, "optimizer": optimizer})
+    clipped = train(settings, data_dir, tmp_path / "clipped")
+    initial = build_model(settings, len(load_tokenizer(data_dir))).state_dict()
+    for name, value in weights(clipped).items():
+        torch.testing.assert_close(value, initial[name], atol=1e-5, rtol=0)
 
 
 def test_order_is_a_permutation_each_epoch_and_does_not_depend_on_ranks():

@@ -51,7 +51,9 @@ OTHER_KEYS = (
     "history",
     "model_dir",
     "mlflow_run_id",
-    "config_digest",
+    "variant",
+    "model_digest",
+    "reference.test_sha256",
 )
 
 
@@ -67,35 +69,33 @@ def compare(
     Args:
         evaluations: folders with evaluation.json and manifest.json, in any order; several seeds of one
             architecture and selection rule are averaged.
-        models: the exported models, in the order of `evaluations`: their speed is measured here, in turn in
-            one process, since times of different processes do not compare. Without them the evaluations
-            must hold earlier measurements.
+        models: the exported models, in any order: their speed is measured here, in turn in one process,
+            since times of different processes do not compare. Without them the evaluations must hold
+            earlier measurements.
         output_dir: replaced as a whole; returned as it is when the same evaluations made it, unless `force`.
         title: heading of the report.
         force: make the report again.
 
     Raises:
-        UserError: no evaluation, an unfinished or malformed one, runs that are no seeds of one another
-            although they claim to be, or an `output_dir` that holds something else.
+        UserError: no evaluation, an unfinished or malformed one, one whose model is not among `models`, runs
+            that are no seeds of one another although they claim to be, or an `output_dir` that holds
+            something else.
     """
     if not evaluations:
         raise UserError("compare: no evaluation given; name at least one folder with an evaluation.json")
     output_dir = Path(output_dir)
     loaded = [(Path(folder), load_evaluation(Path(folder))) for folder in evaluations]
+    # The runs' contents, not their manifests: an evaluation that was repeated has the same configuration.
+    config = {"title": title, "runs": sorted(digest(run) for _, run in loaded), "measured": bool(models)}
+    if not force and finished(output_dir, "compare", config):
+        return output_dir
     if models:
-        prompts = [json.loads((folder / PROMPT).read_text(encoding="utf-8")) for folder, _ in loaded]
-        for (_, run), speed in zip(loaded, measure_side_by_side(models, prompts), strict=True):
-            run["efficiency"] |= dataclasses.asdict(speed)
+        measure(loaded, models)
     for folder, run in loaded:
         check_run(run, folder / "evaluation.json")
     _check_seeds(loaded)
     folders = {_role(run): folder for folder, run in loaded}
     runs = [run for group in group_runs([run for _, run in loaded]) for run in group.runs]
-
-    # The runs' contents, not their manifests: an evaluation that was repeated has the same configuration.
-    config = {"title": title, "runs": [digest(run) for run in runs]}
-    if not force and finished(output_dir, "compare", config):
-        return output_dir
     inputs = {_role(run): folders[_role(run)] for run in runs}
     manifests = [read_manifest(folder) for folder in inputs.values()]
     with fresh_folder(output_dir, "compare") as folder:
@@ -104,6 +104,23 @@ def compare(
         (folder / "report.html").write_text(render_report(runs, manifests, plots, title), encoding="utf-8")
         write_manifest(folder, "compare", config, inputs)
     return output_dir
+
+
+def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path]) -> None:
+    """Put each model's speed, measured side by side, into its run.
+
+    Raises:
+        UserError: an evaluation's model is not among `models`.
+    """
+    by_digest = {read_manifest(model, "export")["digest"]: model for model in models}
+    folders, prompts = [], []
+    for folder, run in loaded:
+        if run.get("model_digest") not in by_digest:
+            raise UserError(f"{folder}: its model is not among {', '.join(map(str, models))}")
+        folders.append(by_digest[run["model_digest"]])
+        prompts.append(json.loads((folder / PROMPT).read_text(encoding="utf-8")))
+    for (_, run), speed in zip(loaded, measure_side_by_side(folders, prompts), strict=True):
+        run["efficiency"] |= dataclasses.asdict(speed)
 
 
 def print_comparison(output_dir: Path) -> None:
@@ -178,11 +195,10 @@ def _check_seeds(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
         if count > 1:
             where = ", ".join(str(folder) for folder, run in loaded if _role(run) == role)
             raise UserError(f"compare: {count} evaluations of {role} ({where}); give each seed once")
-    parameters: dict[Any, int] = {}
+    variants: dict[Any, str] = {}
     for folder, run in loaded:
-        expected = parameters.setdefault(group_key(run), run["parameters"])
-        if run["parameters"] != expected:
+        if run["variant"] != variants.setdefault(group_key(run), run["variant"]):
             raise UserError(
-                f"{folder}: {_role(run)} has {run['parameters']} parameters, another seed of it {expected}; "
+                f"{folder}: {_role(run)} was trained with other settings than another seed of it; "
                 "compare seeds of one configuration"
             )

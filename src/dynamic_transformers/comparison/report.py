@@ -126,7 +126,7 @@ def _lineage(run: Run, manifest: dict[str, Any]) -> dict[str, str]:
         "name": name if run["eval"]["causal"] else f"{name} – {NON_CAUSAL}",
         "seed": str(run["seed"]),
         "model_dir": run["model_dir"],
-        "config_digest": run["config_digest"],
+        "config_digest": run["variant"],
         "evaluation_digest": manifest["digest"],
         "git_revision": manifest["git_revision"] or ABSENT,
         "mlflow_run_id": run["mlflow_run_id"] or ABSENT,

@@ -12,8 +12,16 @@ from transformers import Qwen2Config
 from dynamic_transformers.data.loading import load_split
 from dynamic_transformers.evaluation.efficiency import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
-from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_json, write_manifest
+from dynamic_transformers.manifest import (
+    digest,
+    finished,
+    fresh_folder,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from dynamic_transformers.models import RoutedConfig
+from dynamic_transformers.models.configuration import Qwen2STTConfig
 from dynamic_transformers.settings import Settings
 from dynamic_transformers.tracking import METRICS, RunTracker
 from dynamic_transformers.training.flops import forward_flops
@@ -35,7 +43,8 @@ def evaluate(
     Args:
         data_dir, run_dir, model_dir: folders of `prepare`, `train` and `export`.
     """
-    model_manifest, data_manifest = read_manifest(model_dir), read_manifest(data_dir)
+    model_manifest = read_manifest(model_dir, "export")
+    data_manifest = read_manifest(data_dir, "prepare_data")
     config = {
         "evaluation": settings.to_dict()["evaluation"],
         "model_digest": model_manifest["digest"],
@@ -64,7 +73,6 @@ def evaluate(
         device=model.device.type,
     )
     metrics, errors = split_results(bench["results"])
-    routed = isinstance(model.config, RoutedConfig)
     train_fraction = {int(k): v for k, v in model_manifest["train_routed_fraction"].items()}
     length = data_manifest["block_size"]
     result = {
@@ -81,14 +89,17 @@ def evaluate(
             "causal": bench["config"]["causal"],
             "selection_rule": bench["config"]["selection_rule"],
         },
-        "reference": {"unigram_loss": data_manifest["unigram_loss"]["test"]},
+        "reference": {
+            "unigram_loss": data_manifest["unigram_loss"]["test"],
+            "test_sha256": data_manifest["splits"]["test"]["sha256"],
+        },
         "bench": metrics,
         "bench_stderr": errors,
         "efficiency": {
             "forward_flops_per_token": forward_flops(model.config, length, heldout.routed_fraction).total(),
             "routed_fraction": {
                 str(layer): {
-                    "target": model.config.capacity if routed else 1.0,
+                    "target": target_fraction(model.config),
                     "train": train_fraction.get(layer),
                     "eval": fraction,
                     "gate_mean": heldout.gate_mean[layer],
@@ -100,15 +111,28 @@ def evaluate(
         "history": [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
         "model_dir": str(model_dir),
         "mlflow_run_id": tracker.run_id,
-        "config_digest": model_manifest["config_digest"],
+        "variant": digest(variant(model_manifest["run_config"])),
+        "model_digest": model_manifest["digest"],
     }
     with fresh_folder(output_dir, "evaluate") as temporary:
         write_json(temporary / "evaluation.json", result)
         write_json(temporary / "results.json", bench)
-        write_json(temporary / PROMPT, test[0]["input_ids"][: options.efficiency_tokens].tolist())
+        write_json(temporary / PROMPT, test[0]["input_ids"].tolist())
         write_manifest(temporary, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
     track(tracker, model_dir, output_dir, result)
     return output_dir
+
+
+def variant(run_config: dict[str, Any]) -> dict[str, Any]:
+    """What runs must share to count as seeds of one another: all but the seed and the data it shuffles."""
+    return {key: value for key, value in run_config.items() if key not in ("seed", "data_digest")}
+
+
+def target_fraction(config: Qwen2Config) -> float | None:
+    """Fraction of tokens that a routed layer is meant to compute; None where only a gate decides."""
+    if isinstance(config, Qwen2STTConfig) and config.targets == "threshold":
+        return None
+    return config.capacity if isinstance(config, RoutedConfig) else 1.0
 
 
 def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:

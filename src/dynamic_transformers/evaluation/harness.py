@@ -17,6 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+import dynamic_transformers.models  # noqa: F401  (registers the routed models)
 from dynamic_transformers.evaluation.suites import SUITES, expand_tasks, needs_data_folder
 from dynamic_transformers.manifest import MANIFEST, read_manifest
 from dynamic_transformers.settings import SELECTION_RULES, UserError
@@ -76,15 +77,19 @@ def run_benchmarks(
     specs = expand_tasks(tasks, data_dir)
     with _log_level("lm_eval", logging.WARNING), _bars_on_terminals_only():
         manager, loaded = _load_tasks(specs, confirm_run_unsafe_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, trust_remote_code=True, dtype=torch.float32
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, config=config, dtype=torch.float32)
         model.eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         # HFLM warns that it did not load the model itself, which is meant.
         with _log_level("lm_eval.models.huggingface", logging.ERROR):
             hflm: Any = huggingface.HFLM  # its registration decorator hides the signature
-            lm = hflm(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+            lm = hflm(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend="causal",
+                batch_size=batch_size,
+                max_length=_trained_length(model_dir),
+            )
         output: Any = simple_evaluate(
             model=lm,
             tasks=loaded,
@@ -142,11 +147,23 @@ def _data_dir_of(model_dir: Path) -> Path | None:
     return None if data_dir is None else Path(data_dir)
 
 
+def _trained_length(model_dir: Path) -> int | None:
+    """Tokens of context that a model trained from scratch has seen; None: as many as its config allows."""
+    if not (model_dir / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(model_dir)
+    scratch = manifest["run_config"]["training"]["mode"] == "scratch"
+    return manifest["block_size"] if scratch else None
+
+
 def _load_config(model_dir: Path, selection_rule: str | None) -> PreTrainedConfig:
     if not (model_dir / "config.json").is_file():
         raise UserError(f"{model_dir}: no exported model (it has no config.json)")
-    # A local folder of our own making: its code is ours. A hub name never gets here.
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
+    # The routed models are registered by this package: the code beside the weights is never run.
+    try:
+        config = AutoConfig.from_pretrained(model_dir)
+    except ValueError as error:
+        raise UserError(f"{model_dir}: {str(error).splitlines()[0]}") from error
     if selection_rule is not None:
         _check_selection_rule(config, selection_rule)
         config.selection_rule = selection_rule

@@ -32,7 +32,10 @@ class RoutedCacheLayer(CacheLayerMixin):
 
     def __init__(self):
         super().__init__()
-        self.reset()
+        self.slots: Tensor | None = None
+        self.state: Tensor | None = None
+        self._order: Tensor | None = None
+        self.seen_tokens = 0
 
     def reset(self) -> None:
         """Forget everything."""
@@ -99,7 +102,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         """Keep the rows with these indices, in this order; a row may be repeated."""
         change_tensors(self, ("keys", "values", "slots", "state"), lambda value: value[rows.to(value.device)])
 
-    reorder_cache = batch_select_indices = select_rows
+    reorder_cache = batch_select_indices = select_rows  # type: ignore[assignment]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
@@ -119,13 +122,19 @@ class RoutedCache(Cache):
 
     def __init__(self, config: RoutedConfig):
         routed = config.routed_layers
-        layers = [
+        layers: list = [
             RoutedCacheLayer() if index in routed else DynamicLayer()
             for index in range(config.num_hidden_layers)
         ]
         super().__init__(layers=layers)
         self.segments: Tensor | None = None
         self.last_position: Tensor | None = None
+
+    def routed(self, index: int) -> RoutedCacheLayer:
+        """The cache of routed layer `index`."""
+        layer = self.layers[index]
+        assert isinstance(layer, RoutedCacheLayer)
+        return layer
 
     def reset(self) -> None:
         """Forget everything."""
@@ -134,7 +143,7 @@ class RoutedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows, for beam search."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         change_tensors(self, ("segments", "last_position"), lambda value: value[beam_idx.to(value.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -172,6 +181,7 @@ def row_segments(position_ids: Tensor, valid: Tensor | None, cache: RoutedCache 
     past = cache.get_seq_length() if cache is not None else 0
     segments = cache.segments if cache is not None and past else None
     before = cache.last_position if cache is not None and past else position_ids[:, :1] - 1
+    assert before is not None
     starts = position_ids != torch.cat([before, position_ids[:, :-1]], dim=1) + 1
     if segments is not None or valid is not None or starts.any():
         if segments is None:

@@ -7,6 +7,7 @@ the paper's equation 1, g = r. Others: y = x.
 
 import torch
 from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2MoDConfig
 from .modeling import RoutedForCausalLM, RoutedModel
@@ -28,7 +29,11 @@ class MoDRouter(Router):
         self.training_capacity = 1.0 + (self.config.capacity - 1.0) * done
 
     def forward(
-        self, block: nn.Module, hidden_states: Tensor, previous_hidden_states: Tensor, context: RoutingContext
+        self,
+        block: Qwen2DecoderLayer,
+        hidden_states: Tensor,
+        previous_hidden_states: Tensor,
+        context: RoutingContext,
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the routed layer, and what it reports."""
         # A sum of products instead of nn.Linear keeps scores in fp32 under autocast.
@@ -44,7 +49,7 @@ class MoDRouter(Router):
         else:
             selection = self.select(logits, hidden_states, context)
         output = routed_update(block, hidden_states, selection, gate, context)
-        return output, RoutingResult(selection.mask(logits.shape[1]), gate.detach(), losses)
+        return output, selection.result(logits.shape[1], gate, losses)
 
 
 class Qwen2MoDModel(RoutedModel):

@@ -131,7 +131,7 @@ class RoutedModel(Qwen2Model):
             previous = layer_input
         if cache is not None:
             for index in routing:
-                cache.layers[index].seen_tokens = context.past + hidden_states.shape[1]
+                cache.routed(index).seen_tokens = context.past + hidden_states.shape[1]
         return RoutedModelOutput(
             last_hidden_state=self.norm(hidden_states), past_key_values=cache, routing=routing
         )
@@ -156,7 +156,7 @@ class RoutedModel(Qwen2Model):
                 )
             if not attention_mask.all():
                 valid = attention_mask[:, past:] != 0
-        if position_ids is None and valid is not None:
+        if position_ids is None and attention_mask is not None and valid is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=device).unsqueeze(0)

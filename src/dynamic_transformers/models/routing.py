@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .cache import EMPTY, NO_SEGMENT, RoutedCache
 from .configuration import RoutedConfig
@@ -62,11 +63,28 @@ class RoutingContext:
         """
         if self.cache is None:
             return values
-        cached = self.cache.layers[layer]
+        cached = self.cache.routed(layer)
         if cached.state is not None:
             values = torch.cat([cached.state, values], dim=1)
         cached.state = values[:, max(0, values.shape[1] - length) :]
         return values
+
+
+@dataclass
+class RoutingResult:
+    """What a routed layer reports beside its hidden states.
+
+    Attributes:
+        selected: tokens that the block computed, (B, T) bool.
+        computed: K / T, places that the block ran on: as many as the row with the most selected tokens has.
+        gate: g of every token, selected or not, detached, (B, T).
+        losses: name → (weight, mean over valid tokens); training only.
+    """
+
+    selected: Tensor
+    computed: float
+    gate: Tensor
+    losses: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -87,20 +105,11 @@ class Selection:
         mask = torch.zeros(len(self.indices), length, dtype=torch.int32, device=self.indices.device)
         return mask.scatter_add(1, self.indices, source.int()).bool()
 
-
-@dataclass
-class RoutingResult:
-    """What a routed layer reports beside its hidden states.
-
-    Attributes:
-        selected: tokens that the block computed, (B, T) bool.
-        gate: g of every token, selected or not, detached, (B, T).
-        losses: name → (weight, mean over valid tokens); training only.
-    """
-
-    selected: Tensor
-    gate: Tensor
-    losses: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
+    def result(
+        self, length: int, gate: Tensor, losses: dict[str, tuple[float, Tensor]] | None = None
+    ) -> RoutingResult:
+        """What a routed layer with this selection among `length` tokens reports."""
+        return RoutingResult(self.mask(length), self.indices.shape[1] / length, gate.detach(), losses or {})
 
 
 def causal_mask(
@@ -170,7 +179,11 @@ def select_mask(mask: Tensor) -> Selection:
 
 
 def routed_update(
-    block: nn.Module, hidden_states: Tensor, selection: Selection, gate: Tensor, context: RoutingContext
+    block: Qwen2DecoderLayer,
+    hidden_states: Tensor,
+    selection: Selection,
+    gate: Tensor,
+    context: RoutingContext,
 ) -> Tensor:
     """y = x + g·(F(x̃) − x) at the selected tokens, y = x elsewhere.
 
@@ -223,7 +236,7 @@ def selected_mask(
     """Mask among a routed layer's selected tokens, those in its cache included; None: plain causal."""
     indices, past = selection.indices, context.past
     slots = indices + past
-    cached = None if context.cache is None else context.cache.layers[layer]
+    cached = None if context.cache is None else context.cache.routed(layer)
     if context.segments is None and selection.valid is None:
         key_slots = slots if cached is None else cached.append(slots)
         full = len(slots) == 1 or not (key_slots == EMPTY).any()
@@ -371,7 +384,9 @@ class Router(nn.Module):
         if rule == "topk":
             return select_top_k(scores, self.config.capacity, context.valid)
         if rule == "threshold":
-            mask = scores > self.threshold.value()
+            # At full capacity no token may be left out, not even that with the lowest score.
+            full = self.config.capacity == 1
+            mask = torch.ones_like(scores, dtype=torch.bool) if full else scores > self.threshold.value()
         elif rule == "aux":
             mask = scores > 0
         elif rule == "predictor":

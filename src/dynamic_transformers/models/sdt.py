@@ -10,7 +10,8 @@ must not: post moves with x, so the loss would push x along Δ without end (seen
 43,000 in 60 steps). The language-model gradient still reaches the prior and the decision layer through g.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2SDTConfig
 from .modeling import RoutedForCausalLM, RoutedModel
@@ -32,7 +33,11 @@ class SDTRouter(Router):
         self.surprise.set_progress(step, total_steps)
 
     def forward(
-        self, block: nn.Module, hidden_states: Tensor, previous_hidden_states: Tensor, context: RoutingContext
+        self,
+        block: Qwen2DecoderLayer,
+        hidden_states: Tensor,
+        previous_hidden_states: Tensor,
+        context: RoutingContext,
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the dynamic layer, and what it reports.
 
@@ -53,7 +58,7 @@ class SDTRouter(Router):
         else:
             selection = self.select(score, post, context)
         output = routed_update(block, post, selection, gate, context)
-        return output, RoutingResult(selection.mask(score.shape[1]), gate.detach(), losses)
+        return output, selection.result(score.shape[1], gate, losses)
 
 
 class Qwen2SDTModel(RoutedModel):

@@ -16,6 +16,7 @@ Training costs more than a dense model; savings exist at inference only.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2STTConfig
 from .modeling import RoutedForCausalLM, RoutedModel
@@ -43,13 +44,20 @@ class STTRouter(Router):
         self.prior = PriorNetwork(config)
         self.surprise = SurpriseGate(config)
         self.student = nn.Linear(2 * config.hidden_size, 1, bias=False)
+        if config.train_output == "dense" and config.targets == "topk":
+            # Nothing depends on the gate's value then, and data-parallel training wants a gradient for all.
+            self.surprise.requires_grad_(False)
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Move β along its schedule."""
         self.surprise.set_progress(step, total_steps)
 
     def forward(
-        self, block: nn.Module, hidden_states: Tensor, previous_hidden_states: Tensor, context: RoutingContext
+        self,
+        block: Qwen2DecoderLayer,
+        hidden_states: Tensor,
+        previous_hidden_states: Tensor,
+        context: RoutingContext,
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the routed layer, and what it reports."""
         history = context.with_history(hidden_states.detach(), block.self_attn.layer_idx, 1)
@@ -61,10 +69,15 @@ class STTRouter(Router):
         selection = self.select(logits, hidden_states, context)
         gate = torch.sigmoid(logits)
         output = routed_update(block, hidden_states, selection, gate, context)
-        return output, RoutingResult(selection.mask(logits.shape[1]), gate)
+        return output, selection.result(logits.shape[1], gate)
 
     def forward_training(
-        self, block: nn.Module, hidden_states: Tensor, logits: Tensor, starts: Tensor, context: RoutingContext
+        self,
+        block: Qwen2DecoderLayer,
+        hidden_states: Tensor,
+        logits: Tensor,
+        starts: Tensor,
+        context: RoutingContext,
     ) -> tuple[Tensor, RoutingResult]:
         """Teacher's dense pass, targets, losses, and the sparse pass."""
         valid = context.valid
@@ -91,7 +104,7 @@ class STTRouter(Router):
         }
         if self.config.targets == "threshold":
             losses["gate_mean"] = (self.config.gate_mean_weight, masked_mean(gate, valid))
-        result = RoutingResult(selected, gate.detach(), losses)
+        result = selection.result(logits.shape[1], gate, losses)
         if self.config.train_output == "dense":
             return dense, result
         student_gate = gate + (torch.sigmoid(logits) - gate).detach()
@@ -112,7 +125,8 @@ class STTRouter(Router):
         """Tokens that the teacher would compute: the γ most surprising, or all with g high enough."""
         if self.config.targets == "topk":
             return select_top_k(score.detach(), self.training_capacity, valid)
-        mask = gate >= self.config.target_threshold
+        # The most surprising token is always one: a block without any token would have no gradient.
+        mask = (gate >= self.config.target_threshold) | (gate == gate.max())
         return select_mask(mask if valid is None else mask & valid)
 
 

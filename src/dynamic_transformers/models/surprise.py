@@ -70,20 +70,20 @@ class SurpriseGate(nn.Module):
         """
         static = update.float().square().mean(-1)
         change = (update.float() - predicted.float()).square().mean(-1)
+        if self.config.surprise_normalize == "state":
+            scale = 1 / state.float().square().mean(-1).clamp(min=1e-12)
+            static, change = static * scale, change * scale
         window = self.config.surprise_window
         history = context.with_history(static.detach(), layer, window - 1)
         starts = context.segment_starts(history.shape[1], history.device)
         average = moving_average(history, window, starts)[:, -static.shape[1] :]
         if self.config.surprise_normalize == "moving_average":
             scale = 1 / average.clamp(min=1e-12)
-        elif self.config.surprise_normalize == "state":
-            scale = 1 / state.float().square().mean(-1).clamp(min=1e-12)
-        else:
-            scale = torch.ones_like(static)
+            static, change, average = static * scale, change * scale, torch.ones_like(average)
         offset_ce = F.softplus(self.raw_offset_ce.float())
         multiplier_cu = F.softplus(self.raw_multiplier_cu.float())
-        expected = (static - change) * scale + offset_ce.log()
-        unexpected = (static - multiplier_cu * average) * scale
+        expected = static - change + offset_ce.log()
+        unexpected = static - multiplier_cu * average
         terms = torch.stack([expected, unexpected, expected + unexpected])
         return ((self.beta * terms).logsumexp(0) - math.log(3)) / self.beta
 
@@ -104,9 +104,12 @@ def inverse_softplus(value: float) -> float:
 
 
 def beta_at(config: SurpriseConfig, step: int, total_steps: int) -> float:
-    """β at a step: `beta_start` in the warm-up, then to `beta_end` at the last step."""
-    span = max(1, total_steps - 1 - config.beta_warmup_steps)
-    progress = min(1.0, max(0.0, (step - config.beta_warmup_steps) / span))
+    """β at a step: `beta_start` in the warm-up, then to `beta_end` at the last step.
+
+    The warm-up is at most half of the run, since β would otherwise never move in a short one.
+    """
+    warmup = min(config.beta_warmup_steps, total_steps // 2)
+    progress = min(1.0, max(0.0, (step - warmup) / max(1, total_steps - 1 - warmup)))
     if config.beta_schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return config.beta_start + (config.beta_end - config.beta_start) * progress

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from dynamic_transformers.models import MODEL_CLASSES
 from dynamic_transformers.settings import ModelSettings, Settings, UserError
+
+logger = logging.getLogger("dynamic_transformers")
 
 
 def model_config(model: ModelSettings, vocab_size: int, eos_token_id: int | None = None) -> Qwen2Config:
@@ -55,14 +59,20 @@ def routing_options(model: ModelSettings) -> dict:
 def build_model(settings: Settings, vocab_size: int, eos_token_id: int | None = None) -> PreTrainedModel:
     """A new model in training mode, initialised from `run.seed` or from a pretrained Qwen2.
 
-    The four architectures of one seed share the backbone's initial weights.
+    The four architectures of one seed share the backbone's initial weights (with tied embeddings).
 
     Raises:
         UserError: the pretrained checkpoint cannot be read or does not fit.
     """
     torch.manual_seed(settings.run.seed)
     if settings.training.mode == "pretrained":
-        return load_pretrained(settings)
+        model = load_pretrained(settings)
+        if vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"data.tokenizer_name has {vocab_size} entries, model.pretrained={settings.model.pretrained} "
+                f"knows {model.config.vocab_size}; use the tokenizer of that model"
+            )
+        return model
     config = model_config(settings.model, vocab_size, eos_token_id)
     config._attn_implementation = settings.model.attention
     return MODEL_CLASSES[settings.model.type][1](config).train()
@@ -82,9 +92,17 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
             raise UserError(
                 f"model.pretrained={source_name}: model_type {source_config.model_type!r}, not qwen2"
             )
-        source = AutoModelForCausalLM.from_pretrained(source_name, dtype=torch.float32)
+        if source_config.use_sliding_window:
+            raise UserError(f"model.pretrained={source_name}: sliding-window attention is not supported")
+        source, report = AutoModelForCausalLM.from_pretrained(
+            source_name, dtype=torch.float32, output_loading_info=True
+        )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"model.pretrained={source_name}: {str(error).splitlines()[0]}") from error
+    if unfit := sorted({*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}):
+        raise UserError(f"model.pretrained={source_name}: tensors missing or unknown: {', '.join(unfit)}")
     config_class, model_class = MODEL_CLASSES[settings.model.type]
     backbone = source_config.to_dict()
     backbone.pop("model_type")
@@ -95,4 +113,7 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     dropped = [name for name in missing if ".routers." not in name] + list(unexpected)
     if dropped:
         raise UserError(f"model.pretrained={source_name}: tensors that do not map: {', '.join(dropped)}")
+    logger.info("%s: %d tensors mapped, %d new", source_name, len(source.state_dict()), len(missing))
+    for name in missing:
+        logger.debug("new: %s", name)
     return model.train()

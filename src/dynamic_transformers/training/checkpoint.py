@@ -16,21 +16,24 @@ from dynamic_transformers.training.budget import Progress
 STATE = "state.json"
 
 
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of optimizer step `step` lies."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
 def save_checkpoint(
-    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: str
-) -> Path:
-    """Write `run_dir/checkpoints/step-…` atomically and return it.
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: str
+) -> None:
+    """Write a checkpoint atomically.
 
     Args:
         identity: digest of the settings that must agree when the run goes on.
     """
-    folder = run_dir / "checkpoints" / f"step-{progress.step:08d}"
     with fresh_folder(folder) as temporary:
         save_model(model, str(temporary / "model.safetensors"))
         save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
         save_file(random_state(), temporary / "random.safetensors")
         write_json(temporary / STATE, {"identity": identity, **vars(progress)})
-    return folder
 
 
 def load_checkpoint(
@@ -74,9 +77,9 @@ def read_state(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint of the highest step, if there is one."""
-    return max((run_dir / "checkpoints").glob("step-*"), default=None)
+def checkpoints(run_dir: Path) -> list[Path]:
+    """A run's checkpoints, by step."""
+    return sorted((run_dir / "checkpoints").glob("step-*"))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

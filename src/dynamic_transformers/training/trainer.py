@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
 from dynamic_transformers.data.loading import collate, load_split, load_tokenizer
-from dynamic_transformers.manifest import MANIFEST, digest, finished, read_manifest, write_manifest
+from dynamic_transformers.manifest import digest, finished, read_manifest, write_manifest
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.settings import Settings, UserError
-from dynamic_transformers.tracking import METRICS, STATE, RunTracker
+from dynamic_transformers.tracking import RunTracker
 from dynamic_transformers.training.batches import BlockOrder, MicroBatches
 from dynamic_transformers.training.budget import Budget, Progress
 from dynamic_transformers.training.build import build_model
-from dynamic_transformers.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from dynamic_transformers.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from dynamic_transformers.training.display import TrainingDisplay
 from dynamic_transformers.training.flops import training_flops
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from dynamic_transformers.training.run_folder import claim_run_dir, resume_point
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -160,10 +153,7 @@ class TrainingRun:
 
     def resume(self) -> Progress:
         """State of the checkpoint that `training.resume` names, or a fresh start."""
-        resume = self.training.resume
-        if resume == "none":
-            return Progress()
-        checkpoint = latest_checkpoint(self.run_dir) if resume == "auto" else Path(resume)
+        checkpoint = resume_point(self.run_dir, self.training.resume)
         if checkpoint is None:
             return Progress()
         progress = load_checkpoint(checkpoint, self.plain_model, self.optimizer, self.identity)
@@ -200,12 +190,15 @@ class TrainingRun:
         main = self.accelerator.is_main_process
         display = TrainingDisplay(self.tracker.state["name"], self.progress.step, main)
         interval = Interval()
+        checkpoint = None
         self.model.train()
         try:
             while self.progress.step < total:
                 factor = learning_rate_factor(self.training.optimizer, self.progress.step, total)
-                losses, fractions = self.optimizer_step(self.progress.step, total, factor)
-                step_flops = self.step_tokens * training_flops(model_config, length, fractions).total()
+                start = time.perf_counter()
+                losses, fractions, computed = self.optimizer_step(self.progress.step, total, factor)
+                self.progress.seconds += time.perf_counter() - start
+                step_flops = self.step_tokens * training_flops(model_config, length, computed).total()
                 self.progress.step += 1
                 self.progress.tokens += self.step_tokens
                 self.progress.flops += step_flops
@@ -218,23 +211,22 @@ class TrainingRun:
                 if self.progress.step % self.training.log_every == 0 or last:
                     metrics = interval.means() | {"train/learning_rate": self.training.optimizer.lr * factor}
                     metrics |= {f"routing/layer_{i}/fraction": value for i, value in fractions.items()}
-                    self.progress.seconds += interval.seconds
                     self.log(metrics)
                     speed = metrics["train/tokens_per_second"]
                     display.update(self.progress.step, total, speed, metrics["train/loss"])
                     interval = Interval()
-                if last or (self.training.eval_every and self.progress.step % self.training.eval_every == 0):
-                    with interval.paused():
-                        self.evaluate()
                 every = self.training.checkpoint_every
                 if last or (every and self.progress.step % every == 0):
                     with interval.paused():
-                        self.checkpoint()
+                        checkpoint = self.checkpoint()
+                if last or (self.training.eval_every and self.progress.step % self.training.eval_every == 0):
+                    with interval.paused():
+                        self.evaluate()
         finally:
             display.close()
             self.tracker.close(finished=False)
-        checkpoint = latest_checkpoint(self.run_dir)
-        assert checkpoint is not None
+        if checkpoint is None:  # nothing was left to do
+            checkpoint = self.checkpoint()
         return {
             "seed": self.settings.run.seed,
             "architecture": self.settings.model.type,
@@ -255,14 +247,15 @@ class TrainingRun:
 
     def optimizer_step(
         self, step: int, total_steps: int, lr_factor: float
-    ) -> tuple[dict[str, float], dict[int, float]]:
+    ) -> tuple[dict[str, float], dict[int, float], dict[int, float]]:
         """One update from `gradient_accumulation_steps` micro-batches on every rank.
 
         The loss is the sum over all targets of the step divided by their number, so it does not depend on
         how the step is cut into micro-batches and ranks.
 
         Returns:
-            Losses by metric name, and the routed fraction of each routed layer.
+            Losses by metric name; of each routed layer the fraction of tokens selected, and of places
+            computed, which is more where rows differ in what they select.
         """
         accelerator, accumulation = self.accelerator, self.training.gradient_accumulation_steps
         plain = self.plain_model
@@ -275,6 +268,7 @@ class TrainingRun:
         set_learning_rate(self.optimizer, lr_factor)
         sums: dict[str, torch.Tensor] = {}
         fractions: dict[int, torch.Tensor] = {}
+        computed: dict[int, torch.Tensor] = {}
         for index, batch in enumerate(batches):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             scale = {"num_tokens_in_batch": self.step_tokens} if routed else {}
@@ -293,17 +287,20 @@ class TrainingRun:
                 add(sums, f"train/{name}_loss", value.detach() * share)
             for layer, result in outputs.routing.items():
                 add(fractions, layer, result.selected.float().mean() * share)
+                add(computed, layer, torch.full_like(fractions[layer], result.computed * share))
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.training.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        reduced = accelerator.reduce(torch.stack([*sums.values(), *fractions.values()]).float(), "sum")
+        values = torch.stack([*sums.values(), *fractions.values(), *computed.values()]).float()
+        reduced = accelerator.reduce(values, "sum")
         assert isinstance(reduced, torch.Tensor) and norm is not None
         values = reduced.tolist()
         losses = dict(zip(sums, values, strict=False))
         if not all(map(torch.isfinite, torch.tensor([*losses.values()]))):
             raise FloatingPointError(f"loss is not finite at step {step}: {losses}")
-        measured = dict(zip(fractions, values[len(sums) :], strict=True))
-        return losses | {"train/grad_norm": float(norm)}, measured
+        measured = dict(zip(fractions, values[len(sums) :], strict=False))
+        places = dict(zip(computed, values[len(sums) + len(measured) :], strict=True))
+        return losses | {"train/grad_norm": float(norm)}, measured, places
 
     def evaluate(self) -> None:
         """Held-out loss on the validation split, on every rank alike, logged by rank 0."""
@@ -316,11 +313,13 @@ class TrainingRun:
         self.log(metrics)
         logger.info("validation loss %.4f nats/token, %.4f bits/byte", result.loss, result.bits_per_byte)
 
-    def checkpoint(self) -> None:
-        """Save the state, by rank 0."""
+    def checkpoint(self) -> Path:
+        """Save the state, by rank 0; returns the checkpoint's folder."""
+        folder = checkpoint_folder(self.run_dir, self.progress.step)
         if self.accelerator.is_main_process:
-            save_checkpoint(self.run_dir, self.plain_model, self.optimizer, self.progress, self.identity)
+            save_checkpoint(folder, self.plain_model, self.optimizer, self.progress, self.identity)
         self.accelerator.wait_for_everyone()
+        return folder
 
     def log(self, metrics: dict[str, float]) -> None:
         """Write metrics with the work done so far."""
@@ -360,36 +359,6 @@ def identity(config: dict) -> dict:
     free = ("max_steps", "max_tokens", "max_flops", "log_every", "eval_every", "checkpoint_every")
     training = {key: value for key, value in config["training"].items() if key not in free}
     return config | {"training": training, "system": {"precision": config["system"]["precision"]}}
-
-
-def claim_run_dir(run_dir: Path, settings: Settings, force: bool) -> None:
-    """Make `run_dir` ready: emptied when the run begins anew, kept when it goes on.
-
-    Raises:
-        UserError: it holds a finished run with other settings, which only `force` replaces.
-    """
-    if (run_dir / MANIFEST).is_file() and not force:
-        raise UserError(
-            f"{run_dir} holds a finished run with other settings; "
-            "choose another run.name, or replace it by --force"
-        )
-    checkpoint = None if force or settings.training.resume == "none" else latest_checkpoint(run_dir)
-    if checkpoint is None and run_dir.exists():
-        for name in ("checkpoints", "final_model"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in (METRICS, STATE, MANIFEST):
-            (run_dir / name).unlink(missing_ok=True)
-    elif checkpoint is not None:
-        forget_after(run_dir / METRICS, read_state(checkpoint)["step"])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False))
-
-
-def forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that an interrupted run logged after its last checkpoint."""
-    if metrics.is_file():
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-        metrics.write_text("".join(f"{line}\n" for line in lines))
 
 
 def add(sums: dict, key, value: torch.Tensor) -> None:

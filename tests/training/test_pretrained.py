@@ -1,0 +1,85 @@
+"""A pretrained Qwen2, trained and saved here, becomes each of the architectures."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.training.build import build_model
+from tests.models.tiny import BACKBONE, ROUTED, logits, tokens
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Folder of a small Qwen2 that has learnt to count, so that its layers matter."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**BACKBONE, initializer_range=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(40):
+        first = torch.randint(0, 97, (8, 1), generator=torch.Generator().manual_seed(step))
+        ids = (first + 3 * torch.arange(24)) % 97
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 4
+    folder = tmp_path_factory.mktemp("pretrained")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def converted(pretrained, make_settings):
+    def convert(architecture, folder=pretrained, vocab_size=97, **model):
+        values = {"pretrained": str(folder)} | model
+        data = {"tokenizer_name": str(folder)}
+        return build_model(
+            make_settings(architecture, model=values, data=data, training={"mode": "pretrained"}), vocab_size
+        )
+
+    return convert
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_tensor_lands_where_it_belongs(architecture, converted, pretrained):
+    state = converted(architecture).state_dict()
+    for name, value in load_file(pretrained / "model.safetensors").items():
+        assert torch.equal(state[name], value), name
+    new = state.keys() - Qwen2ForCausalLM.from_pretrained(pretrained).state_dict().keys()
+    assert all(name.startswith("model.routers.") for name in new)
+    assert bool(new) == (architecture != "standard")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_mod_at_full_capacity_with_unit_gate_equals_its_source(converted, pretrained, mode, monkeypatch):
+    model = converted("mod", capacity=1.0).train(mode == "train")
+    source = Qwen2ForCausalLM.from_pretrained(pretrained)
+    ids = tokens(2, 24)
+    monkeypatch.setattr(torch, "sigmoid", torch.ones_like)
+    torch.testing.assert_close(logits(model, ids), logits(source, ids), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_tensor_that_has_no_place_is_named(architecture, converted, pretrained, tmp_path):
+    source = Qwen2ForCausalLM.from_pretrained(pretrained)
+    source.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        converted(architecture, tmp_path)
+
+
+def test_what_cannot_work_is_refused(converted, pretrained, make_settings, tmp_path):
+    with pytest.raises(UserError, match="use the tokenizer of that model"):
+        converted("mod", vocab_size=98)
+    source = Qwen2ForCausalLM.from_pretrained(pretrained)
+    source.config.use_sliding_window = True
+    source.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="sliding-window"):
+        converted("mod", tmp_path)
+    with pytest.raises(UserError, match=r"needs data\.tokenizer_name"):
+        make_settings("mod", model={"pretrained": str(pretrained)}, training={"mode": "pretrained"})
+    with pytest.raises(UserError, match="nowhere"):
+        converted("mod", "/nowhere/at-all")
