@@ -43,6 +43,11 @@ def test_train_and_bench(config_name, tmp_path):
         results = json.loads((model / "results.json").read_text())
         assert results["config"]["causal"] is True
         assert "dt_arithmetic" in results["results"] and "dt_arithmetic" in benched.stdout
+        report = tmp_path / "report"
+        command = ("-m", "dynamic_transformers.cli", "compare", tmp_path / "run", "--output_dir", report)
+        compared = python(*command)
+        assert compared.returncode == 0, compared.stderr
+        assert str(report / "report.html") in compared.stdout and "MoD" in compared.stdout
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=f"dynamic-transformers {name}", description=text)
     add_arguments(parser)
     run_command(function, parser, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -94,7 +94,7 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
             )
         if source_config.use_sliding_window:
             raise UserError(f"model.pretrained={source_name}: sliding-window attention is not supported")
-        source, report = AutoModelForCausalLM.from_pretrained(
+        source, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             source_name, dtype=torch.float32, output_loading_info=True
         )
     except UserError:
