@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup quickstart test check format pipeline mlflow-ui clean
+.PHONY: help setup quickstart test check format pipeline mlflow-ui speed clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / — /'
@@ -37,6 +37,9 @@ pipeline: $(INSTALLED)  ## compile the pipeline to build/pipeline.yaml
 
 mlflow-ui: $(INSTALLED)  ## the MLflow pages of the runs on this machine
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --port $(or $(PORT),5000)
+
+speed: $(INSTALLED)  ## time of each architecture beside its FLOPs, measured side by side
+	$(BIN)/python -m benchmarks.speed
 
 clean:  ## remove the environment and everything that runs wrote
 	rm -rf $(VENV) build outputs

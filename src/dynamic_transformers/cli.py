@@ -1,4 +1,4 @@
-"""Command line: `dynamic-transformers prepare|train|export|bench|compare`; `train.py` uses the second."""
+"""Command line: `dynamic-transformers COMMAND`; `train.py` and `bench.py` use two of the commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 
 from dynamic_transformers.configure import CONFIG_DIR, compose_settings, run_command, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
+from dynamic_transformers.evaluation.routing_page import add_routing_arguments, routing_command
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import Settings
 
@@ -116,6 +117,7 @@ COMMANDS = {
     "train": (train_command, add_config_arguments, "prepare if need be, train one model, export it"),
     "export": (export_command, add_export_arguments, "a run's checkpoint as a Hugging Face folder"),
     "bench": (bench_command, add_bench_arguments, "run lm-eval on an exported model"),
+    "routing": (routing_command, add_routing_arguments, "show which tokens each layer computes"),
     "compare": (compare_command, add_compare_arguments, "evaluate finished runs; table, plots and report"),
 }
 

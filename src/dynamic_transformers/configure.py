@@ -48,7 +48,7 @@ LEAST = (
     ("model", "predictor_weight", 0),
     ("model.mod", "aux_weight", 0),
     ("model.mod", "z_loss_weight", 0),
-    ("model.mod", "capacity_warmup_steps", 0),
+    ("model", "capacity_warmup_steps", 0),
     ("model.surprise", "window", 1),
     ("model.surprise", "beta_warmup_steps", 0),
     ("evaluation", "batch_size", 1),
@@ -138,6 +138,7 @@ def check(settings: Settings) -> None:
     _one_of("model.size", model.size, tuple(SIZES))
     _one_of("model.attention", model.attention, ATTENTION)
     _one_of("model.mod.gate", model.mod.gate, ("sigmoid", "raw"))
+    _one_of("model.mod.routing", model.mod.routing, ("learned", "random"))
     _one_of("model.surprise.beta_schedule", model.surprise.beta_schedule, ("linear", "cosine"))
     _one_of("model.surprise.normalize", model.surprise.normalize, ("none", "moving_average", "state"))
     _one_of("model.stt.targets", model.stt.targets, ("topk", "threshold"))
@@ -149,8 +150,11 @@ def check(settings: Settings) -> None:
         raise UserError(f"model.capacity={model.capacity}: must lie in (0, 1]")
     if model.selection_rule is not None:
         _one_of("model.selection_rule", model.selection_rule, SELECTION_RULES)
-        if model.selection_rule == "predictor" and model.type != "stt" and not model.predictor_weight:
-            raise UserError("model.selection_rule=predictor needs model.predictor_weight > 0 (0.01 is usual)")
+        predicts = model.predictor_weight or (model.type == "stt" and model.selection_rule == "predictor")
+        if "predictor" in model.selection_rule and not predicts:
+            raise UserError(
+                f"model.selection_rule={model.selection_rule} needs model.predictor_weight > 0, usually 0.01"
+            )
         if model.selection_rule == "aux" and not (model.type == "mod" and model.mod.aux_weight):
             raise UserError("model.selection_rule=aux needs model.type=mod and model.mod.aux_weight > 0")
     if model.type == "stt" and model.predictor_weight:

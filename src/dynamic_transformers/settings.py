@@ -15,7 +15,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 ARCHITECTURES = ("standard", "mod", "sdt", "stt")
 ATTENTION = ("sdpa", "eager")
-SELECTION_RULES = ("threshold", "predictor", "aux", "topk")
+SELECTION_RULES = ("threshold", "predictor", "calibrated_predictor", "aux", "topk")
 
 
 class UserError(ValueError):
@@ -64,9 +64,9 @@ class MoDSettings:
     """Mixture-of-Depths options (architectures.md, section 3)."""
 
     gate: str = "sigmoid"  # sigmoid | raw (the paper's formula)
+    routing: str = "learned"  # learned | random (a control)
     aux_weight: float = 0.0
     z_loss_weight: float = 0.0
-    capacity_warmup_steps: int = 0
 
 
 @dataclass
@@ -104,6 +104,7 @@ class ModelSettings:
     size: str = "tiny"  # one of SIZES
     dimensions: Dimensions | None = None  # None: those of `size`
     capacity: float | None = None  # None: 0.125 for MoD, 0.5 for SDT and STT
+    capacity_warmup_steps: int = 0  # over which training's capacity falls from 1 to γ
     selection_rule: str | None = None  # None: the architecture's measured default
     predictor_weight: float = 0.0
     attention: str = "sdpa"  # sdpa | eager (for reference)

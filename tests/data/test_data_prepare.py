@@ -206,10 +206,3 @@ def test_mistakes_are_told_in_one_line(tmp_path, make_settings, make_source):
     assert (home / "thesis.tex").read_text() == "precious"
     with pytest.raises(UserError, match="no such folder"):
         load_split(tmp_path / "out", "train")
-
-
-def test_without_a_test_split_there_are_no_held_out_tasks(tmp_path, make_settings, make_source):
-    folder = prepare(make_settings([make_source("a", 200)], test_split_percentage=0), tmp_path / "data")
-    assert set(tasks(folder)) == {"arithmetic"}
-    assert len(load_split(folder, "test")) == 0
-    assert read_manifest(folder)["unigram_loss"]["test"] is None

@@ -97,7 +97,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bench(model_dir: Path, data_dir: Path) -> tuple[subprocess.CompletedProcess[str], dict]:
     """Output of one real run, with the data folder taken from the model's manifest, and its results.json."""
-    (model_dir / "manifest.json").write_text(json.dumps({"data_dir": str(data_dir)}))
+    trained = {"run_config": {"training": {"mode": "scratch"}}, "block_size": 4096}
+    manifest = {"step": "export", "data_dir": str(data_dir), **trained}
+    (model_dir / "manifest.json").write_text(json.dumps(manifest))
     command = [sys.executable, str(PROJECT_ROOT / "bench.py"), "--model_path", str(model_dir)]
     options = ["--tasks", "quick_test", "--batch_size", "4", "--num_fewshot", "3"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROJECT_ROOT / "src")}

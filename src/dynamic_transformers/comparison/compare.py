@@ -18,6 +18,7 @@ from dynamic_transformers.comparison.statistics import group_key, group_runs
 from dynamic_transformers.comparison.tables import render_table
 from dynamic_transformers.evaluation.efficiency import measure_side_by_side
 from dynamic_transformers.evaluation.evaluate import PROMPT
+from dynamic_transformers.evaluation.routing_page import PICTURE
 from dynamic_transformers.manifest import (
     digest,
     finished,
@@ -101,7 +102,9 @@ def compare(
     with fresh_folder(output_dir, "compare") as folder:
         write_json(folder / "comparison.json", {"schema_version": SCHEMA_VERSION, "runs": runs})
         plots = write_plots(runs, folder)
-        (folder / "report.html").write_text(render_report(runs, manifests, plots, title), encoding="utf-8")
+        pictures = {role: inputs[role] / PICTURE for role in inputs if (inputs[role] / PICTURE).is_file()}
+        report = render_report(runs, manifests, plots, pictures, title)
+        (folder / "report.html").write_text(report, encoding="utf-8")
         write_manifest(folder, "compare", config, inputs)
     return output_dir
 

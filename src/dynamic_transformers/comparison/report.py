@@ -32,7 +32,11 @@ TEMPLATE_DIR = Path(__file__).parent
 
 
 def render_report(
-    runs: Sequence[Run], manifests: Sequence[dict[str, Any]], plots: dict[str, Path], title: str
+    runs: Sequence[Run],
+    manifests: Sequence[dict[str, Any]],
+    plots: dict[str, Path],
+    routing: dict[str, Path],
+    title: str,
 ) -> str:
     """HTML of the report.
 
@@ -40,6 +44,7 @@ def render_report(
         runs: checked runs, in the order of the table.
         manifests: the evaluation's manifest of each run.
         plots: PNG files by name; they are embedded.
+        routing: PNG of the routing of a text, by run.
         title: heading.
     """
     environment = jinja2.Environment(
@@ -55,6 +60,7 @@ def render_report(
         bench_headers=bench_headers,
         bench_rows=bench_rows,
         plots={name: _data_uri(path) for name, path in plots.items()},
+        routing={name: _data_uri(path) for name, path in routing.items()},
         smoothing=SMOOTHING,
         chance=", ".join(sorted({f"{level:.2f}" for level in CHANCE.values()})),
         rules=[_rule(group) for group in group_runs(runs)],

@@ -124,17 +124,15 @@ def _tokenizer(data: DataSettings, corpus: Corpus) -> PreTrainedTokenizerFast:
 
 def _write_split(folder: Path, packed: PackedSplit, mixed: list[EncodedDocument], block_size: int) -> None:
     tokens = count_tokens(mixed)
-    if mixed and not len(packed.input_ids):
+    if not len(packed.input_ids):
         raise UserError(
             f"the {folder.name} split has {tokens} tokens, less than data.block_size={block_size}: "
             "give it more documents or a smaller block"
         )
     block = datasets.Sequence(datasets.Value("int32"), length=block_size)
     features = {"input_ids": block, "position_ids": block, "num_bytes": datasets.Value("int64")}
-    columns = packed._asdict() if len(packed.input_ids) else {name: [] for name in features}
-    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    # Left to itself, it writes no file for no rows, and cannot read that back.
-    dataset.save_to_disk(str(folder), num_shards=None if len(dataset) else 1)
+    dataset = datasets.Dataset.from_dict(packed._asdict(), features=datasets.Features(features))
+    dataset.save_to_disk(str(folder))
     logger.info("%s: %d tokens of %d documents in %d blocks", folder.name, tokens, len(mixed), len(dataset))
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from dynamic_transformers.data.loading import load_split
+from dynamic_transformers.data.loading import load_split, load_tokenizer
 from dynamic_transformers.evaluation.efficiency import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
+from dynamic_transformers.evaluation.routing_page import PAGE, PICTURE, trace_routing, write_routing
 from dynamic_transformers.manifest import (
     digest,
     finished,
@@ -29,6 +30,7 @@ from dynamic_transformers.training.heldout import evaluate_heldout
 
 logger = logging.getLogger("dynamic_transformers")
 
+ROUTING_TOKENS = 128  # of the test split, shown on the routing page
 PROMPT = "prompt.json"  # token ids of a test block, for the measurement of speed
 
 
@@ -37,8 +39,8 @@ def evaluate(
 ) -> Path:
     """Held-out loss on the test split, lm-eval suites and FLOPs of an exported model.
 
-    Writes `evaluation.json` and `results.json` (lm-eval's own) into `output_dir`, and attaches the figures to
-    the training run in MLflow.
+    Writes `evaluation.json`, `results.json` (lm-eval's own) and, for a routed model, `routing.html` and
+    `routing.png` into `output_dir`, and attaches the figures to the training run in MLflow.
 
     Args:
         data_dir, run_dir, model_dir: folders of `prepare`, `train` and `export`.
@@ -118,6 +120,9 @@ def evaluate(
         write_json(temporary / "evaluation.json", result)
         write_json(temporary / "results.json", bench)
         write_json(temporary / PROMPT, test[0]["input_ids"].tolist())
+        if isinstance(model.config, RoutedConfig):
+            ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
+            write_routing(trace_routing(model, load_tokenizer(data_dir), ids), temporary)
         write_manifest(temporary, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
     track(tracker, model_dir, output_dir, result)
     return output_dir
@@ -158,7 +163,9 @@ def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict) 
         figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
     figures["efficiency/forward_flops_per_token"] = result["efficiency"]["forward_flops_per_token"]
     tracker.log_final(result["training_tokens"], figures)
-    tracker.log_artifacts(output_dir / "evaluation.json", "evaluation")
+    for name in ("evaluation.json", PAGE, PICTURE):
+        if (output_dir / name).is_file():
+            tracker.log_artifacts(output_dir / name, "evaluation")
     tracker.log_artifacts(tracker.run_dir / "config.yaml", "config")
     tracker.log_artifacts(tracker.run_dir / "manifest.json", "config")
     tracker.log_artifacts(model_dir, "model")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 NON_CAUSAL_LABEL = "non-causal upper bound"
+SHORTEST_CONTEXT = 128  # tokens; lm-eval refuses a choice that is longer than the context
 BOOTSTRAP_ITERATIONS = 100  # lm-eval's 100 000 take minutes; means, our usual case, have a closed form
 
 
@@ -88,7 +89,7 @@ def run_benchmarks(
                 tokenizer=tokenizer,
                 backend="causal",
                 batch_size=batch_size,
-                max_length=_trained_length(model_dir),
+                max_length=_context_length(model_dir, config),
             )
         output: Any = simple_evaluate(
             model=lm,
@@ -147,13 +148,15 @@ def _data_dir_of(model_dir: Path) -> Path | None:
     return None if data_dir is None else Path(data_dir)
 
 
-def _trained_length(model_dir: Path) -> int | None:
-    """Tokens of context that a model trained from scratch has seen; None: as many as its config allows."""
+def _context_length(model_dir: Path, config: PreTrainedConfig) -> int:
+    """Longest context: what a model trained from scratch has seen, else what its configuration allows."""
+    longest = config.max_position_embeddings
     if not (model_dir / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(model_dir)
-    scratch = manifest["run_config"]["training"]["mode"] == "scratch"
-    return manifest["block_size"] if scratch else None
+        return longest
+    manifest = read_manifest(model_dir, "export")
+    if manifest["run_config"]["training"]["mode"] != "scratch":
+        return longest
+    return min(longest, max(manifest["block_size"], SHORTEST_CONTEXT))
 
 
 def _load_config(model_dir: Path, selection_rule: str | None) -> PreTrainedConfig:
@@ -175,9 +178,10 @@ def _check_selection_rule(config: Any, rule: str) -> None:
         raise UserError(f"--selection_rule={rule}: a {config.model_type} model routes nothing; leave it out")
     if rule not in SELECTION_RULES:
         raise UserError(f"--selection_rule={rule}: must be one of {', '.join(SELECTION_RULES)}")
-    if rule == "predictor":
-        # STT's student is its predictor.
-        built = config.model_type == "qwen2_stt" or config.predictor_weight > 0
+    if "predictor" in rule:
+        # STT's student is its predictor, and `threshold` its calibrated cut.
+        student = config.model_type == "qwen2_stt" and rule == "predictor"
+        built = student or config.predictor_weight > 0
     elif rule == "aux":
         built = getattr(config, "aux_weight", 0) > 0
     else:

@@ -8,13 +8,16 @@ class RoutedConfig(Qwen2Config):
 
     Attributes:
         capacity: fraction γ of a row's tokens that a routed layer computes, in (0, 1].
-        selection_rule: who decides in eval mode: `threshold`, `predictor`, `aux` (MoD only), or `topk`,
-            which looks at the future and is therefore only an upper bound (architectures.md, section 2).
+        capacity_warmup_steps: steps over which the training capacity falls from 1 to `capacity`.
+        selection_rule: who decides in eval mode: `threshold` (score > τ), `predictor` (logit > 0),
+            `calibrated_predictor` (logit > its own τ), `aux` (router logit > 0; MoD only), or `topk`, which
+            looks at the future and is therefore only an upper bound (architectures.md, section 2).
         predictor_weight: weight of the top-k membership predictor's loss; 0 means that there is no predictor.
-        threshold_decay: ρ of the moving average that calibrates the `threshold` rule.
+        threshold_decay: largest ρ of the moving average that calibrates thresholds; shorter runs take less.
     """
 
     capacity: float = 0.5
+    capacity_warmup_steps: int = 0
     selection_rule: str = "threshold"
     predictor_weight: float = 0.0
     threshold_decay: float = 0.99
@@ -32,16 +35,16 @@ class Qwen2MoDConfig(RoutedConfig):
         gate: `sigmoid` (g = σ(r)) or `raw` (g = r, the paper's equation 1).
         aux_weight: weight of the binary cross-entropy of the router's own logits against top-k membership.
         z_loss_weight: weight of mean(r²).
-        capacity_warmup_steps: steps over which the training capacity falls from 1 to `capacity`.
+        routing: `learned`, or `random`: a control in which scores are noise, in evaluation too.
     """
 
     model_type = "qwen2_mod"
 
     capacity: float = 0.125
     gate: str = "sigmoid"
+    routing: str = "learned"
     aux_weight: float = 0.0
     z_loss_weight: float = 0.0
-    capacity_warmup_steps: int = 0
 
 
 class SurpriseConfig(RoutedConfig):

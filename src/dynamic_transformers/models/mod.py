@@ -22,12 +22,6 @@ class MoDRouter(Router):
         self.config: Qwen2MoDConfig = config
         self.router = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def set_progress(self, step: int, total_steps: int) -> None:
-        """Lower the training capacity from 1 to γ over the first `capacity_warmup_steps`."""
-        warmup = self.config.capacity_warmup_steps
-        done = min(1.0, step / warmup) if warmup else 1.0
-        self.training_capacity = 1.0 + (self.config.capacity - 1.0) * done
-
     def forward(
         self,
         block: Qwen2DecoderLayer,
@@ -38,18 +32,19 @@ class MoDRouter(Router):
         """Hidden states (B, T, D) after the routed layer, and what it reports."""
         # A sum of products instead of nn.Linear keeps scores in fp32 under autocast.
         logits = (hidden_states.float() * self.router.weight.float()).sum(-1)
+        scores = torch.rand_like(logits) if self.config.routing == "random" else logits
         gate = torch.sigmoid(logits) if self.config.gate == "sigmoid" else logits
         losses = {}
         if self.training:
-            selection, losses = self.select_for_training(logits, hidden_states, context)
+            selection, losses = self.select_for_training(scores, hidden_states, context)
             if self.config.aux_weight:
                 losses["aux"] = (self.config.aux_weight, membership_loss(logits, selection, context.valid))
             if self.config.z_loss_weight:
                 losses["z"] = (self.config.z_loss_weight, masked_mean(logits.square(), context.valid))
         else:
-            selection = self.select(logits, hidden_states, context)
+            selection = self.select(scores, hidden_states, context)
         output = routed_update(block, hidden_states, selection, gate, context)
-        return output, selection.result(logits.shape[1], gate, losses)
+        return output, selection.result(scores, gate, losses)
 
 
 class Qwen2MoDModel(RoutedModel):

@@ -161,7 +161,11 @@ class RoutedModel(Qwen2Model):
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=device).unsqueeze(0)
         segments = row_segments(position_ids.expand(batch, -1), valid, cache)
-        eager = self.config._attn_implementation == "eager"
+        implementation = self.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
+            raise ValueError(f"attn_implementation={implementation!r}: routed models run with sdpa or eager")
+        eager = implementation == "eager"
         mask = None
         if segments is not None or eager or (past and length > 1):
             slots = torch.arange(past + length, device=device).unsqueeze(0)
@@ -289,5 +293,5 @@ def initialize_router_part(module: nn.Module) -> None:
         init.constant_(module.raw_multiplier_cu, inverse_softplus(module.config.multiplier_cu_init))
         init.constant_(module.beta, module.config.beta_start)
     elif isinstance(module, CalibratedThreshold):
-        init.zeros_(module.average)
-        init.zeros_(module.steps)
+        init.zeros_(module.value)
+        init.zeros_(module.weight)

@@ -77,12 +77,14 @@ class RoutingResult:
     Attributes:
         selected: tokens that the block computed, (B, T) bool.
         computed: K / T, places that the block ran on: as many as the row with the most selected tokens has.
+        score: what selection compares, detached, (B, T); STT: the student's logits.
         gate: g of every token, selected or not, detached, (B, T).
         losses: name → (weight, mean over valid tokens); training only.
     """
 
     selected: Tensor
     computed: float
+    score: Tensor
     gate: Tensor
     losses: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
 
@@ -106,10 +108,12 @@ class Selection:
         return mask.scatter_add(1, self.indices, source.int()).bool()
 
     def result(
-        self, length: int, gate: Tensor, losses: dict[str, tuple[float, Tensor]] | None = None
+        self, score: Tensor, gate: Tensor, losses: dict[str, tuple[float, Tensor]] | None = None
     ) -> RoutingResult:
-        """What a routed layer with this selection among `length` tokens reports."""
-        return RoutingResult(self.mask(length), self.indices.shape[1] / length, gate.detach(), losses or {})
+        """What a routed layer with this selection reports."""
+        length = score.shape[1]
+        computed = self.indices.shape[1] / length
+        return RoutingResult(self.mask(length), computed, score.detach(), gate.detach(), losses or {})
 
 
 def causal_mask(
@@ -285,16 +289,28 @@ class CalibratedThreshold(nn.Module):
 
     Exactly causal: τ is a constant of the checkpoint. After Expert Threshold routing (arXiv 2603.11535).
     Before any training step τ is 0.
+
+    Attributes:
+        value: τ, a scalar in fp32.
+        weight: total weight of the quantiles in `value` before the correction; towards 1.
+        decay: ρ.
     """
 
-    average: Tensor
-    steps: Tensor
+    value: Tensor
+    weight: Tensor
 
     def __init__(self, decay: float):
         super().__init__()
-        self.decay = decay
-        self.register_buffer("average", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.float32))
+        self.decay = self.longest_decay = decay
+        self.register_buffer("value", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("weight", torch.zeros((), dtype=torch.float32))
+
+    def set_progress(self, total_steps: int) -> None:
+        """Look back over a twentieth of the run at most, but ten steps at least.
+
+        In a run of a few hundred steps ρ = 0.99 would still hold what early weights scored.
+        """
+        self.decay = min(self.longest_decay, 1 - 1 / max(10.0, total_steps / 20))
 
     @torch.no_grad()
     def update(self, scores: Tensor, fraction: Tensor | float, valid: Tensor | None) -> None:
@@ -312,13 +328,8 @@ class CalibratedThreshold(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(quantile)
             quantile /= torch.distributed.get_world_size()
-        self.average.lerp_(quantile.to(self.average.dtype), 1 - self.decay)
-        self.steps += 1
-
-    def value(self) -> Tensor:
-        """τ, a scalar in fp32."""
-        correction = 1 - self.decay ** self.steps.float()
-        return self.average.float() / correction.clamp(min=1e-12)
+        self.weight.lerp_(torch.ones_like(self.weight), 1 - self.decay)
+        self.value += (1 - self.decay) / self.weight * (quantile.to(self.value.dtype) - self.value)
 
 
 class Predictor(nn.Module):
@@ -346,9 +357,19 @@ class Router(nn.Module):
         self.training_capacity = config.capacity
         self.threshold = CalibratedThreshold(config.threshold_decay)
         self.predictor = Predictor(config.hidden_size) if config.predictor_weight else None
+        self.predictor_threshold = CalibratedThreshold(config.threshold_decay) if self.predictor else None
 
     def set_progress(self, step: int, total_steps: int) -> None:
-        """Move schedules to optimizer step `step` of `total_steps`; the trainer calls it before each step."""
+        """Move schedules to optimizer step `step` of `total_steps`; the trainer calls it before each step.
+
+        The training capacity falls from 1 to γ over the first `capacity_warmup_steps`.
+        """
+        warmup = self.config.capacity_warmup_steps
+        done = min(1.0, step / warmup) if warmup else 1.0
+        self.training_capacity = 1.0 + (self.config.capacity - 1.0) * done
+        self.threshold.set_progress(total_steps)
+        if self.predictor_threshold is not None:
+            self.predictor_threshold.set_progress(total_steps)
 
     def select_for_training(
         self, scores: Tensor, hidden_states: Tensor, context: RoutingContext
@@ -365,8 +386,10 @@ class Router(nn.Module):
         selection = select_top_k(scores.detach(), self.training_capacity, context.valid)
         self.threshold.update(scores, self.training_capacity, context.valid)
         losses = {}
-        if self.predictor is not None:
-            loss = membership_loss(self.predictor(hidden_states), selection, context.valid)
+        if self.predictor is not None and self.predictor_threshold is not None:
+            logits = self.predictor(hidden_states)
+            self.predictor_threshold.update(logits, self.training_capacity, context.valid)
+            loss = membership_loss(logits, selection, context.valid)
             losses["predictor"] = (self.config.predictor_weight, loss)
         return selection, losses
 
@@ -386,13 +409,19 @@ class Router(nn.Module):
         if rule == "threshold":
             # At full capacity no token may be left out, not even that with the lowest score.
             full = self.config.capacity == 1
-            mask = torch.ones_like(scores, dtype=torch.bool) if full else scores > self.threshold.value()
+            mask = torch.ones_like(scores, dtype=torch.bool) if full else scores > self.threshold.value
         elif rule == "aux":
             mask = scores > 0
         elif rule == "predictor":
             mask = self.predicted_membership(scores, hidden_states) > 0
+        elif rule == "calibrated_predictor" and self.predictor_threshold is not None:
+            logits = self.predicted_membership(scores, hidden_states)
+            mask = logits > self.predictor_threshold.value
         else:
-            raise ValueError(f"selection_rule={rule!r}: must be threshold, predictor, aux or topk")
+            raise ValueError(
+                f"selection_rule={rule!r}: must be threshold, predictor, calibrated_predictor, aux or topk, "
+                "and one that the model was built for"
+            )
         return select_mask(mask if context.valid is None else mask & context.valid)
 
     def predicted_membership(self, scores: Tensor, hidden_states: Tensor) -> Tensor:

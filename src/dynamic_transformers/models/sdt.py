@@ -29,7 +29,8 @@ class SDTRouter(Router):
         self.surprise = SurpriseGate(config)
 
     def set_progress(self, step: int, total_steps: int) -> None:
-        """Move β along its schedule."""
+        """Move the capacity and β along their schedules."""
+        super().set_progress(step, total_steps)
         self.surprise.set_progress(step, total_steps)
 
     def forward(
@@ -58,7 +59,7 @@ class SDTRouter(Router):
         else:
             selection = self.select(score, post, context)
         output = routed_update(block, post, selection, gate, context)
-        return output, selection.result(score.shape[1], gate, losses)
+        return output, selection.result(score, gate, losses)
 
 
 class Qwen2SDTModel(RoutedModel):

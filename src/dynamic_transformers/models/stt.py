@@ -49,7 +49,8 @@ class STTRouter(Router):
             self.surprise.requires_grad_(False)
 
     def set_progress(self, step: int, total_steps: int) -> None:
-        """Move β along its schedule."""
+        """Move the capacity and β along their schedules."""
+        super().set_progress(step, total_steps)
         self.surprise.set_progress(step, total_steps)
 
     def forward(
@@ -69,7 +70,7 @@ class STTRouter(Router):
         selection = self.select(logits, hidden_states, context)
         gate = torch.sigmoid(logits)
         output = routed_update(block, hidden_states, selection, gate, context)
-        return output, selection.result(logits.shape[1], gate)
+        return output, selection.result(logits, gate)
 
     def forward_training(
         self,
@@ -95,8 +96,8 @@ class STTRouter(Router):
         score = self.surprise.score(update, predicted, state, context, block.self_attn.layer_idx)
         gate = self.surprise.gate(score)
         selection = self.targets(score, gate, valid)
-        selected = selection.mask(logits.shape[1])
-        self.threshold.update(logits, masked_mean(selected.float(), valid), valid)
+        selected = selection.mask(logits.shape[1]).float()
+        self.threshold.update(logits, masked_mean(selected, valid), valid)
         error = (predicted - update.detach()).float().square().mean(-1)
         losses = {
             "prior": (self.config.prior_loss_weight, masked_mean(error, valid)),
@@ -104,7 +105,7 @@ class STTRouter(Router):
         }
         if self.config.targets == "threshold":
             losses["gate_mean"] = (self.config.gate_mean_weight, masked_mean(gate, valid))
-        result = selection.result(logits.shape[1], gate, losses)
+        result = selection.result(logits, gate, losses)
         if self.config.train_output == "dense":
             return dense, result
         student_gate = gate + (torch.sigmoid(logits) - gate).detach()

@@ -43,7 +43,10 @@ def routing_options(model: ModelSettings) -> dict:
     """Keyword arguments that the architecture's configuration has beyond Qwen2's."""
     if model.type == "standard":
         return {}
-    options: dict = {"predictor_weight": model.predictor_weight}
+    options: dict = {
+        "predictor_weight": model.predictor_weight,
+        "capacity_warmup_steps": model.capacity_warmup_steps,
+    }
     if model.capacity is not None:
         options["capacity"] = model.capacity
     if model.selection_rule is not None:

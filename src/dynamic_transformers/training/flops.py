@@ -107,7 +107,7 @@ def router_flops(config: Qwen2Config, training: bool) -> FlopAccount:
         up, down = 2.0 * d * (d // 2), 2.0 * (d // 2)
         if training:
             account["predictor"] = 2 * up + 3 * down
-        elif config.selection_rule == "predictor":
+        elif "predictor" in config.selection_rule:
             account["predictor"] = up + down
     return account
 

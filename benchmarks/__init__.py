@@ -1,0 +1,1 @@
+"""Measurements that back the claims in docs/; never run as tests."""
