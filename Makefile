@@ -20,7 +20,7 @@ quickstart: $(INSTALLED)  ## the whole pipeline, four architectures, embedded da
 	$(BIN)/python -m pipelines.run --config-name quickstart
 
 test: $(INSTALLED)  ## the test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(INSTALLED)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
