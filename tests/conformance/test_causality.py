@@ -109,3 +109,21 @@ def test_state_that_changes_the_forward_is_in_the_checkpoint(architecture, tmp_p
     reloaded = type(model).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(reloaded, ids), logits(model, ids), atol=0, rtol=0)
     assert not torch.allclose(logits(tiny_model(architecture).eval(), ids), logits(model, ids), atol=1e-3)
+
+
+@pytest.mark.parametrize("capacity", [0.125, 0.5, 0.3])
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_measured_fraction_is_the_configured_one(architecture, capacity):
+    """Exactly in training; in evaluation within 3 points for 97 kinds of token."""
+    model = tiny_model(architecture, capacity=capacity)
+    for step in range(60):
+        with torch.no_grad():
+            model(input_ids=tokens(32, 64, seed=step))
+    for result in model(input_ids=tokens(3, 32)).routing.values():
+        assert (result.selected.sum(1) == int(capacity * 32 + 1e-9)).all()
+        assert result.computed == int(capacity * 32 + 1e-9) / 32
+    first = model.config.routed_layers[0]  # what later layers see depends on who selected before
+    routing = model.eval()(input_ids=tokens(200, 64, seed=99), use_cache=False).routing
+    # k is rounded down in training, hence so is the target of STT's student.
+    target = int(capacity * 64) / 64
+    assert routing[first].selected.float().mean().item() == pytest.approx(target, abs=0.03)

@@ -75,8 +75,11 @@ class SurpriseGate(nn.Module):
             static, change = static * scale, change * scale
         window = self.config.surprise_window
         history = context.with_history(static.detach(), layer, window - 1)
-        starts = context.segment_starts(history.shape[1], history.device)
-        average = moving_average(history, window, starts)[:, -static.shape[1] :]
+        if static.shape[1] == 1 and context.segments is None:
+            average = history.mean(1, keepdim=True)  # decoding: the window is all that there is
+        else:
+            starts = context.segment_starts(history.shape[1], history.device)
+            average = moving_average(history, window, starts)[:, -static.shape[1] :]
         if self.config.surprise_normalize == "moving_average":
             scale = 1 / average.clamp(min=1e-12)
             static, change, average = static * scale, change * scale, torch.ones_like(average)
