@@ -24,9 +24,9 @@ def test_the_trace_is_what_the_model_computed(exported, data_dir):
     from dynamic_transformers.evaluation.efficiency import load_model
 
     model, tokenizer = load_model(exported), load_tokenizer(data_dir)
-    ids = tokenizer("12 + 7 = 19\nSo <b> it is.")["input_ids"]
+    ids = tokenizer("12 + 7 = 19\nSo <b> π is 3.")["input_ids"]
     routing = trace_routing(model, tokenizer, ids)
-    assert "".join(routing.tokens) == "12 + 7 = 19\nSo <b> it is."
+    assert "".join(routing.tokens) == "12 + 7 = 19\nSo <b> π is 3."
     computed = {}
     for layer in (1, 3):
         block = model.model.layers[layer]

@@ -15,7 +15,7 @@ from dynamic_transformers.models import RoutedConfig
 from dynamic_transformers.settings import UserError
 
 PAGE, PICTURE = "routing.html", "routing.png"
-LABELLED_TOKENS = 80  # more do not fit under the picture
+LINE, MOST_LINES = 64, 4  # tokens in a line of the picture, and lines
 
 
 @dataclass
@@ -50,7 +50,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
         raise UserError("the text has no token")
     routing = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).routing
     return Routing(
-        tokens=[str(tokenizer.decode([token])) for token in ids],
+        tokens=token_texts(tokenizer, ids),
         layers={layer: result.selected[0].tolist() for layer, result in routing.items()},
         model=config.model_type.removeprefix("qwen2_").upper().replace("MOD", "MoD"),
         rule=config.selection_rule,
@@ -78,22 +78,40 @@ def write_routing(routing: Routing, folder: Path) -> None:
 
 
 def picture(routing: Routing) -> Figure:
-    """Layers from bottom to top, tokens from left to right; a filled cell was computed."""
-    count = len(routing.tokens)
-    figure = Figure(figsize=(max(6.0, 0.16 * count), 1.2 + 0.3 * len(routing.layers)), layout="constrained")
-    axes = figure.subplots()
-    axes.pcolormesh(
-        torch.tensor([*routing.layers.values()]).float().numpy(), cmap="Blues", vmax=1.3, edgecolors="white"
+    """Layers from bottom to top, the first tokens in lines from left to right; filled: computed."""
+    shown = min(len(routing.tokens), LINE * MOST_LINES)
+    starts = range(0, shown, LINE)
+    figure = Figure(
+        figsize=(10, len(starts) * (0.75 + 0.22 * len(routing.layers)) + 0.4), layout="constrained"
     )
-    axes.set_yticks([row + 0.5 for row in range(len(routing.layers))], [f"layer {i}" for i in routing.layers])
-    if count <= LABELLED_TOKENS:
-        labels = [token.replace("\n", "⏎").replace("$", r"\$") for token in routing.tokens]
-        axes.set_xticks([i + 0.5 for i in range(count)], labels, rotation=90, fontsize=7)
-    else:
-        axes.set_xlabel("token")
-    axes.tick_params(length=0)
-    axes.set_title(f"{routing.model}: tokens computed by each routed layer", fontsize=10)
+    cells = torch.tensor([*routing.layers.values()]).float().numpy()
+    for axes, start in zip(figure.subplots(len(starts), squeeze=False).flat, starts, strict=True):
+        end = min(start + LINE, shown)
+        axes.pcolormesh(
+            cells[:, start:end], cmap="Blues", vmin=0, vmax=1.3, edgecolors="#dddddd", linewidth=0.4
+        )
+        axes.set_xlim(0, LINE)
+        axes.set_yticks(
+            [row + 0.5 for row in range(len(cells))], [f"layer {layer}" for layer in routing.layers]
+        )
+        labels = [token.replace("\n", "⏎").replace("$", r"\$") for token in routing.tokens[start:end]]
+        axes.set_xticks([place + 0.5 for place in range(end - start)], labels, rotation=90)
+        axes.tick_params(length=0, labelsize=7)
+    note = "" if shown == len(routing.tokens) else f" (the first {shown} of {len(routing.tokens)})"
+    figure.suptitle(f"{routing.model}: tokens computed by each routed layer{note}", fontsize=10)
     return figure
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Text of each token; a character that is spread over several tokens stands at the last of them."""
+    texts, pending = [], []
+    for token in ids:
+        pending.append(token)
+        text = str(tokenizer.decode(pending))
+        whole = not text.endswith("\ufffd")
+        texts.append(text if whole else "")
+        pending = [] if whole else pending
+    return texts
 
 
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
