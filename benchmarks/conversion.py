@@ -14,7 +14,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.data.loading import collate, load_split
@@ -29,11 +28,9 @@ BATCHES = 16
 def training_loss(model, data_dir: Path) -> float:
     """Mean language-model loss over some validation batches, in training mode."""
     losses = []
-    for index, batch in enumerate(
-        DataLoader(load_split(data_dir, "validation"), batch_size=8, collate_fn=collate)
-    ):
-        if index == BATCHES:
-            break
+    split = load_split(data_dir, "validation")
+    for start in range(0, BATCHES * 8, 8):
+        batch = collate([split[index] for index in range(start, start + 8)])
         outputs = model.train()(**batch, use_cache=False)
         losses.append((getattr(outputs, "language_model_loss", None) or outputs.loss).item())
     return statistics.fmean(losses)

@@ -25,24 +25,28 @@ from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.data.loading import collate, load_split
 from dynamic_transformers.data.prepare import default_data_dir, prepare
 from dynamic_transformers.export import load_run
-from dynamic_transformers.models.routing import select_top_k
+from dynamic_transformers.models import RoutedForCausalLM
+from dynamic_transformers.models.selection import select_top_k
+from dynamic_transformers.training.batches import BlockOrder
 from dynamic_transformers.training.display import configure_logging
 from dynamic_transformers.training.heldout import evaluate_heldout
-from dynamic_transformers.training.trainer import train
+from dynamic_transformers.training.trainer import CALIBRATION_BLOCKS, train
 
+# `threshold` as the moving average over training left it, without the calibration that ends a run.
+UNCALIBRATED = "threshold, moving average"
 # run → (overrides, rules to evaluate)
 RUNS = {
     "MoD": (
         ["model.type=mod", "model.predictor_weight=0.01"],
-        ["threshold", "predictor", "calibrated_predictor", "topk"],
+        ["threshold", UNCALIBRATED, "predictor", "calibrated_predictor", "topk"],
     ),
     "MoD, aux loss": (["model.type=mod", "model.mod.aux_weight=0.01"], ["aux", "threshold"]),
     "MoD, random": (["model.type=mod", "model.mod.routing=random"], ["threshold"]),
     "SDT": (
         ["model.type=sdt", "model.predictor_weight=0.01"],
-        ["threshold", "predictor", "calibrated_predictor", "topk"],
+        ["threshold", UNCALIBRATED, "predictor", "calibrated_predictor", "topk"],
     ),
-    "STT": (["model.type=stt"], ["threshold", "predictor", "topk"]),
+    "STT": (["model.type=stt"], ["threshold", UNCALIBRATED, "predictor", "topk"]),
 }
 
 
@@ -97,10 +101,18 @@ def membership(model, split, batch_size: int) -> tuple[float, float, float]:
     return precision, recall, 2 * hits / (chosen + wanted)
 
 
-def measure(run_dir: Path, rule: str, split, batch_size: int) -> Measured:
+def measure(run_dir: Path, data_dir: Path, rule: str, batch_size: int) -> Measured:
     """Evaluate a run's model by `rule`."""
     model = load_run(run_dir)
-    model.config.selection_rule = rule
+    assert isinstance(model, RoutedForCausalLM)
+    split = load_split(data_dir, "test")
+    if rule != UNCALIBRATED:
+        train_split = load_split(data_dir, "train")
+        # Places behind those that any of these runs has trained on.
+        order = BlockOrder(len(train_split), seed=0)
+        blocks = collate([train_split[order[place]] for place in range(4000, 4000 + CALIBRATION_BLOCKS)])
+        model.calibrate(blocks["input_ids"], blocks["position_ids"])
+    model.config.selection_rule = rule.partition(",")[0]
     heldout = evaluate_heldout(model, split, batch_size)
     fractions = heldout.routed_fraction.values()
     return Measured(
@@ -147,8 +159,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             data_dir = prepare(settings, default_data_dir(settings))
             run_dir = train(settings, data_dir, settings.run_dir)
             for rule in rules:
-                split = load_split(data_dir, "test")
-                measured = measure(run_dir, rule, split, settings.evaluation.batch_size)
+                measured = measure(run_dir, data_dir, rule, settings.evaluation.batch_size)
                 results.setdefault((name, rule), []).append(measured)
         table = table_of(results)
         Console(width=160).print(table)

@@ -10,7 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.data.prepare import prepare
-from dynamic_transformers.models.routing import Router, select_mask
+from dynamic_transformers.models.routing import Router
+from dynamic_transformers.models.selection import select_mask
 
 DATA = {
     "dataset_configs": [{"name": "math", "type": "embedded"}],

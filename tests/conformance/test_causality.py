@@ -122,8 +122,16 @@ def test_measured_fraction_is_the_configured_one(architecture, capacity):
     for result in model(input_ids=tokens(3, 32)).routing.values():
         assert (result.selected.sum(1) == int(capacity * 32 + 1e-9)).all()
         assert result.computed == int(capacity * 32 + 1e-9) / 32
+    fresh = tokens(200, 64, seed=98)
     first = model.config.routed_layers[0]  # what later layers see depends on who selected before
     routing = model.eval()(input_ids=tokens(200, 64, seed=99), use_cache=False).routing
     # k is rounded down in training, hence so is the target of STT's student.
     target = int(capacity * 64) / 64
     assert routing[first].selected.float().mean().item() == pytest.approx(target, abs=0.03)
+    # Calibrated by what eval mode sees, every layer holds its fraction, and what came before is forgotten.
+    for router in model.model.routers.values():
+        router.threshold.value.fill_(1e3)
+    model.calibrate(fresh, torch.arange(64).expand(200, -1))
+    assert not model.training
+    for result in model(input_ids=tokens(200, 64, seed=99), use_cache=False).routing.values():
+        assert result.selected.float().mean().item() == pytest.approx(capacity, abs=0.06)

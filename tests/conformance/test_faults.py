@@ -8,7 +8,8 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from dynamic_transformers.models import mod, routing, sdt, stt
-from dynamic_transformers.models.routing import Selection, routed_update
+from dynamic_transformers.models.routing import routed_update
+from dynamic_transformers.models.selection import Selection
 from dynamic_transformers.models.surprise import SurpriseGate
 from dynamic_transformers.training.build import build_model
 from tests.conformance.test_cache import cached_logits

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynamic_transformers.models.routing import (
+from dynamic_transformers.models.selection import (
     CalibratedThreshold,
     Selection,
     capacity_to_tokens,

@@ -11,7 +11,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2MoDConfig
 from .modeling import RoutedForCausalLM, RoutedModel
-from .routing import Router, RoutingContext, RoutingResult, masked_mean, membership_loss, routed_update
+from .routing import Router, RoutingContext, masked_mean, membership_loss, routed_update
+from .selection import RoutingResult
 
 
 class MoDRouter(Router):

@@ -1,9 +1,9 @@
-"""Select tokens, run a block on them alone, add the gated update back: what MoD, SDT and STT share.
+"""Run a block on selected tokens alone and add the gated update back: what MoD, SDT and STT share.
 
 Shape suffixes: B rows, T tokens of a row, K selected tokens of a row, D hidden size.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .cache import EMPTY, NO_SEGMENT, RoutedCache
 from .configuration import RoutedConfig
+from .selection import CalibratedThreshold, Predictor, Selection, select_mask, select_top_k
 
 
 @dataclass
@@ -70,52 +71,6 @@ class RoutingContext:
         return values
 
 
-@dataclass
-class RoutingResult:
-    """What a routed layer reports beside its hidden states.
-
-    Attributes:
-        selected: tokens that the block computed, (B, T) bool.
-        computed: K / T, places that the block ran on: as many as the row with the most selected tokens has.
-        score: what selection compares, detached, (B, T); STT: the student's logits.
-        gate: g of every token, selected or not, detached, (B, T).
-        losses: name → (weight, mean over valid tokens); training only.
-    """
-
-    selected: Tensor
-    computed: float
-    score: Tensor
-    gate: Tensor
-    losses: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
-
-
-@dataclass
-class Selection:
-    """Selected tokens of each row.
-
-    Attributes:
-        indices: their indices in the row, ascending, (B, K).
-        valid: which of the K places are in use, (B, K); None: all.
-    """
-
-    indices: Tensor
-    valid: Tensor | None
-
-    def mask(self, length: int) -> Tensor:
-        """Membership of each of the row's `length` tokens, (B, T) bool."""
-        source = torch.ones_like(self.indices, dtype=torch.bool) if self.valid is None else self.valid
-        mask = torch.zeros(len(self.indices), length, dtype=torch.int32, device=self.indices.device)
-        return mask.scatter_add(1, self.indices, source.int()).bool()
-
-    def result(
-        self, score: Tensor, gate: Tensor, losses: dict[str, tuple[float, Tensor]] | None = None
-    ) -> RoutingResult:
-        """What a routed layer with this selection reports."""
-        length = score.shape[1]
-        computed = self.indices.shape[1] / length
-        return RoutingResult(self.mask(length), computed, score.detach(), gate.detach(), losses or {})
-
-
 def causal_mask(
     query_slots: Tensor,
     query_segments: Tensor,
@@ -142,44 +97,6 @@ def causal_mask(
     if not eager:
         return allowed
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-
-
-def capacity_to_tokens(capacity: float, tokens: Tensor | int) -> Tensor:
-    """k = max(1, ⌊γ·n⌋), at most n; the small term undoes rounding of products such as 0.29·100."""
-    tokens = torch.as_tensor(tokens)
-    k = (capacity * tokens.double() + 1e-9).floor().long()
-    return torch.minimum(k.clamp(min=1), tokens)
-
-
-def select_top_k(scores: Tensor, capacity: float, valid: Tensor | None) -> Selection:
-    """The k best-scored valid tokens of each row, in ascending order. Non-causal: a training rule.
-
-    Args:
-        scores: (B, T).
-        capacity: γ in (0, 1].
-        valid: (B, T) bool; padding never competes, and k counts valid tokens only.
-    """
-    length = scores.shape[1]
-    width = int(capacity_to_tokens(capacity, length))
-    if valid is None:
-        indices = scores.topk(width, dim=1, sorted=False).indices
-        return Selection(indices.sort(dim=1).values, None)
-    indices = scores.masked_fill(~valid, -torch.inf).topk(width, dim=1).indices
-    used = torch.arange(width, device=scores.device) < capacity_to_tokens(
-        capacity, valid.sum(1, keepdim=True)
-    )
-    indices = torch.where(used, indices, length).sort(dim=1).values
-    return Selection(indices.clamp(max=length - 1), indices < length)
-
-
-def select_mask(mask: Tensor) -> Selection:
-    """The tokens of a membership mask (B, T); K is the largest count of a row, possibly 0."""
-    counts = mask.sum(1)
-    least, width = counts.aminmax()
-    width = int(width)
-    indices = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    used = None if least == width else torch.arange(width, device=mask.device) < counts[:, None]
-    return Selection(indices, used)
 
 
 def routed_update(
@@ -284,70 +201,6 @@ def previous_token(values: Tensor, starts: Tensor) -> Tensor:
     return shifted.masked_fill(first.unsqueeze(-1), 0)
 
 
-class CalibratedThreshold(nn.Module):
-    """τ of the `threshold` rule: bias-corrected moving average of the scores' (1 − γ) quantile.
-
-    Exactly causal: τ is a constant of the checkpoint. After Expert Threshold routing (arXiv 2603.11535).
-    Before any training step τ is 0.
-
-    Attributes:
-        value: τ, a scalar in fp32.
-        weight: total weight of the quantiles in `value` before the correction; towards 1.
-        decay: ρ.
-    """
-
-    value: Tensor
-    weight: Tensor
-
-    def __init__(self, decay: float):
-        super().__init__()
-        self.decay = self.longest_decay = decay
-        self.register_buffer("value", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("weight", torch.zeros((), dtype=torch.float32))
-
-    def set_progress(self, total_steps: int) -> None:
-        """Look back over a twentieth of the run at most, but ten steps at least.
-
-        In a run of a few hundred steps ρ = 0.99 would still hold what early weights scored.
-        """
-        self.decay = min(self.longest_decay, 1 - 1 / max(10.0, total_steps / 20))
-
-    @torch.no_grad()
-    def update(self, scores: Tensor, fraction: Tensor | float, valid: Tensor | None) -> None:
-        """One step of the average, over valid tokens, averaged over ranks.
-
-        Args:
-            scores: (B, T).
-            fraction: share of the tokens that shall lie above τ.
-        """
-        scores = scores.detach().float()
-        if valid is not None:
-            scores = torch.where(valid, scores, torch.nan)
-        level = torch.as_tensor(1.0 - fraction, dtype=torch.float32, device=scores.device)
-        quantile = scores.flatten().nanquantile(level)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(quantile)
-            quantile /= torch.distributed.get_world_size()
-        self.weight.lerp_(torch.ones_like(self.weight), 1 - self.decay)
-        self.value += (1 - self.decay) / self.weight * (quantile.to(self.value.dtype) - self.value)
-
-
-class Predictor(nn.Module):
-    """Membership of the training top-k, predicted from the token alone (MoD, section 3.5, method 2).
-
-    d → d/2 → 1, SiLU, no biases. The input is detached: no gradient reaches the language model.
-    """
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.up_proj = nn.Linear(hidden_size, hidden_size // 2, bias=False)
-        self.down_proj = nn.Linear(hidden_size // 2, 1, bias=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits (B, T) in fp32 for hidden states (B, T, D)."""
-        return self.down_proj(F.silu(self.up_proj(hidden_states.detach()))).squeeze(-1).float()
-
-
 class Router(nn.Module):
     """Base of the three routers: the selection rules, and what they need from training."""
 
@@ -355,6 +208,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.training_capacity = config.capacity
+        self.calibrating = False  # set thresholds by what eval mode sees; see RoutedForCausalLM.calibrate
         self.threshold = CalibratedThreshold(config.threshold_decay)
         self.predictor = Predictor(config.hidden_size) if config.predictor_weight else None
         self.predictor_threshold = CalibratedThreshold(config.threshold_decay) if self.predictor else None
@@ -404,6 +258,11 @@ class Router(nn.Module):
             ValueError: the model lacks what the rule needs.
         """
         rule = self.config.selection_rule
+        if self.calibrating:
+            self.threshold.replace(scores, self.config.capacity, context.valid)
+            if self.predictor is not None and self.predictor_threshold is not None:
+                logits = self.predictor(hidden_states)
+                self.predictor_threshold.replace(logits, self.config.capacity, context.valid)
         if rule == "topk":
             return select_top_k(scores, self.config.capacity, context.valid)
         if rule == "threshold":

@@ -15,7 +15,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2SDTConfig
 from .modeling import RoutedForCausalLM, RoutedModel
-from .routing import Router, RoutingContext, RoutingResult, masked_mean, routed_update
+from .routing import Router, RoutingContext, masked_mean, routed_update
+from .selection import RoutingResult
 from .surprise import PriorNetwork, SurpriseGate
 
 

@@ -23,15 +23,12 @@ from .modeling import RoutedForCausalLM, RoutedModel
 from .routing import (
     Router,
     RoutingContext,
-    RoutingResult,
-    Selection,
     masked_mean,
     membership_loss,
     previous_token,
     routed_update,
-    select_mask,
-    select_top_k,
 )
+from .selection import RoutingResult, Selection, select_mask, select_top_k
 from .surprise import PriorNetwork, SurpriseGate
 
 
