@@ -37,11 +37,11 @@ UNCALIBRATED = "threshold, moving average"
 # run → (overrides, rules to evaluate)
 RUNS = {
     "MoD": (
-        ["model.type=mod", "model.predictor_weight=0.01"],
+        ["model.type=mod", "model.mod.aux_weight=0", "model.predictor_weight=0.01"],
         ["threshold", UNCALIBRATED, "predictor", "calibrated_predictor", "topk"],
     ),
-    "MoD, aux loss": (["model.type=mod", "model.mod.aux_weight=0.01"], ["aux", "threshold"]),
-    "MoD, random": (["model.type=mod", "model.mod.routing=random"], ["threshold"]),
+    "MoD, aux loss": (["model.type=mod", "model.mod.aux_weight=0.01"], ["threshold", UNCALIBRATED, "aux"]),
+    "MoD, random": (["model.type=mod", "model.mod.aux_weight=0", "model.mod.routing=random"], ["threshold"]),
     "SDT": (
         ["model.type=sdt", "model.predictor_weight=0.01"],
         ["threshold", UNCALIBRATED, "predictor", "calibrated_predictor", "topk"],

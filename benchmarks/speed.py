@@ -1,8 +1,8 @@
 """Time of each architecture against standard, beside its FLOPs: `make speed`.
 
 All models of a row run in turn (A B C D, A B C D, …) in one process, so that drift of the machine hits all
-alike; figures are medians of the ratio within a turn. Weights are random; thresholds are calibrated by a few
-training batches, and FLOP ratios use the fractions that the measured forwards realised.
+alike; figures are medians of the ratio within a turn. Weights are random; thresholds are calibrated on random
+tokens, and FLOP ratios use the fractions that the measured forwards realised.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dynamic_transformers.training.flops import forward_flops, training_flops
 from dynamic_transformers.training.optimizer import build_optimizer
 
 VOCAB = 8192
-CALIBRATION_STEPS = 10
+CALIBRATION_ROWS = 8
 VARIANTS = {
     "standard": ModelSettings("standard"),
     "mod 0.125": ModelSettings("mod"),
@@ -66,9 +66,8 @@ def build(variant: str, size: str, device: str) -> PreTrainedModel:
     model = MODEL_CLASSES[settings.type][1](config).to(device)
     if settings.type != "standard":
         model.set_progress(1, 2)
-        for step in range(CALIBRATION_STEPS):
-            with torch.no_grad():
-                model.train()(input_ids=tokens(4, 512, device, seed=step), use_cache=False)
+        positions = torch.arange(512, device=device).expand(CALIBRATION_ROWS, -1)
+        model.calibrate(tokens(CALIBRATION_ROWS, 512, device, seed=1), positions)
     return model
 
 
@@ -378,21 +377,23 @@ def main() -> None:
     parser.add_argument(
         "--sizes", default="base", help="of the settings' sizes, by commas (default: base, d 512)"
     )
-    parser.add_argument("--lengths", default="512,2048,8192")
+    parser.add_argument("--lengths", default="512,2048,8192", help="of prompts")
+    parser.add_argument("--training_lengths", default="512,2048,8192")
     parser.add_argument("--repeats", type=int, default=3, help="turns; the longest length takes one")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed.md"))
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[Row] = []
     console = Console(width=160)
-    lengths = [int(length) for length in args.lengths.split(",")]
     for size in args.sizes.split(","):
         models = {variant: build(variant, size, device) for variant in VARIANTS}
-        for length in lengths:
+        for length in map(int, args.training_lengths.split(",")):
             repeats = 1 if length > 4096 else args.repeats
             rows += training_rows(models, size, max(1, 2048 // length), length, repeats, device)
-            rows += prefill_rows(models, size, length, repeats, device)
-            console.print(table_of(rows[-2 * len(models) :], ""))
+            console.print(table_of(rows[-len(models) :], ""))
+        for length in map(int, args.lengths.split(",")):
+            rows += prefill_rows(models, size, length, args.repeats, device)
+            console.print(table_of(rows[-len(models) :], ""))
         for batch in (1, 16):
             rows += decode_rows(models, size, batch, 512, 32, args.repeats, device)
             console.print(table_of(rows[-len(models) :], ""))

@@ -157,6 +157,8 @@ def check(settings: Settings) -> None:
             )
         if model.selection_rule == "aux" and not (model.type == "mod" and model.mod.aux_weight):
             raise UserError("model.selection_rule=aux needs model.type=mod and model.mod.aux_weight > 0")
+    if model.mod.routing == "random" and model.mod.aux_weight:
+        raise UserError("model.mod.routing=random needs model.mod.aux_weight=0: noise cannot be learnt")
     if model.type == "stt" and model.predictor_weight:
         raise UserError("model.predictor_weight: STT's student is its predictor; leave it at 0")
     if training.mode == "pretrained" and not model.pretrained:

@@ -65,7 +65,7 @@ class MoDSettings:
 
     gate: str = "sigmoid"  # sigmoid | raw (the paper's formula)
     routing: str = "learned"  # learned | random (a control)
-    aux_weight: float = 0.0
+    aux_weight: float = 0.01  # of the router's own membership loss; docs/selection_rules.md
     z_loss_weight: float = 0.0
 
 
