@@ -37,11 +37,11 @@ UNCALIBRATED = "threshold, moving average"
 # run → (overrides, rules to evaluate)
 RUNS = {
     "MoD": (
-        ["model.type=mod", "model.mod.aux_weight=0", "model.predictor_weight=0.01"],
+        ["model.type=mod", "model.predictor_weight=0.01"],
         ["threshold", UNCALIBRATED, "predictor", "calibrated_predictor", "topk"],
     ),
     "MoD, aux loss": (["model.type=mod", "model.mod.aux_weight=0.01"], ["threshold", UNCALIBRATED, "aux"]),
-    "MoD, random": (["model.type=mod", "model.mod.aux_weight=0", "model.mod.routing=random"], ["threshold"]),
+    "MoD, random": (["model.type=mod", "model.mod.routing=random"], ["threshold"]),
     "SDT": (
         ["model.type=sdt", "model.predictor_weight=0.01"],
         ["threshold", UNCALIBRATED, "predictor", "calibrated_predictor", "topk"],
@@ -151,7 +151,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     results: dict[tuple[str, str], list[Measured]] = {}
     for seed in range(args.seeds):
         for name, (overrides, rules) in RUNS.items():
-            common = ["tracking.mlflow=false", "training.eval_every=0", "training.log_every=100"]
+            common = [
+                "tracking.mlflow=false",
+                "model.mod.aux_weight=0",
+                "training.eval_every=0",
+                "training.log_every=100",
+            ]
             settings = compose_settings(
                 "quickstart", [*common, *overrides, *args.overrides, f"run.seed={seed}"]
             )
