@@ -30,23 +30,24 @@ from dynamic_transformers.models.selection import select_top_k
 from dynamic_transformers.training.batches import BlockOrder
 from dynamic_transformers.training.display import configure_logging
 from dynamic_transformers.training.heldout import evaluate_heldout
-from dynamic_transformers.training.trainer import CALIBRATION_BLOCKS, train
+from dynamic_transformers.training.trainer import train
 
-# `threshold` as the moving average over training left it, without the calibration that ends a run.
-UNCALIBRATED = "threshold, moving average"
+# `threshold` with τ set anew, by what eval mode sees on these many blocks of training text.
+CALIBRATED = "threshold, calibrated anew"
+CALIBRATION_BLOCKS = 16
 # run → (overrides, rules to evaluate)
 RUNS = {
     "MoD": (
         ["model.type=mod", "model.predictor_weight=0.01"],
-        ["threshold", UNCALIBRATED, "predictor", "calibrated_predictor", "topk"],
+        ["threshold", CALIBRATED, "predictor", "calibrated_predictor", "topk"],
     ),
-    "MoD, aux loss": (["model.type=mod", "model.mod.aux_weight=0.01"], ["threshold", UNCALIBRATED, "aux"]),
+    "MoD, aux loss": (["model.type=mod", "model.mod.aux_weight=0.01"], ["threshold", CALIBRATED, "aux"]),
     "MoD, random": (["model.type=mod", "model.mod.routing=random"], ["threshold"]),
     "SDT": (
         ["model.type=sdt", "model.predictor_weight=0.01"],
-        ["threshold", UNCALIBRATED, "predictor", "calibrated_predictor", "topk"],
+        ["threshold", CALIBRATED, "predictor", "calibrated_predictor", "topk"],
     ),
-    "STT": (["model.type=stt"], ["threshold", UNCALIBRATED, "predictor", "topk"]),
+    "STT": (["model.type=stt"], ["threshold", CALIBRATED, "predictor", "topk"]),
 }
 
 
@@ -106,7 +107,7 @@ def measure(run_dir: Path, data_dir: Path, rule: str, batch_size: int) -> Measur
     model = load_run(run_dir)
     assert isinstance(model, RoutedForCausalLM)
     split = load_split(data_dir, "test")
-    if rule != UNCALIBRATED:
+    if rule == CALIBRATED:
         train_split = load_split(data_dir, "train")
         # Places behind those that any of these runs has trained on.
         order = BlockOrder(len(train_split), seed=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +24,12 @@ from dynamic_transformers.training.budget import Budget, Progress
 from dynamic_transformers.training.build import build_model
 from dynamic_transformers.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from dynamic_transformers.training.display import TrainingDisplay
-from dynamic_transformers.training.flops import forward_flops, training_flops
+from dynamic_transformers.training.flops import training_flops
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from dynamic_transformers.training.run_folder import claim_run_dir, resume_point
 
 logger = logging.getLogger("dynamic_transformers")
-
-CALIBRATION_BLOCKS = 16  # over all ranks
 
 
 def train(
@@ -150,14 +147,9 @@ class TrainingRun:
     @property
     def step_tokens(self) -> int:
         """Tokens of one optimizer step, over all ranks."""
-        return (
-            self.micro_batch_blocks * self.training.gradient_accumulation_steps * self.manifest["block_size"]
-        )
-
-    @property
-    def micro_batch_blocks(self) -> int:
-        """Blocks of one micro-batch, over all ranks."""
-        return self.settings.data.batch_size * self.accelerator.num_processes
+        data = self.settings.data
+        blocks = data.batch_size * self.training.gradient_accumulation_steps * self.accelerator.num_processes
+        return blocks * self.manifest["block_size"]
 
     def resume(self) -> Progress:
         """State of the checkpoint that `training.resume` names, or a fresh start."""
@@ -224,8 +216,6 @@ class TrainingRun:
                     display.update(self.progress.step, total, speed, metrics["train/loss"])
                     interval = Interval()
                 every = self.training.checkpoint_every
-                if last:
-                    self.calibrate()
                 if last or (every and self.progress.step % every == 0):
                     with interval.paused():
                         checkpoint = self.checkpoint()
@@ -311,22 +301,6 @@ class TrainingRun:
         measured = dict(zip(fractions, values[len(sums) :], strict=False))
         places = dict(zip(computed, values[len(sums) + len(measured) :], strict=True))
         return losses | {"train/grad_norm": float(norm)}, measured, places
-
-    def calibrate(self) -> None:
-        """Set a routed model's thresholds by the weights that it ends with; its work counts."""
-        model = self.plain_model
-        by_gate = self.settings.model.type == "stt" and self.settings.model.stt.targets == "threshold"
-        if not isinstance(model, RoutedForCausalLM) or by_gate:
-            return
-        batches = [
-            next(self.micro_batches) for _ in range(math.ceil(CALIBRATION_BLOCKS / self.micro_batch_blocks))
-        ]
-        inputs = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "position_ids"))
-        input_ids, position_ids = (value.to(self.accelerator.device) for value in inputs)
-        model.calibrate(input_ids, position_ids)
-        account = forward_flops(model.config, input_ids.shape[1])
-        done = input_ids.numel() * self.accelerator.num_processes
-        self.progress.flops += done * (account.total() - account["lm_head"])
 
     def evaluate(self) -> None:
         """Held-out loss on the validation split, on every rank alike, logged by rank 0."""
