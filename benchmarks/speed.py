@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,7 +51,6 @@ class Row:
     fraction: float | None
     flop_ratio: float
     time_ratio: float
-    seconds: float
     memory_ratio: float | None = None
     kv_overhead: float | None = None
 
@@ -78,16 +77,10 @@ def tokens(rows: int, length: int, device: str, seed: int = 0) -> torch.Tensor:
 
 def side_by_side(
     models: dict[str, PreTrainedModel], work: Callable[[PreTrainedModel], float], repeats: int
-) -> dict[str, tuple[float, float]]:
-    """Median seconds, and median ratio to standard within a turn, of each model; one warm-up turn."""
+) -> dict[str, float]:
+    """Median of each model's time ÷ standard's within a turn; one warm-up turn."""
     turns = [{name: work(model) for name, model in models.items()} for _ in range(repeats + 1)][1:]
-    return {
-        name: (
-            statistics.median(turn[name] for turn in turns),
-            statistics.median(turn[name] / turn["standard"] for turn in turns),
-        )
-        for name in models
-    }
+    return {name: statistics.median(turn[name] / turn["standard"] for turn in turns) for name in models}
 
 
 def saved_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:
@@ -120,9 +113,25 @@ def fractions_of(routing: dict | None, computed: bool) -> dict[int, float]:
     }
 
 
-def mean(values: dict[int, float]) -> float | None:
-    """Mean over layers; None without routed layers."""
-    return statistics.fmean(values.values()) if values else None
+def rows_of(
+    size: str,
+    work: str,
+    shares: dict[str, dict[int, float]],
+    flops: dict[str, float],
+    ratios: dict[str, float],
+) -> list[Row]:
+    """A row for each model, from what it computed (layer → fraction), its FLOPs and its time ratio."""
+    return [
+        Row(
+            size,
+            work,
+            name,
+            statistics.fmean(shares[name].values()) if shares[name] else None,
+            flops[name] / flops["standard"],
+            ratio,
+        )
+        for name, ratio in ratios.items()
+    ]
 
 
 def training_rows(models: dict, size: str, rows: int, length: int, repeats: int, device: str) -> list[Row]:
@@ -143,19 +152,8 @@ def training_rows(models: dict, size: str, rows: int, length: int, repeats: int,
             output = model.train()(input_ids=ids, use_cache=False)
         shares[name] = fractions_of(getattr(output, "routing", None), computed=True)
         flops[name] = training_flops(model.config, length, shares[name]).total()
-    return [
-        Row(
-            size,
-            f"training {rows}×{length}",
-            name,
-            mean(shares[name]),
-            flops[name] / flops["standard"],
-            times[name][1],
-            times[name][0],
-            memory[name] / memory["standard"],
-        )
-        for name in models
-    ]
+    table = rows_of(size, f"training {rows}×{length}", shares, flops, times)
+    return [replace(row, memory_ratio=memory[row.variant] / memory["standard"]) for row in table]
 
 
 @torch.inference_mode()
@@ -174,19 +172,8 @@ def prefill_rows(models: dict, size: str, length: int, repeats: int, device: str
         account = forward_flops(model.config, length, shares[name])
         flops[name] = account.total() - account["lm_head"] * (1 - 1 / length)
         overhead[name] = kv_overhead(output.past_key_values, shares[name], length)
-    return [
-        Row(
-            size,
-            f"prefill 1×{length}",
-            name,
-            mean(shares[name]),
-            flops[name] / flops["standard"],
-            times[name][1],
-            times[name][0],
-            kv_overhead=overhead[name],
-        )
-        for name in models
-    ]
+    table = rows_of(size, f"prefill 1×{length}", shares, flops, times)
+    return [replace(row, kv_overhead=overhead[row.variant]) for row in table]
 
 
 def kv_overhead(cache, fractions: dict[int, float], length: int) -> float:
@@ -236,19 +223,8 @@ def decode_rows(
     names = {id(model): name for name, model in models.items()}
     times = side_by_side(models, lambda model: decode(names[id(model)], model), repeats)
     flops = {name: decode_flops(model, shares[name], prompt + steps / 2) for name, model in models.items()}
-    return [
-        Row(
-            size,
-            f"decode {rows}×{steps} after {prompt}",
-            name,
-            mean(shares[name]),
-            flops[name] / flops["standard"],
-            times[name][1],
-            times[name][0] / steps,
-            kv_overhead=overhead[name],
-        )
-        for name in models
-    ]
+    table = rows_of(size, f"decode {rows}×{steps} after {prompt}", shares, flops, times)
+    return [replace(row, kv_overhead=overhead[row.variant]) for row in table]
 
 
 def decode_flops(model: PreTrainedModel, fractions: dict[int, float], length: float) -> float:
@@ -331,11 +307,10 @@ def trainer_rows(size: str, rows: int, length: int, steps: int, turns: int) -> l
 
         pairs = [(huggingface(turn), ours(turn)) for turn in range(turns + 1)][1:]
     ratio = statistics.median(mine / theirs for theirs, mine in pairs)
-    seconds = statistics.median(theirs for theirs, _ in pairs) / steps
     work = f"training {rows}×{length}, whole loop"
     return [
-        Row(size, work, "standard, HF Trainer", None, 1.0, 1.0, seconds),
-        Row(size, work, "standard, our loop", None, 1.0, ratio, ratio * seconds),
+        Row(size, work, "standard, HF Trainer", None, 1.0, 1.0),
+        Row(size, work, "standard, our loop", None, 1.0, ratio),
     ]
 
 

@@ -50,6 +50,7 @@ class ConsoleFilter(TextIOBase):
 def quiet_console(log_file: Path) -> Iterator[None]:
     """Within the body, standard output goes through a `ConsoleFilter`; the whole text is in `log_file`."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
+    # TextIOBase's stubs are no TextIO, though it does what redirect_stdout needs.
     with log_file.open("w") as log, redirect_stdout(ConsoleFilter(log, sys.stdout)):  # type: ignore[type-var]
         logging.captureWarnings(True)
         yield

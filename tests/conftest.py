@@ -24,6 +24,21 @@ DATA = {
     "arithmetic_examples": 4,
 }
 
+MICRO_KEYS = (
+    "vocab_size",
+    "block_size",
+    "max_tokens",
+    "max_eval_tokens",
+    "cloze_examples",
+    "arithmetic_examples",
+)
+
+
+@pytest.fixture(scope="session")
+def micro_overrides():
+    """Command-line overrides for a model and data that take seconds; sources stay as configured."""
+    return ("model.size=micro", *(f"data.{key}={DATA[key]}" for key in MICRO_KEYS))
+
 
 @pytest.fixture(scope="session")
 def make_settings(tmp_path_factory):

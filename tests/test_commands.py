@@ -8,17 +8,6 @@ import pytest
 
 from dynamic_transformers.settings import PROJECT_ROOT
 
-SMALL = (
-    "model.size=micro",
-    "data.vocab_size=300",
-    "data.block_size=32",
-    "data.max_tokens=4000",
-    "data.max_eval_tokens=1000",
-    "data.cloze_examples=4",
-    "data.arithmetic_examples=4",
-    "tracking.mlflow=false",
-)
-
 
 def python(*arguments):
     return subprocess.run(
@@ -27,11 +16,10 @@ def python(*arguments):
 
 
 @pytest.mark.parametrize("config_name", ["default", "my_experiment"])
-def test_train_and_bench(config_name, tmp_path):
+def test_train_and_bench(config_name, tmp_path, micro_overrides):
     arguments = [] if config_name == "default" else [f"--config-name={config_name}"]
-    trained = python(
-        "train.py", *arguments, f"run.output_dir={tmp_path}", "run.name=run", "training.max_steps=3", *SMALL
-    )
+    place = (f"run.output_dir={tmp_path}", "run.name=run", "tracking.mlflow=false")
+    trained = python("train.py", *arguments, *place, "training.max_steps=3", *micro_overrides)
     assert trained.returncode == 0, trained.stderr
     model = tmp_path / "run" / "final_model"
     assert f"model: {model}" in trained.stdout

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -233,23 +234,16 @@ def check_ranges(settings: Settings) -> None:
         UserError: names the key, the value and the bound.
     """
     for group, name, least in LEAST:
-        value = getattr(_lookup(settings, group), name)
+        value = attrgetter(f"{group}.{name}")(settings)
         if value is not None and value < least:
             raise UserError(f"{group}.{name}={value}: must be at least {least}")
     for group, name in POSITIVE:
-        value = getattr(_lookup(settings, group), name)
+        value = attrgetter(f"{group}.{name}")(settings)
         if value <= 0:
             raise UserError(f"{group}.{name}={value}: must be positive")
     betas = settings.training.optimizer.betas
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"training.optimizer.betas={betas}: both must lie in [0, 1)")
-
-
-def _lookup(settings: Settings, group: str) -> Any:
-    value: Any = settings
-    for part in group.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def run_command(

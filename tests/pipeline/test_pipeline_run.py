@@ -10,30 +10,23 @@ import pytest
 
 from dynamic_transformers.settings import PROJECT_ROOT
 
-MICRO = (
-    "model.size=micro",
-    "data.vocab_size=300",
-    "data.block_size=32",
-    "data.max_tokens=4000",
-    "data.max_eval_tokens=1000",
-    "data.cloze_examples=4",
-    "data.arithmetic_examples=4",
-    "training.max_flops=2.0e9",
-)
-
 
 def run_pipeline(output_dir, runs, *overrides):
     command = [sys.executable, "-m", "pipelines.run", "--runs", runs, f"run.output_dir={output_dir}"]
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     return subprocess.run(
-        [*command, *MICRO, *overrides], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True
+        [*command, "training.max_flops=2.0e9", *overrides],
+        cwd=PROJECT_ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, micro_overrides):
     output_dir = tmp_path_factory.mktemp("outputs")
-    result = run_pipeline(output_dir, "sdt:1")
+    result = run_pipeline(output_dir, "sdt:1", *micro_overrides)
     assert result.returncode == 0, result.stdout + result.stderr
     return output_dir, result.stdout
 
@@ -83,9 +76,9 @@ def test_mlflow_has_the_run_under_its_parent(finished):
     assert {"config", "evaluation", "model"} <= {a.path for a in client.list_artifacts(child.info.run_id)}
 
 
-def test_a_failing_step_fails_the_run_and_shows_why(tmp_path):
+def test_a_failing_step_fails_the_run_and_shows_why(tmp_path, micro_overrides):
     sources = "data.dataset_configs=[{name: gone, path: json, data_files: /nowhere/gone.jsonl}]"
-    result = run_pipeline(tmp_path, "standard:0", sources)
+    result = run_pipeline(tmp_path, "standard:0", *micro_overrides, sources)
     assert result.returncode == 2
     assert "/nowhere/gone.jsonl" in result.stdout
     assert "prepare-data" in result.stderr and "Traceback" not in result.stderr

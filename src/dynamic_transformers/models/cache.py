@@ -102,7 +102,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         """Keep the rows with these indices, in this order; a row may be repeated."""
         change_tensors(self, ("keys", "values", "slots", "state"), lambda value: value[rows.to(value.device)])
 
-    reorder_cache = batch_select_indices = select_rows  # type: ignore[assignment]
+    reorder_cache = batch_select_indices = select_rows  # type: ignore[assignment]  # argument names differ
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
@@ -143,7 +143,7 @@ class RoutedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows, for beam search."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # it asks for LongTensor
         change_tensors(self, ("segments", "last_position"), lambda value: value[beam_idx.to(value.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:

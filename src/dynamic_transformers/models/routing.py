@@ -210,8 +210,7 @@ class Router(nn.Module):
         self.training_capacity = config.capacity
         self.calibrating = False  # set thresholds by what eval mode sees; see RoutedForCausalLM.calibrate
         self.threshold = CalibratedThreshold(config.threshold_decay)
-        self.predictor = Predictor(config.hidden_size) if config.predictor_weight else None
-        self.predictor_threshold = CalibratedThreshold(config.threshold_decay) if self.predictor else None
+        self.predictor = Predictor(config) if config.predictor_weight else None
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Move schedules to optimizer step `step` of `total_steps`; the trainer calls it before each step.
@@ -222,8 +221,8 @@ class Router(nn.Module):
         done = min(1.0, step / warmup) if warmup else 1.0
         self.training_capacity = 1.0 + (self.config.capacity - 1.0) * done
         self.threshold.set_progress(total_steps)
-        if self.predictor_threshold is not None:
-            self.predictor_threshold.set_progress(total_steps)
+        if self.predictor is not None:
+            self.predictor.threshold.set_progress(total_steps)
 
     def select_for_training(
         self, scores: Tensor, hidden_states: Tensor, context: RoutingContext
@@ -240,9 +239,9 @@ class Router(nn.Module):
         selection = select_top_k(scores.detach(), self.training_capacity, context.valid)
         self.threshold.update(scores, self.training_capacity, context.valid)
         losses = {}
-        if self.predictor is not None and self.predictor_threshold is not None:
+        if self.predictor is not None:
             logits = self.predictor(hidden_states)
-            self.predictor_threshold.update(logits, self.training_capacity, context.valid)
+            self.predictor.threshold.update(logits, self.training_capacity, context.valid)
             loss = membership_loss(logits, selection, context.valid)
             losses["predictor"] = (self.config.predictor_weight, loss)
         return selection, losses
@@ -260,9 +259,9 @@ class Router(nn.Module):
         rule = self.config.selection_rule
         if self.calibrating:
             self.threshold.replace(scores, self.config.capacity, context.valid)
-            if self.predictor is not None and self.predictor_threshold is not None:
+            if self.predictor is not None:
                 logits = self.predictor(hidden_states)
-                self.predictor_threshold.replace(logits, self.config.capacity, context.valid)
+                self.predictor.threshold.replace(logits, self.config.capacity, context.valid)
         if rule == "topk":
             return select_top_k(scores, self.config.capacity, context.valid)
         if rule == "threshold":
@@ -273,9 +272,8 @@ class Router(nn.Module):
             mask = scores > 0
         elif rule == "predictor":
             mask = self.predicted_membership(scores, hidden_states) > 0
-        elif rule == "calibrated_predictor" and self.predictor_threshold is not None:
-            logits = self.predicted_membership(scores, hidden_states)
-            mask = logits > self.predictor_threshold.value
+        elif rule == "calibrated_predictor" and self.predictor is not None:
+            mask = self.predictor(hidden_states) > self.predictor.threshold.value
         else:
             raise ValueError(
                 f"selection_rule={rule!r}: must be threshold, predictor, calibrated_predictor, aux or topk, "

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .configuration import RoutedConfig
+
 
 @dataclass
 class RoutingResult:
@@ -159,11 +161,14 @@ def score_quantile(scores: Tensor, fraction: Tensor | float, valid: Tensor | Non
 class Predictor(nn.Module):
     """Membership of the training top-k, predicted from the token alone (MoD, section 3.5, method 2).
 
-    d → d/2 → 1, SiLU, no biases. The input is detached: no gradient reaches the language model.
+    d → d/2 → 1, SiLU, no biases. The input is detached: no gradient reaches the language model. Its own
+    threshold cuts its logits for the `calibrated_predictor` rule.
     """
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, config: RoutedConfig):
         super().__init__()
+        hidden_size = config.hidden_size
+        self.threshold = CalibratedThreshold(config.threshold_decay)
         self.up_proj = nn.Linear(hidden_size, hidden_size // 2, bias=False)
         self.down_proj = nn.Linear(hidden_size // 2, 1, bias=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
@@ -89,21 +90,14 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     """
     source_name = settings.model.pretrained
     assert source_name is not None
-    try:
-        source_config = AutoConfig.from_pretrained(source_name)
-        if source_config.model_type != "qwen2":
-            raise UserError(
-                f"model.pretrained={source_name}: model_type {source_config.model_type!r}, not qwen2"
-            )
-        if source_config.use_sliding_window:
-            raise UserError(f"model.pretrained={source_name}: sliding-window attention is not supported")
-        source, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            source_name, dtype=torch.float32, output_loading_info=True
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.pretrained={source_name}: {str(error).splitlines()[0]}") from error
+    source_config = read_pretrained(AutoConfig, source_name)
+    if source_config.model_type != "qwen2":
+        raise UserError(f"model.pretrained={source_name}: model_type {source_config.model_type!r}, not qwen2")
+    if source_config.use_sliding_window:
+        raise UserError(f"model.pretrained={source_name}: sliding-window attention is not supported")
+    source, report = read_pretrained(
+        AutoModelForCausalLM, source_name, dtype=torch.float32, output_loading_info=True
+    )
     if unfit := sorted({*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}):
         raise UserError(f"model.pretrained={source_name}: tensors missing or unknown: {', '.join(unfit)}")
     config_class, model_class = MODEL_CLASSES[settings.model.type]
@@ -120,3 +114,11 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     for name in missing:
         logger.debug("new: %s", name)
     return model.train()
+
+
+def read_pretrained(auto_class: Any, source_name: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained`; what it cannot read becomes a `UserError`."""
+    try:
+        return auto_class.from_pretrained(source_name, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.pretrained={source_name}: {str(error).splitlines()[0]}") from error
