@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup quickstart test check format pipeline mlflow-ui speed clean
+.PHONY: help setup quickstart test check format pipeline build-images push-images run-docker mlflow-ui speed clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / — /'
@@ -34,6 +34,16 @@ format: $(INSTALLED)  ## rewrite the code as `check` wants it
 
 pipeline: $(INSTALLED)  ## compile the pipeline to build/pipeline.yaml
 	$(BIN)/python -m pipelines.compile build/pipeline.yaml
+
+build-images: $(INSTALLED)  ## the images of the steps; REGISTRY= TAG= BASE_IMAGE= TORCH_INDEX_URL=
+	$(BIN)/python -m pipelines.images build --registry "$(REGISTRY)" --tag "$(TAG)" \
+		--base-image "$(BASE_IMAGE)" --torch-index-url "$(TORCH_INDEX_URL)"
+
+push-images: $(INSTALLED)  ## push them, and record their digests for `make pipeline`
+	$(BIN)/python -m pipelines.images push
+
+run-docker: $(INSTALLED)  ## the pipeline of `quickstart`, each step in its container; ARGS="key=value ..."
+	$(BIN)/python -m pipelines.run --docker --config-name quickstart run.name=docker $(ARGS)
 
 mlflow-ui: $(INSTALLED)  ## the MLflow pages of the runs on this machine
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --port $(or $(PORT),5000)

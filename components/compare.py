@@ -4,10 +4,10 @@ from typing import List  # noqa: UP035  (kfp reads the annotation)
 
 from kfp import dsl
 
-from components import BASE_IMAGE
+from components import image_of
 
 
-@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=image_of("evaluate"), install_kfp_package=False)
 def compare(
     settings: str,
     parent_run: dsl.Input[dsl.Artifact],

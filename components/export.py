@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components import BASE_IMAGE
+from components import image_of
 
 
-@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=image_of("export"), install_kfp_package=False)
 def export(data: dsl.Input[dsl.Dataset], run_folder: dsl.Input[dsl.Artifact], model: dsl.Output[dsl.Model]):
     """Write the exported model.
 

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components import BASE_IMAGE
+from components import image_of
 
 
-@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=image_of("prepare"), install_kfp_package=False)
 def prepare_data(settings: str, data: dsl.Output[dsl.Dataset]):
     """Write the data folder.
 

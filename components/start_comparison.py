@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components import BASE_IMAGE
+from components import image_of
 
 
-@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=image_of("prepare"), install_kfp_package=False)
 def start_comparison(settings: str, parent_run: dsl.Output[dsl.Artifact]):
     """Write the id of the parent run; empty when tracking is off or the server cannot be reached.
 

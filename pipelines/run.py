@@ -1,4 +1,7 @@
-"""Runs the compiled pipeline on this machine, each step a process: `python -m pipelines.run`."""
+"""Runs the compiled pipeline on this machine: `python -m pipelines.run`.
+
+Each step is a process, or with `--docker` a container of its image.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,9 @@ def run(args: argparse.Namespace) -> None:
     folder = settings.run_dir
     root = folder / "pipeline"
     package = compile_pipeline()
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
+    root.mkdir(parents=True, exist_ok=True)
+    runner = docker_runner(settings) if args.docker else local.SubprocessRunner(use_venv=False)
+    local.init(runner, pipeline_root=str(root))
     pipeline = components.load_component_from_file(str(package))
     logs = folder / "logs"
     shutil.rmtree(logs, ignore_errors=True)
@@ -57,6 +62,43 @@ def run(args: argparse.Namespace) -> None:
     shutil.rmtree(folder / "report", ignore_errors=True)
     shutil.copytree(report, folder / "report")
     show(settings, time.time() - start)
+
+
+def docker_runner(settings: Settings) -> local.DockerRunner:
+    """Containers that see `run.output_dir` and the host's network, and whose files belong to the caller.
+
+    Raises:
+        UserError: no Docker engine, or an image of the pipeline is missing.
+    """
+    import docker
+    from docker.errors import DockerException, ImageNotFound
+    from docker.types import Mount
+
+    from components import image_of
+    from pipelines.docker_status import report_failures
+    from pipelines.images import STEPS
+
+    try:
+        client = docker.from_env()
+        client.ping()
+    except DockerException as error:
+        raise UserError(f"no Docker engine answers ({str(error).splitlines()[0]})") from error
+    for step in STEPS:
+        try:
+            client.images.get(image_of(step))
+        except ImageNotFound as error:
+            raise UserError(f"{image_of(step)}: no such image; run `make build-images` first") from error
+    report_failures()
+    output_dir = settings.run.output_dir
+    return local.DockerRunner(
+        mounts=[Mount(target=output_dir, source=output_dir, type="bind")],
+        user=f"{os.getuid()}:{os.getgid()}",
+        network_mode="host",  # a tracking server on localhost is the same for steps as for people
+        shm_size="2g",  # Docker's 64 MB are too few for data loaders and gloo
+        environment={
+            name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")
+        },
+    )
 
 
 def newest(root: Path, start: float) -> Path | None:
@@ -98,6 +140,9 @@ def main() -> None:
         "--runs",
         default=",".join(f"{architecture}:0" for architecture in ARCHITECTURES),
         help="comma-separated architecture:seed (default: the four architectures with seed 0)",
+    )
+    parser.add_argument(
+        "--docker", action="store_true", help="run each step in its image (`make build-images`)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
     run_command(run, parser)

@@ -11,9 +11,8 @@ import yaml
 
 from dynamic_transformers.configure import CONFIG_DIR, compose_settings, run_command, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
-from dynamic_transformers.evaluation.routing_page import add_routing_arguments, routing_command
 from dynamic_transformers.manifest import read_manifest
-from dynamic_transformers.settings import Settings
+from dynamic_transformers.settings import Settings, UserError
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,11 +98,40 @@ def evaluation_of(folder: Path) -> Path:
     return evaluate(settings, data_dir, folder, model_dir, folder / "evaluation")
 
 
+def routing_command(args: argparse.Namespace) -> None:
+    """`routing`: write the page and the picture, and say where they are."""
+    from transformers import AutoTokenizer
+
+    from dynamic_transformers.evaluation.efficiency import load_model
+    from dynamic_transformers.evaluation.routing_page import PAGE, PICTURE, trace_routing, write_routing
+
+    if not (args.model_path / "config.json").is_file():
+        raise UserError(f"{args.model_path}: no exported model (it has no config.json)")
+    if args.file and not args.file.is_file():
+        raise UserError(f"{args.file}: no such file")
+    text = args.file.read_text(encoding="utf-8") if args.file else args.text
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+    routing = trace_routing(load_model(args.model_path), tokenizer, tokenizer(text)["input_ids"])
+    folder = args.output_dir or args.model_path
+    folder.mkdir(parents=True, exist_ok=True)
+    write_routing(routing, folder)
+    print(f"page:    {folder / PAGE}\npicture: {folder / PICTURE}")
+
+
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `export`."""
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--output_dir", type=Path, help="default: RUN_DIR/final_model")
     parser.add_argument("--force", action="store_true", help="export again")
+
+
+def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `dynamic-transformers routing`."""
+    parser.add_argument("--model_path", type=Path, required=True, help="folder of the exported model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="what the model reads")
+    source.add_argument("--file", type=Path, help="a text file that the model reads")
+    parser.add_argument("--output_dir", type=Path, help="default: the model's folder")
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,31 +111,3 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
         texts.append(text if whole else "")
         pending = [] if whole else pending
     return texts
-
-
-def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `dynamic-transformers routing`."""
-    parser.add_argument("--model_path", type=Path, required=True, help="folder of the exported model")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", help="what the model reads")
-    source.add_argument("--file", type=Path, help="a text file that the model reads")
-    parser.add_argument("--output_dir", type=Path, help="default: the model's folder")
-
-
-def routing_command(args: argparse.Namespace) -> None:
-    """`routing`: write the page and the picture, and say where they are."""
-    from transformers import AutoTokenizer
-
-    from dynamic_transformers.evaluation.efficiency import load_model
-
-    if not (args.model_path / "config.json").is_file():
-        raise UserError(f"{args.model_path}: no exported model (it has no config.json)")
-    if args.file and not args.file.is_file():
-        raise UserError(f"{args.file}: no such file")
-    text = args.file.read_text(encoding="utf-8") if args.file else args.text
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    routing = trace_routing(load_model(args.model_path), tokenizer, tokenizer(text)["input_ids"])
-    folder = args.output_dir or args.model_path
-    folder.mkdir(parents=True, exist_ok=True)
-    write_routing(routing, folder)
-    print(f"page:    {folder / PAGE}\npicture: {folder / PICTURE}")

@@ -1,0 +1,116 @@
+"""Builds and pushes the images of the steps: `python -m pipelines.images build|push`.
+
+`build/images.json` records for each step the tag, the size and, once pushed, the digest. A pipeline that is
+compiled afterwards names the images by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+
+from dynamic_transformers import __version__
+from dynamic_transformers.configure import run_command
+from dynamic_transformers.manifest import write_json
+from dynamic_transformers.settings import PROJECT_ROOT, UserError
+
+STEPS = ("prepare", "train", "export", "evaluate")
+IMAGES = PROJECT_ROOT / "build" / "images.json"
+DOCKER = os.environ.get("DOCKER", "docker")
+
+
+def git(*arguments: str) -> str:
+    """What git prints for the project; '' outside of a repository."""
+    answer = subprocess.run(["git", *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def source_revision() -> str:
+    """Commit of the sources; changes that are not committed add a digest of themselves."""
+    revision = git("rev-parse", "HEAD") or "unversioned"
+    changes = git("diff", "HEAD") + git("status", "--porcelain")
+    return revision + (f"-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "")
+
+
+def default_tag() -> str:
+    """Version and revision: two different programs never share a tag."""
+    commit, *changes = source_revision().split("-", 1)
+    return "-".join([__version__, commit[:12], *changes])
+
+
+def docker(*arguments: str, capture: bool = False) -> str:
+    """Run docker, and give back what it prints if asked.
+
+    Raises:
+        UserError: docker is missing or fails.
+    """
+    environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
+    try:
+        answer = subprocess.run(
+            [DOCKER, *arguments], cwd=PROJECT_ROOT, env=environment, text=True, capture_output=capture
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{DOCKER}: not found; install Docker, or name its command in DOCKER") from error
+    if answer.returncode:
+        reason = f": {answer.stderr.strip()}" if capture else "; see above"
+        raise UserError(f"`{DOCKER} {arguments[0]}` failed{reason}")
+    return (answer.stdout or "").strip()
+
+
+def build(args: argparse.Namespace) -> None:
+    """Build every image and record it."""
+    tag = args.tag or default_tag()
+    if tag == "latest" or not re.fullmatch(r"\w[\w.-]*", tag):
+        raise UserError(f"tag {tag!r}: give one that names a version, without '/' and ':', and not 'latest'")
+    registry = f"{args.registry.rstrip('/')}/" if args.registry else ""
+    images = {}
+    for step in STEPS:
+        name = f"{registry}dynamic-transformers-{step}:{tag}"
+        values = {"STEP": step, "VERSION": __version__, "REVISION": source_revision()}
+        values |= {"BASE_IMAGE": args.base_image} if args.base_image else {}
+        values |= {"TORCH_INDEX_URL": args.torch_index_url} if args.torch_index_url else {}
+        arguments = [part for key, value in values.items() for part in ("--build-arg", f"{key}={value}")]
+        docker("build", "--file", "images/Dockerfile", "--tag", name, *arguments, ".")
+        size = int(docker("image", "inspect", "--format", "{{.Size}}", name, capture=True))
+        images[step] = {"image": name, "digest": None, "bytes": size}
+    IMAGES.parent.mkdir(exist_ok=True)
+    write_json(IMAGES, images)
+    for entry in images.values():
+        print(f"{entry['bytes'] / 1e9:6.2f} GB  {entry['image']}")
+    print(f"written: {IMAGES}")
+
+
+def push(args: argparse.Namespace) -> None:
+    """Push every image that `build` recorded, and record its digest."""
+    if not IMAGES.is_file():
+        raise UserError(f"{IMAGES}: no such file; build the images first, with REGISTRY=...")
+    images = json.loads(IMAGES.read_text())
+    for entry in images.values():
+        docker("push", entry["image"])
+        found = docker("image", "inspect", "--format", "{{json .RepoDigests}}", entry["image"], capture=True)
+        repository = entry["image"].rpartition(":")[0]
+        digests = [digest for digest in json.loads(found) if digest.startswith(f"{repository}@")]
+        if not digests:
+            raise UserError(f"{entry['image']}: the registry gave no digest")
+        entry["digest"] = digests[0]
+        print(entry["digest"])
+    write_json(IMAGES, images)
+
+
+def main() -> None:
+    """Entry of `python -m pipelines.images`."""
+    parser = argparse.ArgumentParser(prog="pipelines.images", description=__doc__)
+    parser.add_argument("command", choices=("build", "push"))
+    parser.add_argument("--registry", default="", help="what stands before the images' names")
+    parser.add_argument("--tag", default="", help="default: version and git revision")
+    parser.add_argument("--base-image", default="", help="an image with Python (default: the Dockerfile's)")
+    parser.add_argument("--torch-index-url", default="", help="pip's extra index for torch, for a CPU build")
+    run_command(lambda args: {"build": build, "push": push}[args.command](args), parser)
+
+
+if __name__ == "__main__":
+    main()
