@@ -1,12 +1,17 @@
 """Real containers. Skipped, loudly in CI (see .ci/run), where no engine or no image is at hand."""
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import docker
+import mlflow
 import pytest
 from docker.errors import DockerException
 from docker.models.containers import Container
@@ -97,21 +102,55 @@ def test_every_failed_container_is_reported(client, monkeypatch):
     assert failing_step_status(client, monkeypatch) == 3
 
 
-def run_in_docker(output_dir, *arguments):
+@pytest.fixture
+def mlflow_server(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = tmp_path / "server"
+    store.mkdir()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", str(store)]
+    with (store / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{uri}/health").read()
+                break
+            time.sleep(0.5)
+        yield uri
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def run_in_docker(output_dir, *arguments, **environment):
     command = [sys.executable, "-m", "pipelines.run", "--docker", f"run.output_dir={output_dir}", *arguments]
-    return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=PROJECT_ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
 
 
-def test_the_pipeline_runs_with_each_step_in_its_container(client, tmp_path, micro_overrides):
-    result = run_in_docker(tmp_path, "--runs", "mod:0", "training.max_flops=2.0e9", *micro_overrides)
+def test_the_pipeline_runs_with_each_step_in_its_container(client, tmp_path, micro_overrides, mlflow_server):
+    output_dir = tmp_path / "outputs"
+    budget = "training.max_flops=2.0e9"
+    result = run_in_docker(
+        output_dir, "--runs", "mod:0", budget, *micro_overrides, MLFLOW_TRACKING_URI=mlflow_server
+    )
     assert result.returncode == 0, result.stdout + result.stderr
-    report = tmp_path / "quickstart" / "report"
+    report = output_dir / "quickstart" / "report"
     (run,) = json.loads((report / "comparison.json").read_text())["runs"]
-    assert run["architecture"] == "mod" and run["eval"]["causal"] is True and run["mlflow_run_id"]
+    assert run["architecture"] == "mod" and run["eval"]["causal"] is True
     manifest = json.loads((report / "manifest.json").read_text())
     revision = client.images.get(image_of("evaluate")).labels["org.opencontainers.image.revision"]
     assert manifest["git_revision"] == revision  # it was the image that ran, not this checkout
-    assert {path.stat().st_uid for path in tmp_path.rglob("*")} == {os.getuid()}
+    assert {path.stat().st_uid for path in output_dir.rglob("*")} == {os.getuid()}
+    # The steps reached the server on this host.
+    tracked = mlflow.MlflowClient(mlflow_server)
+    assert "test/loss" in tracked.get_run(run["mlflow_run_id"]).data.metrics
+    assert "model" in {artifact.path for artifact in tracked.list_artifacts(run["mlflow_run_id"])}
 
 
 def test_a_step_that_fails_in_its_container_fails_the_run(client, tmp_path, micro_overrides):
