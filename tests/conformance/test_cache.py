@@ -111,7 +111,7 @@ def test_ragged_rows_are_as_wide_as_the_widest(architecture):
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
-@pytest.mark.parametrize("change", ["reorder", "select", "repeat"])
+@pytest.mark.parametrize("change", ["reorder", "select", "repeat", "row 0", "row 1", "row 2"])
 def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, change):
     model = calibrated(architecture)
     ids = tokens(3, LENGTH)
@@ -122,8 +122,8 @@ def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, 
     if change == "repeat":
         rows = torch.tensor([0, 0, 1, 1, 2, 2])
         cache.batch_repeat_interleave(2)
-    elif change == "select":
-        rows = torch.tensor([2, 1])
+    elif change == "select" or change.startswith("row"):
+        rows = torch.tensor([2, 1] if change == "select" else [int(change[-1])])
         cache.batch_select_indices(rows)
     else:
         rows = torch.tensor([2, 2, 1])
@@ -137,6 +137,46 @@ def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, 
                 past_key_values=cache,
             ).logits
         close(got[:, 0], expected[:, place])
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_positions_go_on_from_the_cache(architecture):
+    model = calibrated(architecture)
+    ids = tokens(2, LENGTH)
+    restarted = torch.cat([torch.arange(8), torch.arange(LENGTH - 8)]).expand(2, -1)  # two packed documents
+    expected = logits(model, ids, position_ids=restarted)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :12], position_ids=restarted[:, :12], use_cache=True).past_key_values
+        got = model(input_ids=ids[:, 12:], past_key_values=cache).logits
+    close(got, expected[:, 12:])
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_another_account_of_the_past_is_refused(architecture):
+    model = calibrated(architecture)
+    ids = tokens(2, LENGTH)
+    _, cache = cached_logits(model, ids, range(10, LENGTH))
+    mask = torch.ones(2, LENGTH + 1, dtype=torch.long)
+    mask[1, 3] = 0
+    with pytest.raises(ValueError, match="differs from the one"):
+        model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_refused_crop_changes_nothing(architecture):
+    model = calibrated(architecture)
+    _, cache = cached_logits(model, tokens(1, LENGTH), range(10, LENGTH))
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+    assert {layer.get_seq_length() for layer in cache.layers} == {LENGTH}
+
+
+@pytest.mark.parametrize("architecture", ["sdt", "stt"])
+def test_router_state_holds_no_more_memory_than_it_needs(architecture):
+    model = calibrated(architecture)
+    _, cache = cached_logits(model, tokens(1, LENGTH), range(10, LENGTH))
+    state = cache.routed(1).state
+    assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
 
 
 @pytest.mark.parametrize("architecture", ROUTED)

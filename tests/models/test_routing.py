@@ -222,3 +222,33 @@ def test_unknown_rule_is_refused():
     model.config.selection_rule = "predictor"
     with pytest.raises(ValueError, match="predictor"):
         model(input_ids=tokens(1, 8))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_stt_threshold_targets_of_a_row_do_not_depend_on_its_mates(padded):
+    model = calibrated("stt", targets="threshold", target_threshold=0.99999).train()
+    ids = tokens(3, 16)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = model(input_ids=ids, attention_mask=mask, position_ids=positions).routing[1].selected
+    assert (together & mask.bool()).any(1).all()
+    for row in range(3):
+        alone = model(
+            input_ids=ids[row : row + 1],
+            attention_mask=mask[row : row + 1],
+            position_ids=positions[row : row + 1],
+        )
+        assert torch.equal(alone.routing[1].selected[0], together[row])
+
+
+def test_a_batch_of_padding_leaves_a_threshold_as_it_is():
+    threshold = CalibratedThreshold(0.9)
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    threshold.update(torch.randn(2, 4), 0.5, nothing)
+    assert threshold.value == 0 and threshold.weight == 0
+    threshold.update(torch.tensor([[1.0, 2.0, 3.0]]), 0.5, None)
+    before = threshold.value.clone()
+    threshold.update(torch.randn(2, 4), 0.5, nothing)
+    assert threshold.value == before == 2

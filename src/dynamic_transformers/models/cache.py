@@ -101,6 +101,11 @@ class RoutedCacheLayer(CacheLayerMixin):
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows with these indices, in this order; a row may be repeated."""
         change_tensors(self, ("keys", "values", "slots", "state"), lambda value: value[rows.to(value.device)])
+        if self.slots is not None:
+            # A row uses its first places: what only rows that are gone used goes too.
+            width = int((self.slots != EMPTY).sum(1).max())
+            self.slots = self.slots[:, :width]
+            change_tensors(self, ("keys", "values"), lambda value: value[:, :, :width])
 
     reorder_cache = batch_select_indices = select_rows  # type: ignore[assignment]  # argument names differ
 
@@ -136,10 +141,24 @@ class RoutedCache(Cache):
         assert isinstance(layer, RoutedCacheLayer)
         return layer
 
+    def crop(self, max_length: int) -> None:
+        """Refused, before any layer is changed: what routers must remember of earlier tokens is gone."""
+        self.routed(1).crop(max_length)
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.segments = self.last_position = None
+
+    def check_past(self, valid: Tensor) -> None:
+        """Refuse another account of the past (B, S) than the one that the tokens were read with.
+
+        Raises:
+            ValueError: a past token has become padding, or padding a token.
+        """
+        known = torch.ones_like(valid) if self.segments is None else self.segments != NO_SEGMENT
+        if not torch.equal(valid, known):
+            raise ValueError("attention_mask differs from the one with which the cached tokens were read")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows, for beam search."""

@@ -147,6 +147,10 @@ class RoutedModel(Qwen2Model):
         """Positions, documents and masks that all layers share; tells the cache of the present tokens."""
         batch, length, _ = hidden_states.shape
         device, dtype = hidden_states.device, hidden_states.dtype
+        implementation = self.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
+            raise ValueError(f"attn_implementation={implementation!r}: routed models run with sdpa or eager")
         past = cache.get_seq_length() if cache is not None else 0
         valid = None
         if attention_mask is not None:
@@ -157,15 +161,13 @@ class RoutedModel(Qwen2Model):
                 )
             if not attention_mask.all():
                 valid = attention_mask[:, past:] != 0
-        if position_ids is None and attention_mask is not None and valid is not None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        elif position_ids is None:
-            position_ids = torch.arange(past, past + length, device=device).unsqueeze(0)
+                if cache is not None and past:
+                    cache.check_past(attention_mask[:, :past] != 0)
+        if position_ids is None:
+            present = torch.ones(batch, length, dtype=torch.long, device=device) if valid is None else valid
+            before = cache.last_position if cache is not None and past else -1
+            position_ids = (before + present.long().cumsum(1)).clamp(min=0)
         segments = row_segments(position_ids.expand(batch, -1), valid, cache)
-        implementation = self.config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
-            # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
-            raise ValueError(f"attn_implementation={implementation!r}: routed models run with sdpa or eager")
         eager = implementation == "eager"
         mask = None
         if segments is not None or eager or (past and length > 1):
@@ -221,10 +223,12 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
         routers = [router for router in self.model.routers.values() if isinstance(router, Router)]
         for router in routers:
             router.calibrating = True
-        self.model(input_ids, position_ids=position_ids, use_cache=False)
-        for router in routers:
-            router.calibrating = False
-        self.train(was_training)
+        try:
+            self.model(input_ids, position_ids=position_ids, use_cache=False)
+        finally:
+            for router in routers:
+                router.calibrating = False
+            self.train(was_training)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

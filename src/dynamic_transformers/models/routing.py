@@ -67,7 +67,8 @@ class RoutingContext:
         cached = self.cache.routed(layer)
         if cached.state is not None:
             values = torch.cat([cached.state, values], dim=1)
-        cached.state = values[:, max(0, values.shape[1] - length) :]
+        # A copy: a view would hold the memory of the whole prompt.
+        cached.state = values[:, max(0, values.shape[1] - length) :].clone()
         return values
 
 

@@ -50,12 +50,13 @@ class SDTRouter(Router):
         """
         post, before = hidden_states, previous_hidden_states
         predicted = self.prior(before)
-        score = self.surprise.score(post - before, predicted, before, context, block.self_attn.layer_idx)
+        update = post.float() - before.float()
+        score = self.surprise.score(update, predicted, before, context, block.self_attn.layer_idx)
         gate = self.surprise.gate(score)
         losses = {}
         if self.training:
             selection, losses = self.select_for_training(score, post, context)
-            error = (predicted - (post - before).detach()).float().square().mean(-1)
+            error = (predicted.float() - update.detach()).square().mean(-1)
             losses["prior"] = (self.config.prior_loss_weight, masked_mean(error, context.valid))
         else:
             selection = self.select(score, post, context)

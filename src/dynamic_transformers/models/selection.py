@@ -134,9 +134,11 @@ class CalibratedThreshold(nn.Module):
             scores: (B, T).
             fraction: share of the tokens that shall lie above τ.
         """
-        quantile = score_quantile(scores, fraction, valid).to(self.value.dtype)
-        self.weight.lerp_(torch.ones_like(self.weight), 1 - self.decay)
-        self.value += (1 - self.decay) / self.weight * (quantile - self.value)
+        quantile = score_quantile(scores, fraction, valid)
+        known = ~quantile.isnan()  # a batch of nothing but padding leaves the average as it is
+        step = (1 - self.decay) * known
+        self.weight.lerp_(torch.ones_like(self.weight), step)
+        self.value += torch.where(known, step / self.weight * (quantile - self.value), 0)
 
     @torch.no_grad()
     def replace(self, scores: Tensor, fraction: Tensor | float, valid: Tensor | None) -> None:
@@ -146,16 +148,20 @@ class CalibratedThreshold(nn.Module):
 
 
 def score_quantile(scores: Tensor, fraction: Tensor | float, valid: Tensor | None) -> Tensor:
-    """The score above which `fraction` of the valid tokens (B, T) lie; averaged over ranks."""
+    """The score above which `fraction` of the valid tokens (B, T) lie, averaged over the ranks that have any.
+
+    NaN where no rank has a valid token.
+    """
     scores = scores.detach().float()
     if valid is not None:
         scores = torch.where(valid, scores, torch.nan)
     level = torch.as_tensor(1.0 - fraction, dtype=torch.float32, device=scores.device)
     quantile = scores.flatten().nanquantile(level)
+    known = ~quantile.isnan()
+    total = torch.stack([quantile.nan_to_num(), known.float()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(quantile)
-        quantile /= torch.distributed.get_world_size()
-    return quantile
+        torch.distributed.all_reduce(total)
+    return total[0] / total[1]
 
 
 class Predictor(nn.Module):
@@ -174,4 +180,6 @@ class Predictor(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits (B, T) in fp32 for hidden states (B, T, D)."""
-        return self.down_proj(F.silu(self.up_proj(hidden_states.detach()))).squeeze(-1).float()
+        features = F.silu(self.up_proj(hidden_states.detach())).float()
+        # A sum of products keeps logits in fp32 under autocast, where nn.Linear would not.
+        return (features * self.down_proj.weight.float().squeeze(0)).sum(-1)

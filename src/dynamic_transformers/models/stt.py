@@ -123,8 +123,9 @@ class STTRouter(Router):
         """Tokens that the teacher would compute: the γ most surprising, or all with g high enough."""
         if self.config.targets == "topk":
             return select_top_k(score.detach(), self.training_capacity, valid)
-        # The most surprising token is always one: a block without any token would have no gradient.
-        mask = (gate >= self.config.target_threshold) | (gate == gate.max())
+        # Each row's most surprising token is always one: a block without any token would have no gradient.
+        score = score.detach() if valid is None else score.detach().masked_fill(~valid, -torch.inf)
+        mask = (gate >= self.config.target_threshold) | (score == score.amax(1, keepdim=True))
         return select_mask(mask if valid is None else mask & valid)
 
 
