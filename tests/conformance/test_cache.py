@@ -116,7 +116,8 @@ def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, 
     model = calibrated(architecture)
     ids = tokens(3, LENGTH)
     mask = torch.ones_like(ids)
-    mask[1, :4] = 0
+    if not change.startswith("row"):  # without padding one row needs no mask, and must have no empty places
+        mask[1, :4] = 0
     start = LENGTH - 6
     cache = model(input_ids=ids[:, :start], attention_mask=mask[:, :start], use_cache=True).past_key_values
     if change == "repeat":

@@ -165,8 +165,8 @@ class RoutedModel(Qwen2Model):
                     cache.check_past(attention_mask[:, :past] != 0)
         if position_ids is None:
             present = torch.ones(batch, length, dtype=torch.long, device=device) if valid is None else valid
-            before = cache.last_position if cache is not None and past else -1
-            position_ids = (before + present.long().cumsum(1)).clamp(min=0)
+            before = None if cache is None else cache.last_position
+            position_ids = ((-1 if before is None else before) + present.long().cumsum(1)).clamp(min=0)
         segments = row_segments(position_ids.expand(batch, -1), valid, cache)
         eager = implementation == "eager"
         mask = None
