@@ -21,6 +21,8 @@ from dynamic_transformers.tracking import tracking_uri
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
 
+PASSED_ON = ("MLFLOW_TRACKING_", "OMP_NUM_THREADS")  # beginnings of the variables that containers get too
+
 
 def run(args: argparse.Namespace) -> None:
     """Compile, run, and show where the results are."""
@@ -95,9 +97,7 @@ def docker_runner(settings: Settings) -> local.DockerRunner:
         user=f"{os.getuid()}:{os.getgid()}",
         network_mode="host",  # a tracking server on localhost is the same for steps as for people
         shm_size="2g",  # Docker's 64 MB are too few for data loaders and gloo
-        environment={
-            name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")
-        },
+        environment={name: os.environ[name] for name in os.environ if name.startswith(PASSED_ON)},
     )
 
 
