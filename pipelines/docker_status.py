@@ -1,7 +1,7 @@
 """Works around kubeflow/pipelines #13332: DockerRunner reports failed containers as SUCCESS.
 
 kfp 2.17 starts containers with `auto_remove`, and takes one that is gone before it asks for the status for
-a successful one. Delete this module when tests/pipeline/test_docker.py passes without it.
+a successful one. Delete this module when test_kfp_still_takes_a_removed_container_for_a_successful_one fails.
 """
 
 from typing import Any

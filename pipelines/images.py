@@ -13,20 +13,14 @@ import os
 import re
 import subprocess
 
+from components import IMAGES
 from dynamic_transformers import __version__
 from dynamic_transformers.configure import run_command
-from dynamic_transformers.manifest import write_json
+from dynamic_transformers.manifest import git, write_json
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 
 STEPS = ("prepare", "train", "export", "evaluate")
-IMAGES = PROJECT_ROOT / "build" / "images.json"
 DOCKER = os.environ.get("DOCKER", "docker")
-
-
-def git(*arguments: str) -> str:
-    """What git prints for the project; '' outside of a repository."""
-    answer = subprocess.run(["git", *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True)
-    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def source_revision() -> str:
@@ -36,9 +30,9 @@ def source_revision() -> str:
     return revision + (f"-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "")
 
 
-def default_tag() -> str:
+def default_tag(revision: str) -> str:
     """Version and revision: two different programs never share a tag."""
-    commit, *changes = source_revision().split("-", 1)
+    commit, *changes = revision.split("-", 1)
     return "-".join([__version__, commit[:12], *changes])
 
 
@@ -63,21 +57,22 @@ def docker(*arguments: str, capture: bool = False) -> str:
 
 def build(args: argparse.Namespace) -> None:
     """Build every image and record it."""
-    tag = args.tag or default_tag()
+    revision = source_revision()
+    tag = args.tag or default_tag(revision)
     if tag == "latest" or not re.fullmatch(r"\w[\w.-]*", tag):
         raise UserError(f"tag {tag!r}: give one that names a version, without '/' and ':', and not 'latest'")
     registry = f"{args.registry.rstrip('/')}/" if args.registry else ""
     images = {}
     for step in STEPS:
         name = f"{registry}dynamic-transformers-{step}:{tag}"
-        values = {"STEP": step, "VERSION": __version__, "REVISION": source_revision()}
+        values = {"STEP": step, "VERSION": __version__, "REVISION": revision}
         values |= {"BASE_IMAGE": args.base_image} if args.base_image else {}
         values |= {"TORCH_INDEX_URL": args.torch_index_url} if args.torch_index_url else {}
         arguments = [part for key, value in values.items() for part in ("--build-arg", f"{key}={value}")]
         docker("build", "--file", "images/Dockerfile", "--tag", name, *arguments, ".")
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name, capture=True))
         images[step] = {"image": name, "digest": None, "bytes": size}
-    IMAGES.parent.mkdir(exist_ok=True)
+    IMAGES.parent.mkdir(parents=True, exist_ok=True)
     write_json(IMAGES, images)
     for entry in images.values():
         print(f"{entry['bytes'] / 1e9:6.2f} GB  {entry['image']}")

@@ -13,13 +13,20 @@ import sys
 import time
 from pathlib import Path
 
-from kfp import components, local
+import docker
+from docker.errors import DockerException, ImageNotFound
+from docker.types import Mount
+from kfp import local
+from kfp.components import load_component_from_file
 
+from components import image_of
 from dynamic_transformers.configure import compose_settings, run_command
 from dynamic_transformers.settings import ARCHITECTURES, Settings, UserError
 from dynamic_transformers.tracking import tracking_uri
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
+from pipelines.docker_status import report_failures
+from pipelines.images import STEPS
 
 PASSED_ON = ("MLFLOW_TRACKING_", "OMP_NUM_THREADS")  # beginnings of the variables that containers get too
 
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     root.mkdir(parents=True, exist_ok=True)
     runner = docker_runner(settings) if args.docker else local.SubprocessRunner(use_venv=False)
     local.init(runner, pipeline_root=str(root))
-    pipeline = components.load_component_from_file(str(package))
+    pipeline = load_component_from_file(str(package))
     logs = folder / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     start = time.time()
@@ -72,14 +79,6 @@ def docker_runner(settings: Settings) -> local.DockerRunner:
     Raises:
         UserError: no Docker engine, or an image of the pipeline is missing.
     """
-    import docker
-    from docker.errors import DockerException, ImageNotFound
-    from docker.types import Mount
-
-    from components import image_of
-    from pipelines.docker_status import report_failures
-    from pipelines.images import STEPS
-
     try:
         client = docker.from_env()
         client.ping()

@@ -132,20 +132,21 @@ def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
         raise
 
 
+def git(*arguments: str) -> str:
+    """What git prints for the project; empty without git, or outside of a repository."""
+    try:
+        answer = subprocess.run(
+            ["git", *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return answer.stdout.strip()
+
+
 def _git_revision() -> str | None:
     if revision := os.environ.get("DYNAMIC_TRANSFORMERS_REVISION"):
         return revision
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=PROJECT_ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
+    return git("describe", "--always", "--dirty", "--abbrev=40") or None
 
 
 def _package_versions() -> dict[str, str]:

@@ -172,6 +172,13 @@ def test_a_refused_crop_changes_nothing(architecture):
     assert {layer.get_seq_length() for layer in cache.layers} == {LENGTH}
 
 
+def test_a_model_of_one_layer_routes_nothing_and_can_be_cropped():
+    model = calibrated("mod", num_hidden_layers=1)
+    _, cache = cached_logits(model, tokens(1, LENGTH), range(10, LENGTH))
+    cache.crop(-1)
+    assert cache.get_seq_length() == LENGTH - 1
+
+
 @pytest.mark.parametrize("architecture", ["sdt", "stt"])
 def test_router_state_holds_no_more_memory_than_it_needs(architecture):
     model = calibrated(architecture)

@@ -142,8 +142,11 @@ class RoutedCache(Cache):
         return layer
 
     def crop(self, max_length: int) -> None:
-        """Refused, before any layer is changed: what routers must remember of earlier tokens is gone."""
-        self.routed(1).crop(max_length)
+        """Crop a model that routes nothing; any other refuses, before a layer is changed."""
+        for layer in self.layers:
+            if isinstance(layer, RoutedCacheLayer):
+                layer.crop(max_length)
+        super().crop(max_length)
 
     def reset(self) -> None:
         """Forget everything."""

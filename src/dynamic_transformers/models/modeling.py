@@ -164,9 +164,12 @@ class RoutedModel(Qwen2Model):
                 if cache is not None and past:
                     cache.check_past(attention_mask[:, :past] != 0)
         if position_ids is None:
-            present = torch.ones(batch, length, dtype=torch.long, device=device) if valid is None else valid
-            before = None if cache is None else cache.last_position
-            position_ids = ((-1 if before is None else before) + present.long().cumsum(1)).clamp(min=0)
+            if valid is None:
+                position_ids = torch.arange(length, device=device).unsqueeze(0)
+            else:
+                position_ids = (valid.long().cumsum(1) - 1).clamp(min=0)
+            if cache is not None and cache.last_position is not None:
+                position_ids = position_ids + cache.last_position + 1
         segments = row_segments(position_ids.expand(batch, -1), valid, cache)
         eager = implementation == "eager"
         mask = None
