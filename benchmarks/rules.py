@@ -85,14 +85,12 @@ def membership(model, split, batch_size: int) -> tuple[float, float, float]:
                 rule = model.config.selection_rule
                 cut = {"threshold": router.threshold.value, "predictor": 0.0}.get(rule)
                 selected = (
-                    select_top_k(result.score, model.config.capacity, None).mask(target.shape[1])
+                    select_top_k(result.score, model.config.capacity, None).mask
                     if cut is None
                     else result.score > cut
                 )
             else:
-                target = select_top_k(result.score, model.config.capacity, None).mask(
-                    result.selected.shape[1]
-                )
+                target = select_top_k(result.score, model.config.capacity, None).mask
                 selected = result.selected
             hits += int((selected & target).sum())
             chosen += int(selected.sum())

@@ -93,6 +93,7 @@ class STTSettings:
     target_threshold: float = 0.75
     train_output: str = "sparse"  # sparse | dense
     teacher_detach: bool = False
+    student_weight: float = 0.01
     gate_mean_weight: float = 0.001  # only in threshold mode
 
 

@@ -227,5 +227,9 @@ def test_what_does_not_fit_is_refused():
         model(input_ids=ids, attention_mask=torch.ones(2, 8), past_key_values=cache)
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(-1)
-    with pytest.raises(ValueError, match="in training mode"):
+    with pytest.raises(ValueError, match="training mode selects among all"):
         model.train()(input_ids=ids, past_key_values=cache)
+    topk = calibrated("mod", selection_rule="topk")
+    with pytest.raises(ValueError, match="'topk' selects among all"):
+        topk(input_ids=ids, past_key_values=RoutedCache(topk.config))
+    assert topk(input_ids=ids, use_cache=True).past_key_values is None

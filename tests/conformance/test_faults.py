@@ -122,7 +122,7 @@ def test_2_selection_in_score_order(architecture, monkeypatch):
     def by_score(scores, capacity, valid):
         selection = sorted_top_k(scores, capacity, valid)
         order = scores.gather(1, selection.indices).argsort(dim=1, descending=True)
-        return Selection(selection.indices.gather(1, order), selection.valid)
+        return Selection(selection.indices.gather(1, order), selection.valid, selection.mask)
 
     patch(monkeypatch, "select_top_k", by_score)
     assert block_sees_another_order(calibrated(architecture))
@@ -136,7 +136,7 @@ def test_3_rows_packed_into_one_sequence(architecture, monkeypatch):
     def packed(block, hidden_states, selection, gate, context):
         batch, length, size = hidden_states.shape
         flat = hidden_states.reshape(1, batch * length, size)
-        mask = selection.mask(length).reshape(1, -1)
+        mask = selection.mask.reshape(1, -1)
         places = mask[0].nonzero().flatten()
         positions = (places % length).unsqueeze(0)
         output = block(
@@ -227,7 +227,7 @@ def test_10_everything_computed_and_thrown_away(architecture, monkeypatch):
             position_ids=context.position_ids,
             position_embeddings=context.position_embeddings,
         )
-        mask = selection.mask(hidden_states.shape[1]).unsqueeze(-1)
+        mask = selection.mask.unsqueeze(-1)
         return torch.where(mask, hidden_states + gate.unsqueeze(-1) * (output - hidden_states), hidden_states)
 
     patch(monkeypatch, "routed_update", dense)
@@ -240,7 +240,7 @@ def test_11_softmax_over_the_selected_scores(architecture, monkeypatch):
     assert not future_leaks(model)
 
     def softmax(block, hidden_states, selection, gate, context):
-        mask = selection.mask(hidden_states.shape[1])
+        mask = selection.mask
         gate = gate.masked_fill(~mask, -torch.inf).softmax(1)
         return routed_update(block, hidden_states, selection, gate, context)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.models.tiny import ALL, ROUTED, calibrated, logits, tokens
 
@@ -51,6 +51,46 @@ def test_a_batch_generates_what_its_rows_generate_alone(architecture):
         alone = ids[row : row + 1, -length:]
         text = generate(model, alone, torch.ones_like(alone), 10, do_sample=False)
         assert torch.equal(text[0], together[row, -length - 10 :])
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_topk_generates_without_a_cache(architecture):
+    model = calibrated(architecture, selection_rule="topk")
+    ids = tokens(2, 9)
+    text = generate(model, ids, torch.ones_like(ids), 4, do_sample=False)
+    for place in range(9, 13):  # among the tokens of each step's row, so not what one forward gives
+        assert torch.equal(logits(model, text[:, :place])[:, -1].argmax(-1), text[:, place])
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_training_mode_does_not_generate(architecture):
+    model, ids = calibrated(architecture).train(), tokens(2, 9)
+    with pytest.raises(ValueError, match="generate\\(\\) needs eval mode"):
+        generate(model, ids, torch.ones_like(ids), 4)
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_hidden_states_of_every_layer_come_along(architecture):
+    model, ids = calibrated(architecture), tokens(2, 9)
+    options = {"return_dict_in_generate": True, "output_hidden_states": True, "do_sample": False}
+    steps = generate(model, ids, torch.ones_like(ids), 3, **options)
+    assert [len(states) for states in steps.hidden_states] == [model.config.num_hidden_layers + 1] * 3
+    whole = model(input_ids=steps.sequences, use_cache=False, output_hidden_states=True).hidden_states
+    assert torch.equal(whole[0], model.model.embed_tokens(steps.sequences))
+    torch.testing.assert_close(model.lm_head(whole[-1]), logits(model, steps.sequences))
+    for first, expected in zip(steps.hidden_states[0], whole, strict=True):
+        torch.testing.assert_close(first, expected[:, :9], atol=1e-5, rtol=1e-4)
+    assert model(input_ids=ids).hidden_states is None
+    with pytest.raises(ValueError, match="output_attentions: not available"):
+        model(input_ids=ids, output_attentions=True)
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_cannot_work_is_refused(architecture, attention):
+    config = calibrated(architecture).config
+    with pytest.raises((ValueError, ImportError), match=r"(?i)attention"):
+        AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
 @pytest.mark.parametrize("architecture", ROUTED)

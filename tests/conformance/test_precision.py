@@ -1,5 +1,7 @@
 """bf16, torch.compile, and what a checkpoint in another type keeps."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -50,10 +52,14 @@ def test_thresholds_and_beta_stay_fp32_in_a_bf16_model(architecture, tmp_path):
     model.set_progress(7, 9)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert loaded.lm_head.weight.dtype == torch.bfloat16
-    for name, value in model.named_buffers():
-        if ".routers." in name:
-            assert torch.equal(loaded.get_buffer(name), value), name
+    cast = copy.deepcopy(model).to(torch.bfloat16)
+    for half in (loaded, cast):
+        assert half.lm_head.weight.dtype == torch.bfloat16
+        for name, value in model.named_buffers():
+            if ".routers." in name:
+                assert torch.equal(half.get_buffer(name), value), name
+    meta = copy.deepcopy(model).to("meta")
+    assert all(value.device.type == "meta" for value in meta.buffers())
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

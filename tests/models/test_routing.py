@@ -5,7 +5,6 @@ import torch
 
 from dynamic_transformers.models.selection import (
     CalibratedThreshold,
-    Selection,
     capacity_to_tokens,
     select_mask,
     select_top_k,
@@ -29,7 +28,7 @@ def test_padding_never_competes_and_k_counts_valid_tokens():
     valid[1, 4:] = False
     scores[~valid] = 100.0
     selection = select_top_k(scores, 0.5, valid)
-    mask = selection.mask(20)
+    mask = selection.mask
     assert mask.sum(1).tolist() == [5, 2, 10]
     assert not (mask & ~valid).any()
     assert mask[0].nonzero().flatten().tolist() == sorted((10 + scores[0, 10:].topk(5).indices).tolist())
@@ -45,9 +44,15 @@ def test_k_is_the_floor_and_at_least_one(capacity, n, k):
 def test_mask_and_selection_are_inverse():
     mask = torch.rand(4, 13) > 0.6
     mask[2] = False
-    assert torch.equal(select_mask(mask).mask(13), mask)
+    assert torch.equal(select_mask(mask).mask, mask)
     assert select_mask(torch.zeros(2, 5, dtype=torch.bool)).indices.shape == (2, 0)
-    assert torch.equal(Selection(torch.tensor([[0, 2]]), None).mask(3), torch.tensor([[True, False, True]]))
+    single = select_mask(mask[:1])
+    assert single.valid is None and torch.equal(single.indices[0], mask[0].nonzero().flatten())
+    places = torch.zeros_like(mask)
+    selection = select_mask(mask)
+    for row in range(4):
+        places[row, selection.indices[row][selection.valid[row]]] = True
+    assert torch.equal(places, mask)
 
 
 def test_threshold_is_the_bias_corrected_average_of_the_quantile():
@@ -57,7 +62,7 @@ def test_threshold_is_the_bias_corrected_average_of_the_quantile():
     for step in range(6):
         decay = 0.99 if step < 3 else 0.9
         if step == 3:
-            threshold.set_progress(80)  # a run too short for the decay that was asked for
+            threshold.set_progress(80, 1)  # a run too short for the decay that was asked for
         scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(step))
         valid = torch.ones(4, 50, dtype=torch.bool)
         valid[:, :7] = False
@@ -65,6 +70,19 @@ def test_threshold_is_the_bias_corrected_average_of_the_quantile():
         average = decay * average + (1 - decay) * scores[:, 7:].flatten().quantile(0.75).item()
         weight = decay * weight + (1 - decay)
         assert threshold.value.item() == pytest.approx(average / weight, rel=1e-4)
+
+
+def test_threshold_looks_back_over_as_many_steps_with_gradient_accumulation():
+    one, four = CalibratedThreshold(decay=0.99), CalibratedThreshold(decay=0.99)
+    one.set_progress(1000, 1)
+    four.set_progress(1000, 4)
+    for step in range(30):
+        scores = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
+        one.update(scores, 0.5, None)
+        for _ in range(4):
+            four.update(scores, 0.5, None)
+    assert four.value.item() == pytest.approx(one.value.item(), rel=1e-3)
+    assert four.weight.item() == pytest.approx(one.weight.item(), rel=1e-3)
 
 
 def test_threshold_holds_the_fraction_at_capacity():
@@ -217,11 +235,27 @@ def test_predictor_and_student_send_no_gradient_to_the_language_model():
         assert touched and all("predictor" in name or "student" in name for name in touched), touched
 
 
-def test_unknown_rule_is_refused():
-    model = calibrated("mod")
-    model.config.selection_rule = "predictor"
-    with pytest.raises(ValueError, match="predictor"):
-        model(input_ids=tokens(1, 8))
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("mod", {"selection_rule": "predictor"}),
+        ("mod", {"selection_rule": "aux"}),
+        ("mod", {"selection_rule": "best"}),
+        ("sdt", {"selection_rule": "aux"}),
+        ("sdt", {"selection_rule": "calibrated_predictor"}),
+        ("stt", {"selection_rule": "aux"}),
+        ("stt", {"predictor_weight": 0.01}),
+        ("stt", {"selection_rule": "calibrated_predictor"}),
+    ],
+)
+def test_a_rule_that_the_model_cannot_follow_is_refused(architecture, options):
+    with pytest.raises(ValueError, match=r"selection_rule=|predictor_weight"):
+        tiny_model(architecture, **options)
+    model = calibrated(architecture)
+    if "selection_rule" in options:  # changed behind its back
+        model.config.selection_rule = options["selection_rule"]
+        with pytest.raises(ValueError, match="this model knows threshold"):
+            model(input_ids=tokens(1, 8))
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -65,10 +65,12 @@ def test_a_tensor_that_has_no_place_is_named(architecture, converted, pretrained
     source = Qwen2ForCausalLM.from_pretrained(pretrained)
     source.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        converted(architecture, tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changed in ({}, {name: tensors[name][:-1].clone()}):  # missing, of another shape
+        rest = {key: value for key, value in tensors.items() if key != name}
+        save_file(rest | changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+            converted(architecture, tmp_path)
 
 
 def test_what_cannot_work_is_refused(converted, pretrained, make_settings, tmp_path):

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import dynamic_transformers.models  # noqa: F401  (registers the routed models)
 from dynamic_transformers.evaluation.suites import SUITES, expand_tasks, needs_data_folder
 from dynamic_transformers.manifest import MANIFEST, read_manifest
-from dynamic_transformers.settings import SELECTION_RULES, UserError
+from dynamic_transformers.settings import UserError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -176,19 +176,9 @@ def _load_config(model_dir: Path, selection_rule: str | None) -> PreTrainedConfi
 def _check_selection_rule(config: Any, rule: str) -> None:
     if not hasattr(config, "selection_rule"):
         raise UserError(f"--selection_rule={rule}: a {config.model_type} model routes nothing; leave it out")
-    if rule not in SELECTION_RULES:
-        raise UserError(f"--selection_rule={rule}: must be one of {', '.join(SELECTION_RULES)}")
-    if "predictor" in rule:
-        # STT's student is its predictor, and `threshold` its calibrated cut.
-        student = config.model_type == "qwen2_stt" and rule == "predictor"
-        built = student or config.predictor_weight > 0
-    elif rule == "aux":
-        built = getattr(config, "aux_weight", 0) > 0
-    else:
-        built = True
-    if not built:
+    if rule not in config.available_rules:
         raise UserError(
-            f"--selection_rule={rule}: this model was not trained for it; threshold and topk work"
+            f"--selection_rule={rule}: this model was trained for {', '.join(config.available_rules)}"
         )
 
 

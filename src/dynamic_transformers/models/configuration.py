@@ -27,6 +27,12 @@ class RoutedConfig(Qwen2Config):
         """Indices of the routed layers: the odd ones. With an odd depth the last layer stays standard."""
         return list(range(1, self.num_hidden_layers, 2))
 
+    @property
+    def available_rules(self) -> list[str]:
+        """Selection rules that a model of this configuration can follow."""
+        predictor = ["predictor", "calibrated_predictor"] if self.predictor_weight else []
+        return ["threshold", *predictor, "topk"]
+
 
 class Qwen2MoDConfig(RoutedConfig):
     """Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258).
@@ -45,6 +51,11 @@ class Qwen2MoDConfig(RoutedConfig):
     routing: str = "learned"
     aux_weight: float = 0.0
     z_loss_weight: float = 0.0
+
+    @property
+    def available_rules(self) -> list[str]:
+        """`aux` too, where its loss has trained the router's logits to be cut at 0."""
+        return [*super().available_rules, *(["aux"] if self.aux_weight else [])]
 
 
 class SurpriseConfig(RoutedConfig):
@@ -98,3 +109,8 @@ class Qwen2STTConfig(SurpriseConfig):
     teacher_detach: bool = False
     student_weight: float = 0.01
     gate_mean_weight: float = 0.001
+
+    @property
+    def available_rules(self) -> list[str]:
+        """`predictor` cuts the student's logits at 0: the student is the predictor."""
+        return ["threshold", "predictor", "topk"]

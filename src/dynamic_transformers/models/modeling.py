@@ -28,11 +28,13 @@ class RoutedModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: (B, T, D), after the final norm.
         past_key_values: the cache, if one was used.
+        hidden_states: if asked for, the embeddings and each layer's output, the last after the final norm.
         routing: layer index → what the routed layer reports.
     """
 
     last_hidden_state: Tensor | None = None
     past_key_values: RoutedCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     routing: dict[int, RoutingResult] | None = None
 
 
@@ -45,6 +47,7 @@ class RoutedCausalLMOutput(ModelOutput):
         logits: (B, T, vocabulary).
         language_model_loss: cross-entropy alone, nats per target token.
         past_key_values: the cache, if one was used.
+        hidden_states: as of the backbone.
         auxiliary_losses: name → mean over routed layers, not weighted; training only.
         routing: layer index → what the routed layer reports.
     """
@@ -53,6 +56,7 @@ class RoutedCausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     language_model_loss: Tensor | None = None
     past_key_values: RoutedCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     auxiliary_losses: dict[str, Tensor] | None = None
     routing: dict[int, RoutingResult] | None = None
 
@@ -60,6 +64,9 @@ class RoutedCausalLMOutput(ModelOutput):
 class RoutedModel(Qwen2Model):
     """Qwen2 backbone in which some layers compute only selected tokens."""
 
+    # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
     config: RoutedConfig
     router_class: type[Router]
 
@@ -79,9 +86,11 @@ class RoutedModel(Qwen2Model):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         past_key_values: RoutedCache | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> RoutedModelOutput:
         """Run the layers.
@@ -91,32 +100,35 @@ class RoutedModel(Qwen2Model):
             attention_mask: 0 for padding, (B, S + T); S is the length of the past.
             position_ids: (B or 1, T); counted from `attention_mask` when not given. A position that does not
                 follow its predecessor starts a document; documents of a row do not see one another.
-            inputs_embeds: (B, T, D) in place of input_ids.
             past_key_values: the past, to which the present is added.
-            use_cache: make a cache when none is given; eval mode only. Default: as configured.
+            inputs_embeds: (B, T, D) in place of input_ids.
+            use_cache: make a cache when none is given; not in training mode, nor with the `topk` rule.
+                Default: as configured.
+            output_hidden_states: default: as configured.
 
         Raises:
-            ValueError: inputs that do not fit together, or a cache of another kind.
+            ValueError: inputs that do not fit together, a cache of another kind or where none can work, or
+                attention weights asked for, which have no common shape over routed layers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions: not available in a model with routed layers")
         cache = past_key_values
-        if cache is not None and (self.training or not isinstance(cache, RoutedCache)):
-            raise ValueError(
-                f"{self.config.model_type} needs a RoutedCache, in eval mode; got {type(cache).__name__}"
-                f" in {'training' if self.training else 'eval'} mode"
-            )
-        if (
-            cache is None
-            and not self.training
-            and (self.config.use_cache if use_cache is None else use_cache)
-        ):
+        if cache is not None:
+            if not isinstance(cache, RoutedCache):
+                raise ValueError(f"{self.config.model_type} needs a RoutedCache; got {type(cache).__name__}")
+            if not self.cacheable:
+                reason = "training mode selects" if self.training else "selection_rule='topk' selects"
+                raise ValueError(f"past_key_values: {reason} among all tokens of a row, so it has no cache")
+        elif self.cacheable and (self.config.use_cache if use_cache is None else use_cache):
             cache = RoutedCache(self.config)
         context = self.routing_context(hidden_states, attention_mask, position_ids, cache)
-        previous, routing = hidden_states, {}
+        previous, routing, seen = hidden_states, {}, []
         for index, block in enumerate(self.layers):
             layer_input = hidden_states
+            seen.append(layer_input)
             if str(index) in self.routers:
                 hidden_states, routing[index] = self.routers[str(index)](
                     block, hidden_states, previous, context
@@ -133,9 +145,20 @@ class RoutedModel(Qwen2Model):
         if cache is not None:
             for index in routing:
                 cache.routed(index).seen_tokens = context.past + hidden_states.shape[1]
+        last = self.norm(hidden_states)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return RoutedModelOutput(
-            last_hidden_state=self.norm(hidden_states), past_key_values=cache, routing=routing
+            last_hidden_state=last,
+            past_key_values=cache,
+            hidden_states=(*seen, last) if output_hidden_states else None,
+            routing=routing,
         )
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether tokens can be given one at a time: not where whole rows compete for capacity."""
+        return not self.training and self.config.selection_rule != "topk"
 
     def routing_context(
         self,
@@ -149,7 +172,6 @@ class RoutedModel(Qwen2Model):
         device, dtype = hidden_states.device, hidden_states.dtype
         implementation = self.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
-            # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
             raise ValueError(f"attn_implementation={implementation!r}: routed models run with sdpa or eager")
         past = cache.get_seq_length() if cache is not None else 0
         valid = None
@@ -191,6 +213,8 @@ class RoutedModel(Qwen2Model):
 class RoutedForCausalLM(Qwen2ForCausalLM):
     """Language model over a routed backbone."""
 
+    _supports_flash_attn = False
+    _supports_flex_attn = False
     config: RoutedConfig
     model_class: type[RoutedModel]
 
@@ -205,11 +229,15 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
         super()._init_weights(module)
         initialize_router_part(module)
 
-    def set_progress(self, step: int, total_steps: int) -> None:
-        """Move every schedule that changes the forward to optimizer step `step` of `total_steps`."""
+    def set_progress(self, step: int, total_steps: int, forwards: int = 1) -> None:
+        """Move every schedule that changes the forward to optimizer step `step` of `total_steps`.
+
+        Args:
+            forwards: training forwards of one optimizer step (gradient accumulation).
+        """
         for router in self.model.routers.values():
             assert isinstance(router, Router)
-            router.set_progress(step, total_steps)
+            router.set_progress(step, total_steps, forwards)
 
     @torch.no_grad()
     def calibrate(self, input_ids: Tensor, position_ids: Tensor) -> None:
@@ -237,6 +265,8 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
         """What `generate` calls to make its cache: a `RoutedCache`, whose layers are of two kinds."""
+        if self.training:
+            raise ValueError("generate() needs eval mode: training mode selects among all tokens of a row")
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(
@@ -246,7 +276,9 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             raise ValueError(
                 "a routed model's cache cannot be cropped; assisted decoding needs a standard model"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        if not self.model.cacheable:
+            generation_config.use_cache = False
+        elif generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RoutedCache(self.config)
 
     @can_return_tuple
@@ -255,20 +287,22 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         past_key_values: RoutedCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> RoutedCausalLMOutput:
         """Logits and, with labels, the loss.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache: as in
-                `RoutedModel.forward`.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                output_hidden_states, output_attentions: as in `RoutedModel.forward`.
             labels: (B, T), -100 where there is no target; shifted inside.
             logits_to_keep: as in Qwen2.
             num_items_in_batch: targets of the whole optimizer step, over micro-batches and ranks; the
@@ -276,7 +310,14 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             num_tokens_in_batch: valid tokens of the whole optimizer step; scales the auxiliary losses alike.
         """
         outputs = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = language_model_loss = auxiliary = None
@@ -297,6 +338,7 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             logits=logits,
             language_model_loss=language_model_loss,
             past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
             auxiliary_losses=auxiliary,
             routing=outputs.routing,
         )

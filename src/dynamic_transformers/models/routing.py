@@ -212,18 +212,33 @@ class Router(nn.Module):
         self.calibrating = False  # set thresholds by what eval mode sees; see RoutedForCausalLM.calibrate
         self.threshold = CalibratedThreshold(config.threshold_decay)
         self.predictor = Predictor(config) if config.predictor_weight else None
+        self.check_rule()
 
-    def set_progress(self, step: int, total_steps: int) -> None:
+    def check_rule(self) -> str:
+        """The configured rule.
+
+        Raises:
+            ValueError: the model cannot follow it.
+        """
+        rule, available = self.config.selection_rule, self.config.available_rules
+        if rule not in available:
+            raise ValueError(f"selection_rule={rule!r}: this model knows {', '.join(available)}")
+        return rule
+
+    def set_progress(self, step: int, total_steps: int, forwards: int) -> None:
         """Move schedules to optimizer step `step` of `total_steps`; the trainer calls it before each step.
 
         The training capacity falls from 1 to γ over the first `capacity_warmup_steps`.
+
+        Args:
+            forwards: training forwards of one optimizer step, over which the thresholds' average is spread.
         """
         warmup = self.config.capacity_warmup_steps
         done = min(1.0, step / warmup) if warmup else 1.0
         self.training_capacity = 1.0 + (self.config.capacity - 1.0) * done
-        self.threshold.set_progress(total_steps)
+        self.threshold.set_progress(total_steps, forwards)
         if self.predictor is not None:
-            self.predictor.threshold.set_progress(total_steps)
+            self.predictor.threshold.set_progress(total_steps, forwards)
 
     def select_for_training(
         self, scores: Tensor, hidden_states: Tensor, context: RoutingContext
@@ -257,7 +272,7 @@ class Router(nn.Module):
         Raises:
             ValueError: the model lacks what the rule needs.
         """
-        rule = self.config.selection_rule
+        rule = self.check_rule()
         if self.calibrating:
             self.threshold.replace(scores, self.config.capacity, context.valid)
             if self.predictor is not None:
@@ -271,29 +286,15 @@ class Router(nn.Module):
             mask = torch.ones_like(scores, dtype=torch.bool) if full else scores > self.threshold.value
         elif rule == "aux":
             mask = scores > 0
-        elif rule == "predictor":
-            mask = self.predicted_membership(scores, hidden_states) > 0
-        elif rule == "calibrated_predictor" and self.predictor is not None:
-            mask = self.predictor(hidden_states) > self.predictor.threshold.value
+        elif self.predictor is None:
+            mask = scores > 0  # STT: the scores are the student's logits, and the student is the predictor
         else:
-            raise ValueError(
-                f"selection_rule={rule!r}: must be threshold, predictor, calibrated_predictor, aux or topk, "
-                "and one that the model was built for"
-            )
+            cut = self.predictor.threshold.value if rule == "calibrated_predictor" else 0
+            mask = self.predictor(hidden_states) > cut
         return select_mask(mask if context.valid is None else mask & context.valid)
-
-    def predicted_membership(self, scores: Tensor, hidden_states: Tensor) -> Tensor:
-        """The predictor's logits, (B, T) fp32.
-
-        Raises:
-            ValueError: the model was built without a predictor.
-        """
-        if self.predictor is None:
-            raise ValueError("selection_rule='predictor': the model has none; predictor_weight was 0")
-        return self.predictor(hidden_states)
 
 
 def membership_loss(logits: Tensor, selection: Selection, valid: Tensor | None) -> Tensor:
     """Binary cross-entropy of (B, T) `logits` against membership of the selection, mean over valid tokens."""
-    target = selection.mask(logits.shape[1]).to(logits.dtype)
+    target = selection.mask.to(logits.dtype)
     return masked_mean(F.binary_cross_entropy_with_logits(logits, target, reduction="none"), valid)

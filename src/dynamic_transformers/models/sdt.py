@@ -29,9 +29,9 @@ class SDTRouter(Router):
         self.prior = PriorNetwork(config)
         self.surprise = SurpriseGate(config)
 
-    def set_progress(self, step: int, total_steps: int) -> None:
+    def set_progress(self, step: int, total_steps: int, forwards: int) -> None:
         """Move the capacity and β along their schedules."""
-        super().set_progress(step, total_steps)
+        super().set_progress(step, total_steps, forwards)
         self.surprise.set_progress(step, total_steps)
 
     def forward(

@@ -40,24 +40,19 @@ class Selection:
     Attributes:
         indices: their indices in the row, ascending, (B, K).
         valid: which of the K places are in use, (B, K); None: all.
+        mask: membership of each of the row's tokens, (B, T) bool.
     """
 
     indices: Tensor
     valid: Tensor | None
-
-    def mask(self, length: int) -> Tensor:
-        """Membership of each of the row's `length` tokens, (B, T) bool."""
-        source = torch.ones_like(self.indices, dtype=torch.bool) if self.valid is None else self.valid
-        mask = torch.zeros(len(self.indices), length, dtype=torch.int32, device=self.indices.device)
-        return mask.scatter_add(1, self.indices, source.int()).bool()
+    mask: Tensor
 
     def result(
         self, score: Tensor, gate: Tensor, losses: dict[str, tuple[float, Tensor]] | None = None
     ) -> RoutingResult:
         """What a routed layer with this selection reports."""
-        length = score.shape[1]
-        computed = self.indices.shape[1] / length
-        return RoutingResult(self.mask(length), computed, score.detach(), gate.detach(), losses or {})
+        computed = self.indices.shape[1] / self.mask.shape[1]
+        return RoutingResult(self.mask, computed, score.detach(), gate.detach(), losses or {})
 
 
 def capacity_to_tokens(capacity: float, tokens: Tensor | int) -> Tensor:
@@ -77,28 +72,44 @@ def select_top_k(scores: Tensor, capacity: float, valid: Tensor | None) -> Selec
     """
     length = scores.shape[1]
     width = int(capacity_to_tokens(capacity, length))
+    mask = torch.zeros_like(scores, dtype=torch.bool)
     if valid is None:
         indices = scores.topk(width, dim=1, sorted=False).indices
-        return Selection(indices.sort(dim=1).values, None)
+        return Selection(indices.sort(dim=1).values, None, mask.scatter(1, indices, True))
     indices = scores.masked_fill(~valid, -torch.inf).topk(width, dim=1).indices
     used = torch.arange(width, device=scores.device) < capacity_to_tokens(
         capacity, valid.sum(1, keepdim=True)
     )
+    mask = mask.scatter(1, indices, used)
     indices = torch.where(used, indices, length).sort(dim=1).values
-    return Selection(indices.clamp(max=length - 1), indices < length)
+    return Selection(indices.clamp(max=length - 1), indices < length, mask)
 
 
 def select_mask(mask: Tensor) -> Selection:
     """The tokens of a membership mask (B, T); K is the largest count of a row, possibly 0."""
+    if len(mask) == 1:
+        return Selection(mask.nonzero()[:, 1].unsqueeze(0), None, mask)
     counts = mask.sum(1)
     least, width = counts.aminmax()
     width = int(width)
     indices = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     used = None if least == width else torch.arange(width, device=mask.device) < counts[:, None]
-    return Selection(indices, used)
+    return Selection(indices, used, mask)
 
 
-class CalibratedThreshold(nn.Module):
+class Fp32Buffers(nn.Module):
+    """A module whose buffers stay in fp32 when a model is cast: rounding would move what they decide."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if (cast := self.get_buffer(name)).dtype != value.dtype:
+                setattr(self, name, value.to(cast.device))
+        return self
+
+
+class CalibratedThreshold(Fp32Buffers):
     """τ of the `threshold` rule: bias-corrected moving average of the scores' (1 − γ) quantile.
 
     Exactly causal: τ is a constant of the checkpoint. After Expert Threshold routing (arXiv 2603.11535).
@@ -119,12 +130,17 @@ class CalibratedThreshold(nn.Module):
         self.register_buffer("value", torch.zeros((), dtype=torch.float32))
         self.register_buffer("weight", torch.zeros((), dtype=torch.float32))
 
-    def set_progress(self, total_steps: int) -> None:
+    def set_progress(self, total_steps: int, forwards: int) -> None:
         """Look back over a twentieth of the run at most, but ten steps at least.
 
         In a run of a few hundred steps ρ = 0.99 would still hold what early weights scored.
+
+        Args:
+            total_steps: optimizer steps of the run.
+            forwards: how often each of them calls `update`.
         """
-        self.decay = min(self.longest_decay, 1 - 1 / max(10.0, total_steps / 20))
+        decay = min(self.longest_decay, 1 - 1 / max(10.0, total_steps / 20))
+        self.decay = decay ** (1 / forwards)
 
     @torch.no_grad()
     def update(self, scores: Tensor, fraction: Tensor | float, valid: Tensor | None) -> None:

@@ -36,6 +36,8 @@ class STTRouter(Router):
     """Teacher's transition network and surprise gate, and the student, of one layer."""
 
     def __init__(self, config: Qwen2STTConfig):
+        if config.predictor_weight:
+            raise ValueError("predictor_weight: STT's student is its predictor; leave it at 0")
         super().__init__(config)
         self.config: Qwen2STTConfig = config
         self.prior = PriorNetwork(config)
@@ -45,9 +47,9 @@ class STTRouter(Router):
             # Nothing depends on the gate's value then, and data-parallel training wants a gradient for all.
             self.surprise.requires_grad_(False)
 
-    def set_progress(self, step: int, total_steps: int) -> None:
+    def set_progress(self, step: int, total_steps: int, forwards: int) -> None:
         """Move the capacity and β along their schedules."""
-        super().set_progress(step, total_steps)
+        super().set_progress(step, total_steps, forwards)
         self.surprise.set_progress(step, total_steps)
 
     def forward(
@@ -93,8 +95,7 @@ class STTRouter(Router):
         score = self.surprise.score(update, predicted, state, context, block.self_attn.layer_idx)
         gate = self.surprise.gate(score)
         selection = self.targets(score, gate, valid)
-        selected = selection.mask(logits.shape[1]).float()
-        self.threshold.update(logits, masked_mean(selected, valid), valid)
+        self.threshold.update(logits, masked_mean(selection.mask.float(), valid), valid)
         error = (predicted - update.detach()).float().square().mean(-1)
         losses = {
             "prior": (self.config.prior_loss_weight, masked_mean(error, valid)),
@@ -114,10 +115,6 @@ class STTRouter(Router):
         halves = [F.rms_norm(half.float(), size, eps=eps) for half in (current, previous)]
         features = torch.cat(halves, dim=-1)
         return (features * self.student.weight.float()).sum(-1)
-
-    def predicted_membership(self, scores: Tensor, hidden_states: Tensor) -> Tensor:
-        """The scores are the student's logits, and the student is the predictor."""
-        return scores
 
     def targets(self, score: Tensor, gate: Tensor, valid: Tensor | None) -> Selection:
         """Tokens that the teacher would compute: the γ most surprising, or all with g high enough."""

@@ -96,10 +96,19 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     if source_config.use_sliding_window:
         raise UserError(f"model.pretrained={source_name}: sliding-window attention is not supported")
     source, report = read_pretrained(
-        AutoModelForCausalLM, source_name, dtype=torch.float32, output_loading_info=True
+        AutoModelForCausalLM,
+        source_name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, by name
     )
-    if unfit := sorted({*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}):
-        raise UserError(f"model.pretrained={source_name}: tensors missing or unknown: {', '.join(unfit)}")
+    unfit = {*report["missing_keys"], *report["unexpected_keys"]}
+    unfit |= {name for name, *_ in report["mismatched_keys"]}
+    if unfit:
+        raise UserError(
+            f"model.pretrained={source_name}: tensors missing, unknown or of another shape: "
+            f"{', '.join(sorted(unfit))}"
+        )
     config_class, model_class = MODEL_CLASSES[settings.model.type]
     backbone = source_config.to_dict()
     backbone.pop("model_type")

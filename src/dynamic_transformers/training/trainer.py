@@ -261,7 +261,7 @@ class TrainingRun:
         plain = self.plain_model
         routed = isinstance(plain, RoutedForCausalLM)
         if routed:
-            plain.set_progress(step, total_steps)
+            plain.set_progress(step, total_steps, accumulation)
         batches = [next(self.micro_batches) for _ in range(accumulation)]
         counts = torch.tensor([sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)])
         targets = accelerator.reduce(counts.to(accelerator.device), "sum")[0]
