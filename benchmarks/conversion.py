@@ -59,9 +59,10 @@ def main() -> None:
             cells.append(f"{training_loss(model, args.data_dir):.3f}")
         gate = "–"
         if isinstance(model, RoutedForCausalLM):
-            ids = torch.tensor([load_split(args.data_dir, "validation")[0]["input_ids"].tolist()])
+            split = load_split(args.data_dir, "validation")
+            batch = collate([split[index] for index in range(8)])
             with torch.no_grad():
-                routing = model.eval()(input_ids=ids, use_cache=False).routing
+                routing = model.train()(**batch, use_cache=False).routing
             gate = f"{statistics.fmean(result.gate.mean().item() for result in routing.values()):.2f}"
         table.add_row(architecture, gate, *cells)
     Console().print(table)

@@ -25,6 +25,7 @@ from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.data.loading import collate, load_split
 from dynamic_transformers.data.prepare import default_data_dir, prepare
 from dynamic_transformers.export import load_run
+from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.models.selection import select_top_k
 from dynamic_transformers.training.batches import BlockOrder
@@ -101,15 +102,23 @@ def membership(model, split, batch_size: int) -> tuple[float, float, float]:
 
 
 def measure(run_dir: Path, data_dir: Path, rule: str, batch_size: int) -> Measured:
-    """Evaluate a run's model by `rule`."""
+    """Evaluate a run's model by `rule`.
+
+    Raises:
+        RuntimeError: the run has trained on the blocks that shall calibrate it.
+    """
     model = load_run(run_dir)
     assert isinstance(model, RoutedForCausalLM)
     split = load_split(data_dir, "test")
     if rule == CALIBRATED:
         train_split = load_split(data_dir, "train")
-        # Places behind those that any of these runs has trained on.
-        order = BlockOrder(len(train_split), seed=0)
-        blocks = collate([train_split[order[place]] for place in range(4000, 4000 + CALIBRATION_BLOCKS)])
+        # The blocks that come next in this run's order.
+        run = read_manifest(run_dir)
+        used = run["training_tokens"] // len(train_split[0]["input_ids"])
+        if used + CALIBRATION_BLOCKS > len(train_split):
+            raise RuntimeError(f"{run_dir}: no text is left to calibrate on")
+        order = BlockOrder(len(train_split), run["seed"])
+        blocks = collate([train_split[order[place]] for place in range(used, used + CALIBRATION_BLOCKS)])
         model.calibrate(blocks["input_ids"], blocks["position_ids"])
     model.config.selection_rule = rule.partition(",")[0]
     heldout = evaluate_heldout(model, split, batch_size)
@@ -139,6 +148,21 @@ def table_of(results: dict[tuple[str, str], list[Measured]]) -> Table:
     return table
 
 
+def differences_of(results: dict[tuple[str, str], list[Measured]]) -> Table:
+    """Loss of each rule minus that of `threshold` on the same weights: mean over seeds, 95 % interval."""
+    table = Table("run", "rule", "loss − threshold's", "±", box=box.MARKDOWN)
+    for (run, rule), seeds in results.items():
+        if rule == "threshold":
+            continue
+        base = results[run, "threshold"]
+        gap = mean_interval([one.loss - other.loss for one, other in zip(seeds, base, strict=True)])
+        assert gap is not None
+        table.add_row(
+            run, rule, f"{gap.mean:+.4f}", "" if gap.half_width is None else f"{gap.half_width:.4f}"
+        )
+    return table
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     """Train, evaluate, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -165,11 +189,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
             for rule in rules:
                 measured = measure(run_dir, data_dir, rule, settings.evaluation.batch_size)
                 results.setdefault((name, rule), []).append(measured)
-        table = table_of(results)
-        Console(width=160).print(table)
+        tables = table_of(results), differences_of(results)
+        Console(width=160).print(*tables)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with args.output.open("w") as file:
-            Console(file=file, width=200).print(table)
+            Console(file=file, width=200).print(*tables)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Time of each architecture against standard, beside its FLOPs: `make speed`.
 
-All models of a row run in turn (A B C D, A B C D, …) in one process, so that drift of the machine hits all
-alike; figures are medians of the ratio within a turn. Weights are random; thresholds are calibrated on random
-tokens, and FLOP ratios use the fractions that the measured forwards realised.
+All models of a row run in turn (A B C D, B C D A, …) in one process, so that drift of the machine hits all
+alike; figures are medians of the ratio within a turn. Weights and tokens are random, and thresholds are
+calibrated on the tokens measured: this is about time at a given fraction, not about which tokens deserve it.
+FLOP ratios use the fractions that the measured forwards realised.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from rich.table import Table
 from transformers import PreTrainedModel, Qwen2Config
 
 from dynamic_transformers.evaluation.efficiency import timed
-from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.models import MODEL_CLASSES, RoutedForCausalLM
 from dynamic_transformers.settings import ModelSettings, OptimizerSettings
 from dynamic_transformers.training.build import model_config
 from dynamic_transformers.training.flops import forward_flops, training_flops
 from dynamic_transformers.training.optimizer import build_optimizer
 
 VOCAB = 8192
-CALIBRATION_ROWS = 8
+LONG = 4096  # tokens of a row from which one turn without a warm-up must do
 VARIANTS = {
     "standard": ModelSettings("standard"),
     "mod 0.125": ModelSettings("mod"),
@@ -56,18 +57,24 @@ class Row:
 
 
 def build(variant: str, size: str, device: str) -> PreTrainedModel:
-    """A model with random weights and calibrated thresholds."""
+    """A model with random weights."""
     torch.manual_seed(0)
     settings = VARIANTS[variant]
     settings.size = size
     config = model_config(settings, VOCAB)
     config._attn_implementation = "sdpa"
     model = MODEL_CLASSES[settings.type][1](config).to(device)
-    if settings.type != "standard":
+    if isinstance(model, RoutedForCausalLM):
         model.set_progress(1, 2)
-        positions = torch.arange(512, device=device).expand(CALIBRATION_ROWS, -1)
-        model.calibrate(tokens(CALIBRATION_ROWS, 512, device, seed=1), positions)
     return model
+
+
+def calibrate(models: dict[str, PreTrainedModel], ids: torch.Tensor) -> None:
+    """Let every routed layer's threshold select the fraction γ of these tokens."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    for model in models.values():
+        if isinstance(model, RoutedForCausalLM):
+            model.calibrate(ids, positions)
 
 
 def tokens(rows: int, length: int, device: str, seed: int = 0) -> torch.Tensor:
@@ -78,8 +85,12 @@ def tokens(rows: int, length: int, device: str, seed: int = 0) -> torch.Tensor:
 def side_by_side(
     models: dict[str, PreTrainedModel], work: Callable[[PreTrainedModel], float], repeats: int
 ) -> dict[str, float]:
-    """Median of each model's time ÷ standard's within a turn; one warm-up turn."""
-    turns = [{name: work(model) for name, model in models.items()} for _ in range(repeats + 1)][1:]
+    """Median of each model's time ÷ standard's within a turn, after a warm-up turn unless `repeats` is 1."""
+    names, turns = list(models), []
+    for turn in range(repeats + 1 if repeats > 1 else 1):
+        first = turn % len(names)
+        turns.append({name: work(models[name]) for name in names[first:] + names[:first]})
+    turns = turns[1:] or turns
     return {name: statistics.median(turn[name] / turn["standard"] for turn in turns) for name in models}
 
 
@@ -105,12 +116,22 @@ def saved_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:
     return total
 
 
-def fractions_of(routing: dict | None, computed: bool) -> dict[int, float]:
-    """Layer → fraction of tokens selected, or of places computed."""
-    return {
-        layer: result.computed if computed else result.selected.float().mean().item()
-        for layer, result in (routing or {}).items()
-    }
+def fractions_of(output) -> dict[int, float]:
+    """Layer → fraction of tokens selected.
+
+    Raises:
+        RuntimeError: a layer selects all or none, so that its row would say nothing about gathering.
+    """
+    routing = getattr(output, "routing", None) or {}
+    fractions = {layer: result.selected.float().mean().item() for layer, result in routing.items()}
+    return checked(fractions)
+
+
+def checked(fractions: dict[int, float]) -> dict[int, float]:
+    """The fractions, none of which may be 0 or 1."""
+    if degenerate := {layer: value for layer, value in fractions.items() if value in (0, 1)}:
+        raise RuntimeError(f"layers that select all or no tokens: {degenerate}")
+    return fractions
 
 
 def rows_of(
@@ -139,20 +160,24 @@ def training_rows(models: dict, size: str, rows: int, length: int, repeats: int,
     ids = tokens(rows, length, device)
     optimizers = {id(model): build_optimizer(model, OptimizerSettings()) for model in models.values()}
 
+    routing: dict[int, dict[int, float]] = {}
+
     def step(model: PreTrainedModel) -> None:
-        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        output = model.train()(input_ids=ids, labels=ids, use_cache=False)
+        output.loss.backward()
         optimizers[id(model)].step()
         optimizers[id(model)].zero_grad()
+        routing[id(model)] = fractions_of(output)
 
     times = side_by_side(models, lambda model: timed(model, lambda: step(model)), repeats)
-    flops, memory, shares = {}, {}, {}
-    for name, model in models.items():
-        memory[name] = saved_bytes(model, ids)
-        with torch.no_grad():
-            output = model.train()(input_ids=ids, use_cache=False)
-        shares[name] = fractions_of(getattr(output, "routing", None), computed=True)
-        flops[name] = training_flops(model.config, length, shares[name]).total()
+    shares = {name: routing[id(model)] for name, model in models.items()}
+    flops = {
+        name: training_flops(model.config, length, shares[name]).total() for name, model in models.items()
+    }
     table = rows_of(size, f"training {rows}×{length}", shares, flops, times)
+    if length > LONG:
+        return table
+    memory = {name: saved_bytes(model, ids) for name, model in models.items()}
     return [replace(row, memory_ratio=memory[row.variant] / memory["standard"]) for row in table]
 
 
@@ -160,6 +185,7 @@ def training_rows(models: dict, size: str, rows: int, length: int, repeats: int,
 def prefill_rows(models: dict, size: str, length: int, repeats: int, device: str) -> list[Row]:
     """Forward over one prompt, filling a cache, with logits of the last token."""
     ids = tokens(1, length, device, seed=99)
+    calibrate(models, ids)
 
     def forward(model: PreTrainedModel):
         return model.eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -168,7 +194,7 @@ def prefill_rows(models: dict, size: str, length: int, repeats: int, device: str
     flops, shares, overhead = {}, {}, {}
     for name, model in models.items():
         output = forward(model)
-        shares[name] = fractions_of(getattr(output, "routing", None), computed=False)
+        shares[name] = fractions_of(output)
         account = forward_flops(model.config, length, shares[name])
         flops[name] = account.total() - account["lm_head"] * (1 - 1 / length)
         overhead[name] = kv_overhead(output.past_key_values, shares[name], length)
@@ -192,45 +218,50 @@ def kv_overhead(cache, fractions: dict[int, float], length: int) -> float:
 def decode_rows(
     models: dict, size: str, rows: int, prompt: int, steps: int, repeats: int, device: str
 ) -> list[Row]:
-    """Cached greedy steps after a prompt of `prompt` tokens, without the prefill."""
-    ids = tokens(rows, prompt, device, seed=98)
-    shares: dict[str, dict[int, float]] = {name: {} for name in models}
-    overhead = {}
+    """Cached steps of one token a row after a prompt of `prompt` tokens, without the prefill.
 
-    def decode(name: str, model: PreTrainedModel) -> float:
-        output = model.eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        token = output.logits[:, -1:].argmax(-1)
+    The tokens are given: a random model that chose its own would repeat one of them.
+    """
+    ids = tokens(rows, prompt + steps, device, seed=98)
+    calibrate(models, ids)
+    shares: dict[int, dict[int, float]] = {}
+    flops: dict[int, float] = {}
+    overhead: dict[int, float] = {}
+
+    def decode(model: PreTrainedModel) -> float:
+        assert isinstance(model.config, Qwen2Config)
+        prefill = model.eval()(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1)
+        cache = prefill.past_key_values
         seen: list[dict] = []
 
         def run() -> None:
-            nonlocal token
-            for _ in range(steps):
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
-                token = output.logits[:, -1:].argmax(-1)
+            for place in range(prompt, prompt + steps):
+                output = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
                 seen.append(getattr(output, "routing", None) or {})
 
         seconds = timed(model, run)
-        routed = {layer: [step[layer].selected.float().mean().item() for step in seen] for layer in seen[0]}
-        shares[name] = {layer: statistics.fmean(values) for layer, values in routed.items()}
-        past = fractions_of(getattr(output, "routing", None), computed=False)
-        whole = {
-            layer: (past[layer] * prompt + shares[name][layer] * steps) / (prompt + steps) for layer in past
-        }
-        overhead[name] = kv_overhead(cache, whole, prompt + steps)
+        held = {layer: prompt * value for layer, value in fractions_of(prefill).items()}
+        sums, total = dict.fromkeys(held, 0.0), 0.0
+        for length, routing in enumerate(seen, prompt + 1):
+            now = {layer: result.selected.float().mean().item() for layer, result in routing.items()}
+            held = {layer: held[layer] + value for layer, value in now.items()}
+            sums = {layer: sums[layer] + value for layer, value in now.items()}
+            cached = {layer: value / length for layer, value in held.items()}
+            total += forward_flops(model.config, length, now, cached).total()
+        shares[id(model)] = checked({layer: value / steps for layer, value in sums.items()})
+        flops[id(model)] = total / steps
+        whole = {layer: value / (prompt + steps) for layer, value in held.items()}
+        overhead[id(model)] = kv_overhead(cache, whole, prompt + steps)
         return seconds
 
-    names = {id(model): name for name, model in models.items()}
-    times = side_by_side(models, lambda model: decode(names[id(model)], model), repeats)
-    flops = {name: decode_flops(model, shares[name], prompt + steps / 2) for name, model in models.items()}
-    table = rows_of(size, f"decode {rows}×{steps} after {prompt}", shares, flops, times)
-    return [replace(row, kv_overhead=overhead[row.variant]) for row in table]
+    times = side_by_side(models, decode, repeats)
 
+    def by_name(values: dict) -> dict:
+        return {name: values[id(model)] for name, model in models.items()}
 
-def decode_flops(model: PreTrainedModel, fractions: dict[int, float], length: float) -> float:
-    """FLOPs of one token at `length`: one row of scores, over what each layer's cache holds."""
-    assert isinstance(model.config, Qwen2Config)
-    return forward_flops(model.config, round(length), fractions).total()
+    work = f"decode {rows}×{steps} after {prompt}"
+    table = rows_of(size, work, by_name(shares), by_name(flops), times)
+    return [replace(row, kv_overhead=by_name(overhead)[row.variant]) for row in table]
 
 
 def trainer_rows(size: str, rows: int, length: int, steps: int, turns: int) -> list[Row]:
@@ -240,6 +271,7 @@ def trainer_rows(size: str, rows: int, length: int, steps: int, turns: int) -> l
     from transformers.utils import logging as transformers_logging
 
     from dynamic_transformers.configure import settings_from_dict
+    from dynamic_transformers.data.loading import collate, load_split
     from dynamic_transformers.data.prepare import prepare
     from dynamic_transformers.manifest import read_manifest
     from dynamic_transformers.training.trainer import train
@@ -264,8 +296,11 @@ def trainer_rows(size: str, rows: int, length: int, steps: int, turns: int) -> l
         data_dir = prepare(settings, Path(folder) / "data")
         optimizer = settings.training.optimizer
         vocab = read_manifest(data_dir)["vocab_size"]
-        blocks = Dataset.load_from_disk(str(data_dir / "train")).select_columns(["input_ids"])
-        blocks = blocks.add_column("labels", blocks["input_ids"])
+        split = load_split(data_dir, "train")
+        examples = [collate([split[index]]) for index in range(rows * (steps + 1))]
+        blocks = Dataset.from_list(
+            [{name: value[0].tolist() for name, value in example.items()} for example in examples]
+        )
         arguments = TrainingArguments(
             output_dir=f"{folder}/hf",
             max_steps=steps,
@@ -283,15 +318,15 @@ def trainer_rows(size: str, rows: int, length: int, steps: int, turns: int) -> l
         )
 
         class Clock(TrainerCallback):
-            """Seconds between the beginning and the end of each step."""
+            """Seconds from the start of the loop to the end of its last step."""
 
             seconds = 0.0
 
-            def on_step_begin(self, *args, **kwargs):
+            def on_train_begin(self, *args, **kwargs):
                 self.start = time.perf_counter()
 
             def on_step_end(self, *args, **kwargs):
-                self.seconds += time.perf_counter() - self.start
+                self.seconds = time.perf_counter() - self.start
 
         def huggingface(turn: int) -> float:
             torch.manual_seed(turn)
@@ -354,7 +389,7 @@ def main() -> None:
     )
     parser.add_argument("--lengths", default="512,2048,8192", help="of prompts")
     parser.add_argument("--training_lengths", default="512,2048,8192")
-    parser.add_argument("--repeats", type=int, default=3, help="turns; the longest length takes one")
+    parser.add_argument("--repeats", type=int, default=3, help=f"turns; one for training above T {LONG}")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed.md"))
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -362,17 +397,17 @@ def main() -> None:
     console = Console(width=160)
     for size in args.sizes.split(","):
         models = {variant: build(variant, size, device) for variant in VARIANTS}
-        for length in map(int, args.training_lengths.split(",")):
-            repeats = 1 if length > 4096 else args.repeats
-            rows += training_rows(models, size, max(1, 2048 // length), length, repeats, device)
-            console.print(table_of(rows[-len(models) :], ""))
         for length in map(int, args.lengths.split(",")):
             rows += prefill_rows(models, size, length, args.repeats, device)
             console.print(table_of(rows[-len(models) :], ""))
         for batch in (1, 16):
-            rows += decode_rows(models, size, batch, 512, 32, args.repeats, device)
+            rows += decode_rows(models, size, batch, 512, 64, args.repeats, device)
             console.print(table_of(rows[-len(models) :], ""))
-        del models
+        # Last, since it changes the weights.
+        for length in map(int, args.training_lengths.split(",")):
+            repeats = 1 if length > LONG else args.repeats
+            rows += training_rows(models, size, max(1, 2048 // length), length, repeats, device)
+            console.print(table_of(rows[-len(models) :], ""))
     if device == "cpu":
         rows += trainer_rows("small", 4, 256, 8, args.repeats)
     where = (

@@ -60,6 +60,24 @@ def test_forward_and_training_flops_agree_within_one_percent(architecture, optio
     assert expected == pytest.approx(counter.get_total_flops() / LENGTH, rel=0.01)
 
 
+@pytest.mark.parametrize("architecture", ["standard", "mod", "sdt", "stt"])
+def test_flops_of_cached_steps_agree_within_one_percent(architecture):
+    model = build(architecture, {} if architecture == "standard" else {"capacity": 0.5})
+    ids = torch.randint(0, VOCAB, (1, LENGTH + 16), generator=torch.Generator().manual_seed(0))
+    if architecture != "standard":
+        model.calibrate(ids, torch.arange(LENGTH + 16).unsqueeze(0))
+    with torch.no_grad():
+        cache = model.eval()(input_ids=ids[:, :LENGTH], use_cache=True).past_key_values
+        for length in range(LENGTH + 1, LENGTH + 17):
+            with FlopCounterMode(display=False) as counter:
+                step = model(input_ids=ids[:, length - 1 : length], past_key_values=cache, use_cache=True)
+            selected = fractions(step)
+            cached = {layer: cache.layers[layer].keys.shape[2] / length for layer in selected}
+            expected = forward_flops(model.config, length, selected, cached).total()
+            assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert architecture == "standard" or len(set(selected.values()) | {0.0, 1.0}) == 2
+
+
 @pytest.mark.parametrize(("capacity", "linear", "scores"), [(0.5, 0.75, 0.625), (0.125, 0.5625, 0.508)])
 def test_ratios_of_the_specification(capacity, linear, scores):
     config = MODEL_CLASSES["mod"][0](num_hidden_layers=24, capacity=capacity)

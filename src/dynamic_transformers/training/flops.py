@@ -36,30 +36,44 @@ class FlopAccount(dict[str, float]):
         return sum(self.values())
 
 
-def block_flops(config: Qwen2Config, length: int, fraction: float = 1.0) -> FlopAccount:
-    """Forward FLOPs of one decoder layer, per token of a row of `length` tokens with `fraction` computed."""
+def block_flops(
+    config: Qwen2Config, length: int, fraction: float = 1.0, keys: float | None = None
+) -> FlopAccount:
+    """Forward FLOPs of one decoder layer, per token of a row of `length` tokens with `fraction` computed.
+
+    Args:
+        keys: fraction of the row's tokens that a computed one is compared with; None: those computed.
+    """
     d, heads = config.hidden_size, config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
     head_dim = getattr(config, "head_dim", None) or d // heads
     return FlopAccount(
         qkvo=fraction * 2 * d * head_dim * (2 * heads + 2 * kv_heads),
-        scores=fraction * fraction * 4 * length * heads * head_dim,
+        scores=fraction * (fraction if keys is None else keys) * 4 * length * heads * head_dim,
         mlp=fraction * 6 * d * config.intermediate_size,
     )
 
 
-def forward_flops(config: Qwen2Config, length: int, fractions: dict[int, float] | None = None) -> FlopAccount:
+def forward_flops(
+    config: Qwen2Config,
+    length: int,
+    fractions: dict[int, float] | None = None,
+    cached: dict[int, float] | None = None,
+) -> FlopAccount:
     """FLOPs per token of one forward in eval mode, by component.
 
     Args:
         config: of any of the four architectures.
-        length: T, tokens of a row.
+        length: T, tokens of a row; for a cached step the past ones and the present one.
         fractions: measured routed fraction by layer; missing layers take the configured capacity.
+        cached: for a cached step of one token, the fraction of the row's tokens that each routed layer's
+            cache then holds; `fractions` says whether, or how often, the present token was selected.
     """
     account = FlopAccount(embeddings=0.0, lm_head=2.0 * config.hidden_size * config.vocab_size)
     for layer in range(config.num_hidden_layers):
         fraction = layer_fraction(config, layer, fractions)
-        account.add(block_flops(config, length, 1.0 if fraction is None else fraction))
+        keys = (cached or {}).get(layer)
+        account.add(block_flops(config, length, 1.0 if fraction is None else fraction, keys))
         if fraction is not None:
             account.add(router_flops(config, training=False))
     return account

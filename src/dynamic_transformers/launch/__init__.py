@@ -1,0 +1,1 @@
+"""Training on more than one process: several GPUs of one node, or several nodes of a cluster."""

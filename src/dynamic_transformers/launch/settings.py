@@ -1,0 +1,73 @@
+"""How many processes train one model, and on which machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynamic_transformers.settings import UserError
+
+
+@dataclass
+class Launch:
+    """One process of this machine, several (torchrun), or several nodes (a TrainJob of Kubeflow Trainer).
+
+    The step's batch is `data.batch_size` blocks for each process.
+
+    Raises:
+        UserError: numbers out of range, or nodes without what they need.
+    """
+
+    processes: int = 1  # on each node
+    nodes: int = 1
+    # All that follows is for several nodes.
+    image: str = ""
+    claim: str = ""  # a PersistentVolumeClaim that this task and all nodes can write to at once
+    mount_path: str = ""  # where it is mounted, in this task as on the nodes
+    namespace: str = ""  # '': the one that this task runs in
+    runtime: str = "torch-distributed"  # a ClusterTrainingRuntime for torch
+    resources: dict[str, str] = field(default_factory=dict)  # limits of one node
+    node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    secret_environment: list[dict[str, str]] = field(default_factory=list)  # of name, secret, key
+    timeout_seconds: int = 0  # 0: no limit
+
+    def __post_init__(self):
+        for name, least in (("processes", 1), ("nodes", 1), ("timeout_seconds", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(f"launch.{name}={value}: must be a whole number, at least {least}")
+        missing = [name for name in ("image", "claim", "mount_path") if not getattr(self, name)]
+        if self.nodes > 1 and missing:
+            raise UserError(f"launch.nodes={self.nodes} needs launch.{' and launch.'.join(missing)}")
+        if self.mount_path and not Path(self.mount_path).is_absolute():
+            raise UserError(f"launch.mount_path={self.mount_path}: must be an absolute path")
+        for entry in self.secret_environment:
+            if entry.keys() != {"name", "secret", "key"}:
+                raise UserError(f"launch.secret_environment: {entry} must have name, secret and key")
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes together."""
+        return self.nodes * self.processes
+
+    def to_json(self) -> str:
+        """One JSON string: how it travels through a pipeline parameter."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Launch:
+        """Inverse of `to_json`; '' is one process.
+
+        Raises:
+            UserError: unknown keys, or what the class refuses.
+        """
+        values = json.loads(text or "{}")
+        unknown = sorted(values.keys() - {entry.name for entry in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"launch: no such key: {', '.join(unknown)}")
+        return cls(**values)
