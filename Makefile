@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup quickstart test check format pipeline build-images push-images run-docker mlflow-ui speed clean
+.PHONY: help setup quickstart test check format pipeline build-images push-images run-docker submit mlflow-ui speed clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / — /'
@@ -32,8 +32,8 @@ format: $(INSTALLED)  ## rewrite the code as `check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-pipeline: $(INSTALLED)  ## compile the pipeline to build/pipeline.yaml
-	$(BIN)/python -m pipelines.compile build/pipeline.yaml
+pipeline: $(INSTALLED)  ## compile the pipeline to build/pipeline.yaml; CLUSTER=cluster/example.yaml
+	$(BIN)/python -m pipelines.compile build/pipeline.yaml --cluster "$(CLUSTER)"
 
 build-images: $(INSTALLED)  ## the images of the steps; REGISTRY= TAG= BASE_IMAGE= TORCH_INDEX_URL=
 	$(BIN)/python -m pipelines.images build --registry "$(REGISTRY)" --tag "$(TAG)" \
@@ -44,6 +44,9 @@ push-images: $(INSTALLED)  ## push them, and record their digests for `make pipe
 
 run-docker: $(INSTALLED)  ## the pipeline of `quickstart`, each step in its container; ARGS="key=value ..."
 	$(BIN)/python -m pipelines.run --docker --config-name quickstart run.name=docker $(ARGS)
+
+submit: $(INSTALLED)  ## submit the pipeline to Kubeflow Pipelines; KFP_HOST=https://... CLUSTER= ARGS="--wait key=value ..."
+	$(BIN)/python -m pipelines.submit --host "$(KFP_HOST)" --cluster "$(CLUSTER)" $(ARGS)
 
 mlflow-ui: $(INSTALLED)  ## the MLflow pages of the runs on this machine
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --port $(or $(PORT),5000)

@@ -9,26 +9,27 @@ from components import image_of
 def train(
     settings: str,
     run: str,
-    parent_run: dsl.Input[dsl.Artifact],
     data: dsl.Input[dsl.Dataset],
     run_folder: dsl.Output[dsl.Artifact],
+    launch: str = "",
 ):
     """Write the run folder: configuration, metrics, checkpoints, manifest.
 
     Args:
         settings: all settings, as JSON.
         run: `architecture:seed`.
-        parent_run: what start_comparison wrote, the MLflow run to hang this one under.
         data: what prepare_data wrote.
         run_folder: the run.
+        launch: on how many processes and nodes, as `Launch.to_json` gives it; '' is one process.
     """
     from pathlib import Path
 
     from dynamic_transformers.configure import settings_from_json
+    from dynamic_transformers.launch.run import launch_training
+    from dynamic_transformers.launch.settings import Launch
     from dynamic_transformers.step_log import step_log
-    from dynamic_transformers.training.trainer import train as train_step
 
     architecture, _, seed = run.partition(":")
     values = settings_from_json(settings, [f"model.type={architecture}", f"run.seed={int(seed or 0)}"])
     with step_log(Path(run_folder.path)):
-        train_step(values, Path(data.path), Path(run_folder.path), Path(parent_run.path).read_text())
+        launch_training(values, Path(data.path), Path(run_folder.path), Launch.from_json(launch))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dynamic_transformers.configure import compose_settings
+from dynamic_transformers.configure import compose_settings, run_names
 from dynamic_transformers.settings import ARCHITECTURES, Settings, UserError
 
 
@@ -27,12 +27,8 @@ def pipeline_arguments(args: argparse.Namespace) -> tuple[Settings, dict[str, An
     """
     settings = compose_settings(args.config_name, args.overrides)
     architectures, seeds = args.architectures.split(","), args.seeds.split(",")
-    for name in architectures:
-        if name not in ARCHITECTURES:
-            raise UserError(f"--architectures {name}: must be one of {', '.join(ARCHITECTURES)}")
-    for seed in seeds:
-        if not seed.isdecimal():
-            raise UserError(f"--seeds {seed}: must be whole numbers, by commas")
-    if len(set(architectures)) < len(architectures) or len(set(seeds)) < len(seeds):
-        raise UserError("--architectures and --seeds: name each once")
-    return settings, {"architectures": architectures, "seeds": [int(seed) for seed in seeds]}
+    if not all(seed.isdecimal() for seed in seeds):
+        raise UserError(f"--seeds {args.seeds}: must be whole numbers, by commas")
+    parameters = {"architectures": architectures, "seeds": [int(seed) for seed in seeds]}
+    run_names(**parameters)
+    return settings, parameters

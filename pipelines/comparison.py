@@ -10,48 +10,88 @@ from typing import List  # noqa: UP035  (kfp reads the annotation)
 from kfp import dsl
 
 from components.compare import compare
+from components.configure import configure
 from components.evaluate import evaluate
 from components.export import export
 from components.prepare_data import prepare_data
-from components.start_comparison import start_comparison
+from components.report_finished import report_finished
 from components.train import train
+from dynamic_transformers.configure import compose_settings
+from pipelines.cluster import ClusterSettings, launch_of, place
+
+NAME = "dynamic-transformers-comparison"
 
 
-@dsl.pipeline(
-    name="dynamic-transformers-comparison",
-    description="Standard, Mixture-of-Depths, SDT and STT, trained on equal work and compared.",
-)
-def comparison_pipeline(
-    settings: str,
-    runs: List[str] = ["standard:0", "mod:0", "sdt:0", "stt:0"],  # noqa: B006, UP006
-):
-    """prepare_data → (train → export → evaluate) for each run → compare.
+def comparison_pipeline(cluster: ClusterSettings):
+    """The pipeline for a cluster, or for this machine: `pipelines.cluster.LOCAL`."""
+    # The embedded data and a small model: what starts when nobody changes a parameter.
+    quickstart = compose_settings("quickstart").to_json()
 
-    Args:
-        settings: all settings, as the JSON that `Settings.to_json` gives.
-        runs: `architecture:seed`, one for each model to train.
-    """
-    started = start_comparison(settings=settings)
-    # The id of a run that is new each time, so never from a cache.
-    started.set_caching_options(False)
-    prepared = prepare_data(settings=settings)
-    with dsl.ParallelFor(runs, parallelism=1) as run:
-        trained = train(
-            settings=settings,
-            run=run,
-            parent_run=started.outputs["parent_run"],
-            data=prepared.outputs["data"],
-        )
-        exported = export(data=prepared.outputs["data"], run_folder=trained.outputs["run_folder"])
-        evaluated = evaluate(
-            settings=settings,
-            data=prepared.outputs["data"],
-            run_folder=trained.outputs["run_folder"],
-            model=exported.outputs["model"],
-        )
-    compare(
-        settings=settings,
-        parent_run=started.outputs["parent_run"],
-        models=dsl.Collected(exported.outputs["model"]),
-        evaluations=dsl.Collected(evaluated.outputs["evaluation"]),
+    @dsl.pipeline(
+        name=NAME, description="Standard, Mixture-of-Depths, SDT and STT, trained on equal work and compared."
     )
+    def pipeline(
+        settings: str = quickstart,
+        architectures: List[str] = ["standard", "mod", "sdt", "stt"],  # noqa: B006, UP006
+        seeds: List[int] = [0],  # noqa: B006, UP006
+        overrides: List[str] = [],  # noqa: B006, UP006
+        dataset_configs: str = "",
+        max_flops: float = 0.0,
+        mlflow_uri: str = "",
+        mlflow_experiment: str = "",
+    ):
+        """configure → prepare_data → (train → export → evaluate) for each run → compare.
+
+        However what follows configure ends, report_finished has the last word.
+
+        Args:
+            settings: all settings, as the JSON that `Settings.to_json` gives; the others go over it.
+            architectures: which models to train.
+            seeds: each model is trained with each.
+            overrides: `key=value` each.
+            dataset_configs: JSON list of data sources; empty leaves those of `settings`.
+            max_flops: budget of each run in training FLOPs; 0 leaves that of `settings`.
+            mlflow_uri: tracking server; empty leaves that of `settings`, or of MLFLOW_TRACKING_URI.
+            mlflow_experiment: empty leaves that of `settings`.
+        """
+        parameters = dict(
+            settings=settings,
+            architectures=architectures,
+            seeds=seeds,
+            overrides=overrides,
+            dataset_configs=dataset_configs,
+            max_flops=max_flops,
+            mlflow_uri=mlflow_uri,
+            mlflow_experiment=mlflow_experiment,
+        )
+        # Before the exit handler: KFP's local runner finds no loop items that a task beside the loop gives.
+        configured = configure(**parameters)
+        # It reads the step's environment, which no cache key knows.
+        configured.set_caching_options(False)
+        place(configured, "configure", cluster)
+        merged = configured.outputs["merged"]
+        last = report_finished(**parameters)
+        place(last, "report_finished", cluster)
+        with dsl.ExitHandler(last, name="comparison"):
+            prepared = prepare_data(settings=merged)
+            place(prepared, "prepare_data", cluster)
+            data = prepared.outputs["data"]
+            with dsl.ParallelFor(configured.outputs["runs"], parallelism=cluster.parallel_runs) as run:
+                trained = train(settings=merged, run=run, data=data, launch=launch_of(cluster).to_json())
+                place(trained, "train", cluster)
+                run_folder = trained.outputs["run_folder"]
+                exported = export(data=data, run_folder=run_folder)
+                place(exported, "export", cluster)
+                model = exported.outputs["model"]
+                evaluated = evaluate(settings=merged, data=data, run_folder=run_folder, model=model)
+                place(evaluated, "evaluate", cluster)
+            compared = compare(
+                settings=merged,
+                models=dsl.Collected(exported.outputs["model"]),
+                evaluations=dsl.Collected(evaluated.outputs["evaluation"]),
+            )
+            # It hangs the runs under a new one in MLflow, and measures speed.
+            compared.set_caching_options(False)
+            place(compared, "compare", cluster)
+
+    return pipeline

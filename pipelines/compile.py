@@ -1,21 +1,49 @@
-"""Compiles the pipeline: `python -m pipelines.compile [build/pipeline.yaml]`."""
+"""Compiles the pipeline: `python -m pipelines.compile [build/pipeline.yaml] [--cluster FILE]`."""
 
-import sys
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 from kfp import compiler
 
+from dynamic_transformers.configure import run_command
+from pipelines.cluster import ClusterSettings, read_cluster
 from pipelines.comparison import comparison_pipeline
 
 DEFAULT_PACKAGE = Path("build/pipeline.yaml")
 
 
-def compile_pipeline(path: Path = DEFAULT_PACKAGE) -> Path:
+def compile_pipeline(cluster: ClusterSettings, path: Path = DEFAULT_PACKAGE) -> Path:
     """Write the pipeline's YAML to `path` and return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(comparison_pipeline, str(path))  # type: ignore[arg-type]
+    compiler.Compiler().compile(comparison_pipeline(cluster), str(path))  # type: ignore[arg-type]
     return path
 
 
+def add_cluster_argument(parser: argparse.ArgumentParser) -> None:
+    """The file that says what the cluster gives to each step."""
+    parser.add_argument(
+        "--cluster", default="", metavar="FILE", help="resources, volumes, secrets: see cluster/example.yaml"
+    )
+
+
+def cluster_of(args: argparse.Namespace) -> ClusterSettings:
+    """Settings of `--cluster`.
+
+    Raises:
+        UserError: as `read_cluster`.
+    """
+    return read_cluster(Path(args.cluster)) if args.cluster else ClusterSettings()
+
+
+def main() -> None:
+    """Entry of `python -m pipelines.compile`."""
+    parser = argparse.ArgumentParser(prog="pipelines.compile", description=__doc__)
+    parser.add_argument("output", nargs="?", type=Path, default=DEFAULT_PACKAGE)
+    add_cluster_argument(parser)
+    run_command(lambda args: print(compile_pipeline(cluster_of(args), args.output)), parser)
+
+
 if __name__ == "__main__":
-    print(compile_pipeline(Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_PACKAGE))
+    main()

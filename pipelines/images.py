@@ -1,6 +1,6 @@
-"""Builds and pushes the images of the steps: `python -m pipelines.images build|push`.
+"""Builds and pushes the images: `python -m pipelines.images build|push`.
 
-`build/images.json` records for each step the tag, the size and, once pushed, the digest. A pipeline that is
+`build/images.json` records for each the tag, the size and, once pushed, the digest. A pipeline that is
 compiled afterwards names the images by it.
 """
 
@@ -20,6 +20,7 @@ from dynamic_transformers.manifest import git, write_json
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 
 STEPS = ("prepare", "train", "export", "evaluate")
+SERVER = "mlflow"  # the tracking server of cluster/
 DOCKER = os.environ.get("DOCKER", "docker")
 
 
@@ -63,7 +64,7 @@ def build(args: argparse.Namespace) -> None:
         raise UserError(f"tag {tag!r}: give one that names a version, without '/' and ':', and not 'latest'")
     registry = f"{args.registry.rstrip('/')}/" if args.registry else ""
     images = {}
-    for step in STEPS:
+    for step in (*STEPS, SERVER):
         name = f"{registry}dynamic-transformers-{step}:{tag}"
         values = {"STEP": step, "VERSION": __version__, "REVISION": revision}
         values |= {"BASE_IMAGE": args.base_image} if args.base_image else {}

@@ -20,9 +20,11 @@ from kfp import local
 from kfp.components import load_component_from_file
 
 from components import image_of
-from dynamic_transformers.configure import compose_settings, run_command
-from dynamic_transformers.settings import ARCHITECTURES, Settings, UserError
+from dynamic_transformers.configure import run_command, run_names
+from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import tracking_uri
+from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
+from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
 from pipelines.docker_status import report_failures
@@ -33,19 +35,16 @@ PASSED_ON = ("MLFLOW_TRACKING_", "OMP_NUM_THREADS")  # beginnings of the variabl
 
 def run(args: argparse.Namespace) -> None:
     """Compile, run, and show where the results are."""
-    settings = compose_settings(args.config_name, args.overrides)
-    runs = args.runs.split(",")
-    for name in runs:
-        architecture, _, seed = name.partition(":")
-        if architecture not in ARCHITECTURES or not seed.isdecimal():
-            raise UserError(f"--runs {name}: must be architecture:seed, one of {', '.join(ARCHITECTURES)}")
+    settings, parameters = pipeline_arguments(args)
+    runs = run_names(**parameters)
     # Steps run in folders of their own: places must not depend on where they are.
     settings.run.output_dir = str(Path(settings.run.output_dir).resolve())
     if "MLFLOW_TRACKING_URI" not in os.environ:  # the steps inherit it, with whatever secret it holds
         settings.tracking.mlflow_uri = tracking_uri(settings.tracking, settings.run.output_dir)
+    os.environ.pop("MLFLOW_RUN_ID", None)  # it would be that of every step here
     folder = settings.run_dir
     root = folder / "pipeline"
-    package = compile_pipeline()
+    package = compile_pipeline(LOCAL)
     root.mkdir(parents=True, exist_ok=True)
     runner = docker_runner(settings) if args.docker else local.SubprocessRunner(use_venv=False)
     local.init(runner, pipeline_root=str(root))
@@ -56,21 +55,23 @@ def run(args: argparse.Namespace) -> None:
     failure = None
     try:
         with quiet_console(logs / "pipeline.log"):
-            pipeline(settings=settings.to_json(), runs=runs)
+            pipeline(settings=settings.to_json(), **parameters)
     except RuntimeError as error:  # how the runner tells that a task failed
         failure = str(error).splitlines()[0]
     finally:
         execution = newest(root, start)
         if execution is not None:
             collect_logs(execution, runs, logs)
+    step = "report-finished" if failure else "compare"
+    report = execution / step / "report" if execution else None
+    shutil.rmtree(folder / "report", ignore_errors=True)
+    if report is not None and (report / "comparison.json").is_file():
+        shutil.copytree(report, folder / "report")
+        show(settings, time.time() - start)
+    elif not failure:
+        failure = "it ended without a comparison"
     if failure:
         raise UserError(f"the pipeline failed ({failure}); its logs are in {logs}")
-    report = execution / "compare" / "report" if execution else None
-    if report is None or not (report / "comparison.json").is_file():
-        raise UserError(f"the pipeline ended without a comparison; its logs are in {logs}")
-    shutil.rmtree(folder / "report", ignore_errors=True)
-    shutil.copytree(report, folder / "report")
-    show(settings, time.time() - start)
 
 
 def docker_runner(settings: Settings) -> local.DockerRunner:
@@ -134,16 +135,10 @@ def main() -> None:
     """Entry of `python -m pipelines.run`."""
     logging.getLogger("kfp").setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(prog="pipelines.run", description=__doc__)
-    parser.add_argument("--config-name", default="quickstart", help="a file of config/ (default: quickstart)")
-    parser.add_argument(
-        "--runs",
-        default=",".join(f"{architecture}:0" for architecture in ARCHITECTURES),
-        help="comma-separated architecture:seed (default: the four architectures with seed 0)",
-    )
+    add_pipeline_arguments(parser)
     parser.add_argument(
         "--docker", action="store_true", help="run each step in its image (`make build-images`)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
     run_command(run, parser)
 
 

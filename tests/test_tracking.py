@@ -7,8 +7,15 @@ import time
 import mlflow
 import pytest
 
-from dynamic_transformers.settings import TrackingSettings
-from dynamic_transformers.tracking import RunTracker, finish_parent_run, start_parent_run, tracking_uri
+from dynamic_transformers.settings import TrackingSettings, UserError
+from dynamic_transformers.tracking import (
+    RunTracker,
+    download,
+    find_evaluated,
+    forget_after,
+    track_comparison,
+    tracking_uri,
+)
 
 
 @pytest.fixture
@@ -21,6 +28,12 @@ def client(settings, output_dir):
     return mlflow.MlflowClient(tracking_uri(settings, output_dir))
 
 
+def report_in(folder):
+    (folder / "report").mkdir()
+    (folder / "report" / "report.html").write_text("<p>")
+    return folder / "report"
+
+
 def write_metrics(tracker, steps):
     for step in steps:
         done = {"tokens": step * 100, "training_flops": step * 1e6}
@@ -29,24 +42,77 @@ def write_metrics(tracker, steps):
 
 def test_a_run_hangs_under_its_parent_with_both_axes(store, tmp_path):
     settings, output_dir = store
-    parent = start_parent_run(settings, output_dir, "comparison")
     params = {"model": {"type": "mod"}, "data": {"long": "x" * 9000}}
-    tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", params, {"seed": "0"}, parent)
+    tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", params, {"seed": "0"})
     write_metrics(tracker, range(1, 6))
     tracker.close(finished=True)
     run = client(*store).get_run(tracker.run_id)
-    assert run.data.tags["mlflow.parentRunId"] == parent and run.info.status == "FINISHED"
+    assert run.info.status == "FINISHED"
     assert run.data.params["model.type"] == "mod"
     history = client(*store).get_metric_history(tracker.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(s * 100, 1 / s) for s in range(1, 6)]
     flops = client(*store).get_metric_history(tracker.run_id, "progress/training_flops")
     assert [m.value for m in flops] == [s * 1e6 for s in range(1, 6)]
-    report = tmp_path / "report"
-    report.mkdir()
-    (report / "report.html").write_text("<p>")
-    finish_parent_run(settings, output_dir, parent, report)
+    track_comparison(settings, output_dir, "comparison", [tracker.run_id], report_in(tmp_path))
+    parent = client(*store).get_run(tracker.run_id).data.tags["mlflow.parentRunId"]
     assert client(*store).get_run(parent).info.status == "FINISHED"
     assert [a.path for a in client(*store).list_artifacts(parent, "report")] == ["report/report.html"]
+
+
+def test_a_run_that_a_task_was_given_is_used(store, tmp_path, monkeypatch):
+    settings, output_dir = store
+    RunTracker(tmp_path / "other", settings, output_dir, "makes the experiment").sync()
+    experiment = client(*store).get_experiment_by_name("test").experiment_id
+    given = [client(*store).create_run(experiment, run_name=name).info.run_id for name in ("task", "compare")]
+    monkeypatch.setenv("MLFLOW_RUN_ID", given[0])
+    tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", {"a": 1}, {"seed": "0"})
+    write_metrics(tracker, [1])
+    tracker.close(finished=False)
+    assert tracker.run_id == given[0]
+    assert client(*store).get_run(given[0]).data.params == {"a": "1"}
+    monkeypatch.setenv("MLFLOW_RUN_ID", given[1])
+    assert RunTracker(tmp_path, settings, output_dir).run_id == given[0]  # a later step stays with the run
+    track_comparison(settings, output_dir, "comparison", [given[0]], report_in(tmp_path))
+    assert [a.path for a in client(*store).list_artifacts(given[1], "report")] == ["report/report.html"]
+    assert client(*store).get_run(given[1]).info.status == "RUNNING"  # its owner ends it
+    assert "mlflow.parentRunId" not in client(*store).get_run(given[0]).data.tags
+
+
+def test_an_interrupted_run_does_not_repeat_itself_in_the_run_it_was_given(store, tmp_path, monkeypatch):
+    settings, output_dir = store
+    RunTracker(tmp_path / "other", settings, output_dir, "makes the experiment").sync()
+    experiment = client(*store).get_experiment_by_name("test").experiment_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", client(*store).create_run(experiment).info.run_id)
+    first = RunTracker(tmp_path, settings, output_dir, "a")
+    write_metrics(first, [1, 2, 3])
+    first.close(finished=False)
+    forget_after(tmp_path, 1)
+    again = RunTracker(tmp_path, settings, output_dir, "a")
+    write_metrics(again, [2])
+    again.close(finished=False)
+    assert again.run_id != first.run_id
+    history = client(*store).get_metric_history(again.run_id, "train/loss")
+    assert [m.step for m in history] == [100, 200]
+
+
+def test_what_was_evaluated_is_found_again_by_its_comparison(store, tmp_path):
+    settings, output_dir = store
+    for place, (seed, comparison) in enumerate([(0, "this"), (0, "this"), (1, "this"), (2, "other")]):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        tags = {"architecture": "mod", "seed": str(seed)}
+        tracker = RunTracker(folder, settings, output_dir, f"{place}", tags=tags)
+        write_metrics(tracker, [1])
+        tracker.log_artifacts(report_in(folder), "evaluation")
+        tracker.log_final(100, {"test/loss": 1.0}, comparison)
+        tracker.close(finished=True)
+    found = find_evaluated(settings, output_dir, "this")
+    assert set(found) == {"mod:0", "mod:1"}
+    assert client(*store).get_run(found["mod:0"]).info.run_name == "1"  # the newest
+    copied = download(settings, output_dir, found["mod:1"], "evaluation", tmp_path / "copies")
+    assert (copied / "report.html").read_text() == "<p>"
+    with pytest.raises(UserError, match="MLflow: nothing of run"):
+        download(settings, output_dir, found["mod:1"], "nothing", tmp_path / "copies")
 
 
 def test_lines_are_sent_once_also_by_a_later_step(store, tmp_path):
@@ -68,7 +134,10 @@ def test_an_outage_neither_stops_nor_slows_and_is_made_up_for(store, tmp_path, c
         closed.bind(("127.0.0.1", 0))
         away = f"http://127.0.0.1:{closed.getsockname()[1]}"
     gone = TrackingSettings(experiment="test", mlflow_uri=away)
-    assert start_parent_run(gone, output_dir, "comparison") == ""
+    track_comparison(gone, output_dir, "comparison", [], report_in(tmp_path))
+    assert "the report was not logged" in caplog.text
+    with pytest.raises(UserError, match="MLflow"):
+        find_evaluated(gone, output_dir, "any")
     tracker = RunTracker(tmp_path, gone, output_dir, "a", params={"x": 1})
     start = time.perf_counter()
     write_metrics(tracker, range(1, 51))
@@ -87,6 +156,8 @@ def test_switched_off_nothing_is_made(tmp_path):
     tracker = RunTracker(tmp_path, settings, tmp_path / "outputs", "a")
     write_metrics(tracker, [1])
     tracker.close(finished=True)
-    assert start_parent_run(settings, tmp_path / "outputs", "c") == ""
+    track_comparison(settings, tmp_path / "outputs", "c", [], tmp_path)
+    with pytest.raises(UserError, match="nothing is known"):
+        find_evaluated(settings, tmp_path / "outputs", "any")
     assert not (tmp_path / "outputs").exists()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["train/loss"] == 1.0

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 import warnings
@@ -90,7 +91,7 @@ def settings_from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) ->
         )
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(_omegaconf_line(error)) from error
+        raise UserError(omegaconf_line(error)) from error
     assert isinstance(settings, Settings)
     check(settings)
     return settings
@@ -99,6 +100,69 @@ def settings_from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) ->
 def settings_from_json(text: str, overrides: Sequence[str] = ()) -> Settings:
     """Inverse of `Settings.to_json`, with overrides."""
     return settings_from_dict(json.loads(text), overrides)
+
+
+def settings_from_parameters(
+    settings: str,
+    overrides: Sequence[str],
+    dataset_configs: str,
+    max_flops: float,
+    mlflow_uri: str,
+    mlflow_experiment: str,
+) -> Settings:
+    """Settings of a pipeline's run, from the parameters that a person may have changed in KFP's form.
+
+    Where no MLflow server is named, here or in MLFLOW_TRACKING_URI, tracking is off: a step's own disk is
+    gone with it.
+
+    Args:
+        settings: all settings, as JSON; the other parameters go over it where they are given.
+        overrides: `key=value` each.
+        dataset_configs: JSON list of sources; '' leaves those of `settings`.
+        max_flops: budget of each run in training FLOPs; 0 leaves that of `settings`.
+        mlflow_uri, mlflow_experiment: '' leaves those of `settings`.
+
+    Raises:
+        UserError: as `settings_from_dict`, or JSON that is none.
+    """
+    values = {"settings": settings, "dataset_configs": dataset_configs or "null"}
+    for name, text in values.items():
+        try:
+            values[name] = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{name}: not JSON: {error}") from error
+    changes: dict[str, Any] = {"data": {}, "training": {}, "tracking": {}}
+    if values["dataset_configs"] is not None:
+        changes["data"]["dataset_configs"] = values["dataset_configs"]
+    if max_flops:
+        changes["training"] = {"max_steps": None, "max_tokens": None, "max_flops": max_flops}
+    if mlflow_uri:
+        changes["tracking"]["mlflow_uri"] = mlflow_uri
+    if mlflow_experiment:
+        changes["tracking"]["experiment"] = mlflow_experiment
+    merged = OmegaConf.to_container(OmegaConf.merge(values["settings"], changes))
+    assert isinstance(merged, dict)
+    result = settings_from_dict({str(key): value for key, value in merged.items()}, overrides)
+    if not (result.tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        result.tracking.mlflow = False
+    return result
+
+
+def run_names(architectures: Sequence[str], seeds: Sequence[int | float]) -> list[str]:
+    """`architecture:seed` of every run of a pipeline; KFP's local runner makes floats of whole numbers.
+
+    Raises:
+        UserError: an unknown architecture, a seed that is no whole number, or one named twice.
+    """
+    for name in architectures:
+        _one_of("architectures", name, ARCHITECTURES)
+    for seed in seeds:
+        if seed != int(seed) or seed < 0:
+            raise UserError(f"seeds: {seed} must be a whole number, at least 0")
+    names = [f"{architecture}:{int(seed)}" for seed in seeds for architecture in architectures]
+    if not names or len(set(names)) < len(names):
+        raise UserError("architectures and seeds: name at least one of each, and each once")
+    return names
 
 
 def compose_settings(
@@ -274,7 +338,8 @@ def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
         raise UserError(f"{key}={value}: must be one of {', '.join(allowed)}")
 
 
-def _omegaconf_line(error: OmegaConfBaseException) -> str:
+def omegaconf_line(error: OmegaConfBaseException) -> str:
+    """The key that is wrong, and why."""
     key = getattr(error, "full_key", None)
     reason = str(error).splitlines()[0]
     return f"{key}: {reason}" if key else reason

@@ -12,10 +12,11 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamic_transformers.settings import TrackingSettings
+from dynamic_transformers.settings import TrackingSettings, UserError
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -29,6 +30,9 @@ PARENT_NOTE = (
     "`progress/training_flops` is the x axis for equal work. The report is among the artifacts."
 )
 RESERVED = ("step", "time")
+COMPARISON_TAG = (
+    "comparison"  # digest of the settings that an evaluated run shares with those it is compared to
+)
 
 
 def tracking_uri(settings: TrackingSettings, output_dir: str | Path) -> str:
@@ -52,30 +56,68 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def start_parent_run(settings: TrackingSettings, output_dir: str | Path, name: str) -> str:
-    """Open the run under which a comparison's runs hang; '' when tracking is off or the server is away."""
+def track_comparison(
+    settings: TrackingSettings, output_dir: str | Path, name: str, run_ids: Sequence[str], report: Path
+) -> None:
+    """Log a comparison's report folder to a run of its own, under which the compared runs then hang.
+
+    In a task that has been given an MLflow run (MLFLOW_RUN_ID) that one takes the report, and the compared
+    runs stay where whoever gave it has hung them.
+    """
     if not settings.mlflow:
-        return ""
-    try:
-        client = _client(tracking_uri(settings, output_dir))
-        experiment = _experiment_id(client, settings.experiment, output_dir)
-        tags = {"mlflow.note.content": PARENT_NOTE}
-        return client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    except Exception as error:
-        logger.warning("MLflow: no parent run (%s)", _first_line(error))
-        return ""
-
-
-def finish_parent_run(settings: TrackingSettings, output_dir: str | Path, run_id: str, report: Path) -> None:
-    """Log a comparison's report folder to the parent run, and close it."""
-    if not (settings.mlflow and run_id):
         return
     try:
         client = _client(tracking_uri(settings, output_dir))
+        given = os.environ.get("MLFLOW_RUN_ID")
+        if given:
+            run_id = given
+        else:
+            experiment = _experiment_id(client, settings.experiment, output_dir)
+            tags = {"mlflow.note.content": PARENT_NOTE}
+            run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+            for child in run_ids:
+                client.set_tag(child, "mlflow.parentRunId", run_id)
         client.log_artifacts(run_id, str(report), "report")
-        client.set_terminated(run_id)
+        if not given:
+            client.set_terminated(run_id)
     except Exception as error:
         logger.warning("MLflow: the report was not logged (%s)", _first_line(error))
+
+
+def find_evaluated(settings: TrackingSettings, output_dir: str | Path, comparison: str) -> dict[str, str]:
+    """`architecture:seed` → id of the newest run that was evaluated with this `comparison` tag.
+
+    Raises:
+        UserError: tracking is off, or the server cannot be reached.
+    """
+    if not settings.mlflow:
+        raise UserError("tracking.mlflow=false: nothing is known of what has finished")
+    found: dict[str, str] = {}
+    try:
+        client = _client(tracking_uri(settings, output_dir))
+        experiment = client.get_experiment_by_name(settings.experiment)
+        experiments = [experiment.experiment_id] if experiment else []
+        query = f"tags.{COMPARISON_TAG} = '{comparison}'"
+        for run in client.search_runs(experiments, query, order_by=["start_time DESC"]):
+            tags = run.data.tags
+            found.setdefault(f"{tags['architecture']}:{tags['seed']}", run.info.run_id)
+    except Exception as error:
+        raise UserError(f"MLflow: {_first_line(error)}") from error
+    return found
+
+
+def download(settings: TrackingSettings, output_dir: str | Path, run_id: str, path: str, to: Path) -> Path:
+    """A folder of a run's artifacts, copied below `to`.
+
+    Raises:
+        UserError: it is not there, or the server cannot be reached.
+    """
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        client = _client(tracking_uri(settings, output_dir))
+        return Path(client.download_artifacts(run_id, path, str(to)))
+    except Exception as error:
+        raise UserError(f"MLflow: {path} of run {run_id}: {_first_line(error)}") from error
 
 
 def forget_after(run_dir: Path, step: int) -> None:
@@ -91,17 +133,19 @@ def forget_after(run_dir: Path, step: int) -> None:
     path.write_text("".join(kept))
     state = json.loads(state_path.read_text()) if state_path.is_file() else {"synced_lines": 0}
     if state["synced_lines"] > len(kept):
-        state_path.write_text(json.dumps(state | {"run_id": None, "synced_lines": 0}, indent=2))
+        changed = {"run_id": None, "attach": False, "synced_lines": 0}
+        state_path.write_text(json.dumps(state | changed, indent=2))
 
 
 class RunTracker:
     """One training run, from `train` to `evaluate`, tied to its run folder.
 
+    Where a task has been given an MLflow run (MLFLOW_RUN_ID) it goes on in that one.
+
     Args:
         run_dir: holds metrics.jsonl, and tracking.json with what has been sent.
         settings, output_dir: where to track; needed by the first step only.
         name, params, tags: of the run; needed by the first step only.
-        parent_run_id: '' for none.
         enabled: false on ranks other than 0.
     """
 
@@ -113,7 +157,6 @@ class RunTracker:
         name: str = "",
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
-        parent_run_id: str = "",
         enabled: bool = True,
     ):
         self.run_dir = run_dir
@@ -133,7 +176,7 @@ class RunTracker:
                 "name": name,
                 "params": flatten(params or {}),
                 "tags": tags or {},
-                "parent_run_id": parent_run_id,
+                "attach": True,
                 "synced_lines": 0,
             }
 
@@ -170,19 +213,21 @@ class RunTracker:
                 logger.warning("MLflow: will be synced later (%s)", _first_line(error))
                 return False
 
-    def log_final(self, axis: int, metrics: dict[str, float]) -> None:
+    def log_final(self, axis: int, metrics: dict[str, float], comparison: str) -> None:
         """Send figures of a finished model, which are kept in the step's own output.
 
         Args:
             axis: the run's training tokens.
+            comparison: what the run can be found by afterwards.
         """
         if self.enabled and self.sync() and self.run_id:
             try:
-                from mlflow.entities import Metric
+                from mlflow.entities import Metric, RunTag
 
                 stamp = int(time.time() * 1000)
                 entries = [Metric(key, float(value), stamp, axis) for key, value in metrics.items()]
-                _client(self._uri()).log_batch(self.run_id, metrics=entries)
+                tags = [RunTag(COMPARISON_TAG, comparison)]
+                _client(self._uri()).log_batch(self.run_id, metrics=entries, tags=tags)
             except Exception as error:
                 logger.warning("MLflow: figures were not logged (%s)", _first_line(error))
 
@@ -273,15 +318,14 @@ class RunTracker:
         from mlflow.entities import Param, RunTag
 
         client = _client(self._uri())
-        experiment = _experiment_id(client, self.settings.experiment, self.output_dir)
-        tags = dict(self.state["tags"])
-        if self.state["parent_run_id"]:
-            tags["mlflow.parentRunId"] = self.state["parent_run_id"]
-        run_id = client.create_run(experiment, run_name=self.state["name"]).info.run_id
+        run_id = os.environ.get("MLFLOW_RUN_ID") if self.state["attach"] else None
+        if not run_id:
+            experiment = _experiment_id(client, self.settings.experiment, self.output_dir)
+            run_id = client.create_run(experiment, run_name=self.state["name"]).info.run_id
         params = [Param(key, value) for key, value in self.state["params"].items()]
         for first in range(0, len(params), 100):
             client.log_batch(run_id, params=params[first : first + 100])
-        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in self.state["tags"].items()])
         self.state["run_id"] = run_id
         self._save()
         return run_id

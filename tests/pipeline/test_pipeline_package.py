@@ -9,64 +9,217 @@ import sys
 import pytest
 import yaml
 from google.protobuf import json_format
+from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
+from omegaconf import OmegaConf
 
 from components import image_of
-from dynamic_transformers.settings import PROJECT_ROOT
+from dynamic_transformers import __version__
+from dynamic_transformers.configure import run_names, settings_from_parameters
+from dynamic_transformers.launch.settings import Launch
+from dynamic_transformers.settings import PROJECT_ROOT, UserError
+from pipelines.cluster import ClusterSettings, read_cluster
 from pipelines.compile import compile_pipeline
+from pipelines.images import default_tag
 
+GOLDEN = PROJECT_ROOT / "tests" / "pipeline" / "golden" / "pipeline.yaml"
+EXAMPLE = PROJECT_ROOT / "cluster" / "example.yaml"
 IMAGES = {
     "compare": "evaluate",
+    "configure": "prepare",
     "evaluate": "evaluate",
     "export": "export",
     "prepare-data": "prepare",
-    "start-comparison": "prepare",
+    "report-finished": "evaluate",
     "train": "train",
 }
 
 
+def compiled(cluster, folder):
+    text = compile_pipeline(cluster, folder / "pipeline.yaml").read_text()
+    spec, *platforms = yaml.safe_load_all(text)
+    return text, spec, platforms[0] if platforms else None
+
+
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    return yaml.safe_load(compile_pipeline(tmp_path_factory.mktemp("build") / "pipeline.yaml").read_text())
+    """Text, pipeline spec and platform spec, compiled for the cluster of the example."""
+    return compiled(read_cluster(EXAMPLE), tmp_path_factory.mktemp("build"))
 
 
-def executors(package):
-    return package["deploymentSpec"]["executors"]
+def executors(spec):
+    return spec["deploymentSpec"]["executors"]
 
 
-def test_it_is_a_valid_pipeline_spec(package):
-    # Refuses unknown fields.
-    spec = json_format.ParseDict(package, pipeline_spec_pb2.PipelineSpec())
-    assert spec.pipeline_info.name == "dynamic-transformers-comparison"
-
-
-def test_every_step_runs_in_our_image_and_installs_nothing(package):
-    assert {name.removeprefix("exec-") for name in executors(package)} == set(IMAGES)
-    for name, executor in executors(package).items():
-        container = executor["container"]
-        assert container["image"] == image_of(IMAGES[name.removeprefix("exec-")])
-        assert "pip install" not in " ".join(container["command"] + container.get("args", []))
-
-
-def test_steps_import_the_package_inside_their_bodies(package):
-    for name, executor in executors(package).items():
-        source = executor["container"]["command"][-1]
-        body = source[source.index("def ") :]
-        assert re.search(r"^    from dynamic_transformers\.", body, re.MULTILINE), name
+def kubernetes_config(platform, step):
+    return platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{step}"]
 
 
 def tasks(component):
     return component["dag"]["tasks"]
 
 
-def test_runs_are_looped_over_and_only_the_parent_run_is_never_cached(package):
-    root = tasks(package["root"])
-    (loop,) = (task for name, task in root.items() if name.startswith("for-loop"))
-    inner = tasks(package["components"][loop["componentRef"]["name"]])
-    assert set(inner) == {"train", "export", "evaluate"}
-    assert inner["export"]["dependentTasks"] == ["train"]
-    assert not root["start-comparison"]["cachingOptions"].get("enableCache")
-    assert all(task["cachingOptions"]["enableCache"] for task in inner.values())
+def inner_tasks(spec):
+    """Tasks by the part of the pipeline that they belong to: root, exit handler, loop."""
+    root = tasks(spec["root"])
+    (handler,) = (task for name, task in root.items() if name.startswith("exit-handler"))
+    handled = tasks(spec["components"][handler["componentRef"]["name"]])
+    (loop,) = (task for name, task in handled.items() if name.startswith("for-loop"))
+    return root, handled, tasks(spec["components"][loop["componentRef"]["name"]]), loop
+
+
+def test_both_specs_are_valid(package):
+    # ParseDict refuses unknown fields.
+    _, spec, platform = package
+    parsed = json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
+    assert parsed.pipeline_info.name == "dynamic-transformers-comparison"
+    json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+    for step in IMAGES:
+        json_format.ParseDict(
+            kubernetes_config(platform, step), kubernetes_executor_config_pb2.KubernetesExecutorConfig()
+        )
+
+
+def test_every_step_runs_in_our_image_and_installs_nothing(package):
+    _, spec, _ = package
+    assert {name.removeprefix("exec-") for name in executors(spec)} == set(IMAGES)
+    for name, executor in executors(spec).items():
+        container = executor["container"]
+        assert container["image"] == image_of(IMAGES[name.removeprefix("exec-")])
+        assert "pip install" not in " ".join(container["command"] + container.get("args", []))
+
+
+def test_steps_import_the_package_inside_their_bodies(package):
+    for name, executor in executors(package[1]).items():
+        source = executor["container"]["command"][-1]
+        body = source[source.index("def ") :]
+        assert re.search(r"^    from dynamic_transformers\.", body, re.MULTILINE), name
+
+
+def test_runs_are_looped_over_and_whatever_happens_something_is_reported(package):
+    root, handled, loop, task = inner_tasks(package[1])
+    assert set(loop) == {"train", "export", "evaluate"}
+    assert loop["export"]["dependentTasks"] == ["train"]
+    assert task["iteratorPolicy"]["parallelismLimit"] == 4
+    assert root["report-finished"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    anew = (root["configure"], handled["compare"])
+    assert not any(entry["cachingOptions"].get("enableCache") for entry in anew)
+    kept = (handled["prepare-data"], *loop.values())
+    assert all(entry["cachingOptions"]["enableCache"] for entry in kept)
+
+
+def test_the_cache_key_holds_version_and_revision():
+    # KFP's key has the image's name, not what is in it: the tag must change with our code.
+    commit = "0123456789abcdef" * 2
+    assert default_tag(commit) == f"{__version__}-0123456789ab"
+    assert default_tag(f"{commit}-dirty-1a2b") == f"{__version__}-0123456789ab-dirty-1a2b"
+
+
+def test_resources_and_places(package):
+    _, spec, platform = package
+    train = executors(spec)["exec-train"]["container"]["resources"]
+    assert train["accelerator"] == {
+        "count": "1", "resourceCount": "1", "resourceType": "nvidia.com/gpu", "type": "nvidia.com/gpu"
+    }  # fmt: skip
+    assert (train["resourceCpuLimit"], train["resourceMemoryLimit"]) == ("16", "64Gi")
+    config = kubernetes_config(platform, "train")
+    assert config["nodeSelector"]["labels"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    (toleration,) = config["tolerations"]
+    assert (toleration["key"], toleration["effect"]) == ("nvidia.com/gpu", "NoSchedule")
+    (memory,) = config["emptyDirMounts"]
+    assert (memory["mountPath"], memory["medium"], memory["sizeLimit"]) == ("/dev/shm", "Memory", "8Gi")
+    (claim,) = config["pvcMount"]
+    assert claim["mountPath"] == "/shared"
+    assert config["activeDeadlineSeconds"] == "172800"
+    assert "nodeSelector" not in kubernetes_config(platform, "export")
+    _, _, loop, _ = inner_tasks(spec)
+    assert loop["train"]["retryPolicy"]["maxRetryCount"] == 2
+
+
+def test_secrets_are_named_and_never_held(package):
+    text, _, platform = package
+    for step in IMAGES:
+        references = kubernetes_config(platform, step)["secretAsEnv"]
+        variables = {pair["envVar"] for entry in references for pair in entry["keyToEnv"]}
+        assert {"MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "WANDB_API_KEY"} <= variables
+        for entry in references:
+            assert entry.keys() <= {"secretName", "secretNameParameter", "keyToEnv", "optional"}
+    assert "pip install" not in text
+
+
+def test_no_value_of_the_environment_gets_into_the_package(tmp_path):
+    values = {name: f"secret-of-{name}" for name in ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "WANDB_API_KEY")}
+    values["MLFLOW_TRACKING_URI"] = "https://someone:secret-of-uri@mlflow.example"
+    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", str(EXAMPLE)]
+    subprocess.run(command, env=os.environ | values, cwd=PROJECT_ROOT, check=True, capture_output=True)
+    assert "secret-of" not in (tmp_path / "p.yaml").read_text()
+
+
+def test_several_nodes_are_the_trainers_business(tmp_path):
+    cluster = read_cluster(EXAMPLE)
+    cluster.nodes = 2
+    _, spec, platform = compiled(cluster, tmp_path)
+    _, _, loop, _ = inner_tasks(spec)
+    value = loop["train"]["inputs"]["parameters"]["launch"]["runtimeValue"]["constant"]
+    launch = Launch.from_json(value)
+    assert (launch.nodes, launch.processes, launch.claim) == (2, 1, "dynamic-transformers")
+    assert launch.resources == {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": "1"}
+    assert launch.image == image_of("train")
+    assert {entry["secret"] for entry in launch.secret_environment} == {
+        "mlflow-client",
+        "huggingface",
+        "wandb",
+    }
+    # The task itself only watches.
+    assert "accelerator" not in executors(spec)["exec-train"]["container"].get("resources", {})
+    assert "nodeSelector" not in kubernetes_config(platform, "train")
+
+
+def test_without_cluster_settings_only_shared_memory_and_retries_are_asked_for(tmp_path):
+    _, spec, platform = compiled(ClusterSettings(), tmp_path)
+    assert set(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]) == {"exec-train"}
+    assert "resources" not in executors(spec)["exec-train"]["container"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": {"training": {}}}, "steps.training: must be one of"),
+        ({"step": {}}, "step"),
+        ({"steps": {"train": {"gpus": 1}}}, "gpus"),
+        ({"nodes": 2, "volume_claim": ""}, "nodes=2 needs volume_claim"),
+        ({"parallel_runs": 0}, "parallel_runs=0: must be at least 1"),
+        ({"retries": "often"}, "retries"),
+    ],
+)
+def test_a_mistake_in_the_cluster_file_is_named(change, message, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    OmegaConf.save(OmegaConf.create(change), path)
+    with pytest.raises(UserError, match=message):
+        read_cluster(path)
+
+
+def test_a_missing_or_broken_cluster_file_ends_in_one_line(tmp_path):
+    (tmp_path / "broken.yaml").write_text("steps: [}")
+    for name in ("gone.yaml", "broken.yaml"):
+        with pytest.raises(UserError, match=name):
+            read_cluster(tmp_path / name)
+
+
+def test_the_package_is_the_golden_one(tmp_path, monkeypatch):
+    """What changes in the compiled pipeline changes before someone's eyes; WRITE_GOLDEN=1 writes it anew."""
+    record = tmp_path / "images.json"
+    steps = ("prepare", "train", "export", "evaluate")
+    record.write_text(
+        json.dumps({step: {"image": f"r.example/{step}:golden", "digest": None} for step in steps})
+    )
+    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", str(EXAMPLE)]
+    environment = os.environ | {"DYNAMIC_TRANSFORMERS_IMAGES": str(record)}
+    subprocess.run(command, env=environment, cwd=PROJECT_ROOT, check=True, capture_output=True)
+    got = (tmp_path / "p.yaml").read_text()
+    if os.environ.get("WRITE_GOLDEN"):
+        GOLDEN.write_text(got)
+    assert got == GOLDEN.read_text()
 
 
 def test_the_package_names_images_by_digest_once_they_are_pushed(tmp_path):
@@ -83,6 +236,53 @@ def test_the_package_names_images_by_digest_once_they_are_pushed(tmp_path):
         check=True,
         capture_output=True,
     )
-    found = executors(yaml.safe_load((tmp_path / "pipeline.yaml").read_text()))
+    found = executors(next(yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())))
     assert found["exec-train"]["container"]["image"] == pushed["digest"]
     assert found["exec-export"]["container"]["image"] == built["image"]
+
+
+QUICK = {"overrides": [], "dataset_configs": "", "max_flops": 0.0, "mlflow_uri": "", "mlflow_experiment": ""}
+
+
+def merged(**parameters):
+    settings = {
+        "data": {"dataset_configs": [{"name": "math", "type": "embedded"}]},
+        "training": {"max_steps": 3},
+    }
+    return settings_from_parameters(json.dumps(settings), **QUICK | parameters)
+
+
+def test_parameters_go_over_the_settings(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert merged().training.max_steps == 3
+    assert merged().tracking.mlflow is False  # nowhere to track to
+    changed = merged(
+        overrides=["model.size=micro", "data.block_size=64"],
+        dataset_configs='[{"name": "code", "type": "embedded"}]',
+        max_flops=1e9,
+        mlflow_uri="http://mlflow.example",
+        mlflow_experiment="other",
+    )
+    assert (changed.model.size, changed.data.block_size) == ("micro", 64)
+    assert [source.name for source in changed.data.dataset_configs] == ["code"]
+    assert (changed.training.max_steps, changed.training.max_flops) == (None, 1e9)
+    assert changed.tracking.mlflow and changed.tracking.experiment == "other"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    assert merged().tracking.mlflow
+
+
+def test_wrong_parameters_end_in_one_line():
+    with pytest.raises(UserError, match="dataset_configs: not JSON"):
+        merged(dataset_configs="[{]")
+    with pytest.raises(UserError, match="nonsense"):
+        merged(overrides=["model.nonsense=1"])
+    assert run_names(["mod", "stt"], [0.0, 1.0]) == ["mod:0", "stt:0", "mod:1", "stt:1"]
+    for architectures, seeds in (
+        (["transformer"], [0]),
+        (["mod"], [0.5]),
+        (["mod"], [-1]),
+        (["mod"], []),
+        (["mod"], [1, 1]),
+    ):
+        with pytest.raises(UserError, match=r"architectures|seeds"):
+            run_names(architectures, seeds)

@@ -11,11 +11,12 @@ import pytest
 from dynamic_transformers.settings import PROJECT_ROOT
 
 
-def run_pipeline(output_dir, runs, *overrides):
-    command = [sys.executable, "-m", "pipelines.run", "--runs", runs, f"run.output_dir={output_dir}"]
+def run_pipeline(output_dir, architectures, *arguments):
+    command = [sys.executable, "-m", "pipelines.run", f"run.output_dir={output_dir}"]
+    command += ["--architectures", architectures]
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     return subprocess.run(
-        [*command, "training.max_flops=2.0e9", *overrides],
+        [*command, "training.max_flops=2.0e9", *arguments],
         cwd=PROJECT_ROOT,
         env=environment,
         capture_output=True,
@@ -26,7 +27,7 @@ def run_pipeline(output_dir, runs, *overrides):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, micro_overrides):
     output_dir = tmp_path_factory.mktemp("outputs")
-    result = run_pipeline(output_dir, "sdt:1", *micro_overrides)
+    result = run_pipeline(output_dir, "sdt", "--seeds", "1", *micro_overrides)
     assert result.returncode == 0, result.stdout + result.stderr
     return output_dir, result.stdout
 
@@ -78,16 +79,40 @@ def test_mlflow_has_the_run_under_its_parent(finished):
 
 def test_a_failing_step_fails_the_run_and_shows_why(tmp_path, micro_overrides):
     sources = "data.dataset_configs=[{name: gone, path: json, data_files: /nowhere/gone.jsonl}]"
-    result = run_pipeline(tmp_path, "standard:0", *micro_overrides, sources)
+    result = run_pipeline(tmp_path, "standard", *micro_overrides, sources)
     assert result.returncode == 2
     assert "/nowhere/gone.jsonl" in result.stdout
     assert "prepare-data" in result.stderr and "Traceback" not in result.stderr
     assert "gone.jsonl" in (tmp_path / "quickstart" / "logs" / "prepare-data.log").read_text()
 
 
-@pytest.mark.parametrize("runs", ["transformer:0", "mod", "mod:x"])
-def test_a_wrong_run_is_refused_before_anything_starts(runs, tmp_path):
-    result = run_pipeline(tmp_path, runs)
+def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_overrides):
+    # Only STT refuses a predictor beside its student.
+    result = run_pipeline(tmp_path, "mod,stt", *micro_overrides, "model.predictor_weight=0.01")
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: --runs {runs}: must be architecture:seed")
+    assert "train" in result.stderr and "STT's student is its predictor" in result.stdout
+    report = tmp_path / "quickstart" / "report"
+    (run,) = json.loads((report / "comparison.json").read_text())["runs"]
+    assert run["architecture"] == "mod" and run["efficiency"]["prefill_tokens_per_second"] > 0
+    assert "without stt:0" in (report / "report.html").read_text()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("dynamic-transformers")
+    runs = {entry.info.run_name: entry for entry in client.search_runs([experiment.experiment_id])}
+    parent = runs["quickstart-unfinished"].info.run_id
+    assert runs["mod-seed0"].data.tags["mlflow.parentRunId"] == parent
+    assert "report/report.html" in {artifact.path for artifact in client.list_artifacts(parent, "report")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("transformer",), "architectures=transformer: must be one of"),
+        (("mod", "--seeds", "x"), "--seeds x: must be whole numbers"),
+        (("mod,mod",), "architectures and seeds: name at least one"),
+    ],
+)
+def test_a_wrong_run_is_refused_before_anything_starts(arguments, message, tmp_path):
+    result = run_pipeline(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {message}")
     assert not list(tmp_path.iterdir())

@@ -126,6 +126,12 @@ def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path
         run["efficiency"] |= dataclasses.asdict(speed)
 
 
+def tracked_runs(output_dir: Path) -> list[str]:
+    """MLflow ids of the runs of a finished comparison, as far as they were tracked."""
+    comparison = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))
+    return [run["mlflow_run_id"] for run in comparison["runs"] if run["mlflow_run_id"]]
+
+
 def print_comparison(output_dir: Path) -> None:
     """Print the table of a finished comparison, and where its report is.
 

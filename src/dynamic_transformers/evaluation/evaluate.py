@@ -12,7 +12,7 @@ from transformers import Qwen2Config
 from dynamic_transformers.data.loading import load_split, load_tokenizer
 from dynamic_transformers.evaluation.efficiency import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
-from dynamic_transformers.evaluation.routing_page import PAGE, PICTURE, trace_routing, write_routing
+from dynamic_transformers.evaluation.routing_page import trace_routing, write_routing
 from dynamic_transformers.manifest import (
     digest,
     finished,
@@ -124,7 +124,7 @@ def evaluate(
             ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
             write_routing(trace_routing(model, load_tokenizer(data_dir), ids), temporary)
         write_manifest(temporary, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
-    track(tracker, model_dir, output_dir, result)
+    track(tracker, model_dir, output_dir, result, comparison=digest(settings.to_dict()))
     return output_dir
 
 
@@ -156,17 +156,15 @@ def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:
     return metrics, errors
 
 
-def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict) -> None:
-    """Attach test figures, the evaluation and the model to the training run."""
+def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict, comparison: str) -> None:
+    """Attach the evaluation, the model and, last, the test figures to the training run."""
     figures = {"test/loss": result["eval"]["loss"], "test/bits_per_byte": result["eval"]["bits_per_byte"]}
     for task, metrics in result["bench"].items():
         figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
     figures["efficiency/forward_flops_per_token"] = result["efficiency"]["forward_flops_per_token"]
-    tracker.log_final(result["training_tokens"], figures)
-    for name in ("evaluation.json", PAGE, PICTURE):
-        if (output_dir / name).is_file():
-            tracker.log_artifacts(output_dir / name, "evaluation")
+    tracker.log_artifacts(output_dir, "evaluation")
     tracker.log_artifacts(tracker.run_dir / "config.yaml", "config")
     tracker.log_artifacts(tracker.run_dir / "manifest.json", "config")
     tracker.log_artifacts(model_dir, "model")
+    tracker.log_final(result["training_tokens"], figures, comparison)
     tracker.close(finished=True)

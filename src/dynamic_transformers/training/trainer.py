@@ -32,9 +32,7 @@ from dynamic_transformers.training.run_folder import claim_run_dir, resume_point
 logger = logging.getLogger("dynamic_transformers")
 
 
-def train(
-    settings: Settings, data_dir: Path, run_dir: Path, parent_run_id: str = "", force: bool = False
-) -> Path:
+def train(settings: Settings, data_dir: Path, run_dir: Path, force: bool = False) -> Path:
     """Train one model.
 
     Writes `config.yaml`, `metrics.jsonl`, `checkpoints/step-…/` and, last, `manifest.json` into `run_dir`.
@@ -43,7 +41,6 @@ def train(
 
     Args:
         data_dir: folder that `prepare` wrote.
-        parent_run_id: MLflow run to hang this one under; '' for none.
         force: begin anew, whatever `run_dir` holds.
 
     Raises:
@@ -58,7 +55,7 @@ def train(
     with accelerator.main_process_first():
         if main:
             claim_run_dir(run_dir, settings, force)
-    run = TrainingRun(settings, data_dir, run_dir, accelerator, config, parent_run_id)
+    run = TrainingRun(settings, data_dir, run_dir, accelerator, config)
     facts = run.fit()
     if main:
         write_manifest(run_dir, "train", config, {"data": data_dir}, **facts)
@@ -109,7 +106,6 @@ class TrainingRun:
         run_dir: Path,
         accelerator: Accelerator,
         config: dict,
-        parent_run_id: str,
     ):
         self.settings, self.run_dir, self.accelerator = settings, run_dir, accelerator
         self.training = settings.training
@@ -133,7 +129,6 @@ class TrainingRun:
             name=f"{settings.model.type}-seed{settings.run.seed}",
             params=settings.to_dict(),
             tags={"architecture": settings.model.type, "seed": str(settings.run.seed)},
-            parent_run_id=parent_run_id,
             enabled=accelerator.is_main_process,
         )
         self.tracker.log_data(data_dir, self.manifest)
@@ -241,7 +236,6 @@ class TrainingRun:
             },
             "checkpoint": str(checkpoint.relative_to(self.run_dir)),
             "mlflow_run_id": self.tracker.run_id,
-            "parent_run_id": self.tracker.state["parent_run_id"],
             "model_config": model_config.to_dict(),
         }
 

@@ -1,0 +1,41 @@
+"""Merges the pipeline's parameters into the settings and runs that the other steps take."""
+
+from typing import List  # noqa: UP035  (kfp reads the annotation)
+
+from kfp import dsl
+
+from components import image_of
+
+
+@dsl.component(base_image=image_of("prepare"), install_kfp_package=False)
+def configure(
+    settings: str,
+    architectures: List[str],  # noqa: UP006
+    seeds: List[int],  # noqa: UP006
+    overrides: List[str],  # noqa: UP006
+    dataset_configs: str,
+    max_flops: float,
+    mlflow_uri: str,
+    mlflow_experiment: str,
+    merged: dsl.OutputPath(str),  # type: ignore[valid-type]
+    runs: dsl.OutputPath(List[str]),  # type: ignore[valid-type]  # noqa: UP006
+):
+    """Check everything before anything costs time.
+
+    Args:
+        settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment: as in
+            `settings_from_parameters`.
+        architectures, seeds: each architecture is trained with each seed.
+        merged: all settings, as JSON.
+        runs: `architecture:seed` each.
+    """
+    import json
+    from pathlib import Path
+
+    from dynamic_transformers.configure import run_names, settings_from_parameters
+
+    values = settings_from_parameters(
+        settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
+    )
+    Path(runs).write_text(json.dumps(run_names(architectures, seeds)))
+    Path(merged).write_text(values.to_json())

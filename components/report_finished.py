@@ -1,0 +1,43 @@
+"""Runs after the pipeline however it ended: compares what finished of one that failed."""
+
+from typing import List  # noqa: UP035  (kfp reads the annotation)
+
+from kfp import dsl
+
+from components import image_of
+
+
+@dsl.component(base_image=image_of("evaluate"), install_kfp_package=False)
+def report_finished(
+    status: dsl.PipelineTaskFinalStatus,
+    settings: str,
+    architectures: List[str],  # noqa: UP006
+    seeds: List[int],  # noqa: UP006
+    overrides: List[str],  # noqa: UP006
+    dataset_configs: str,
+    max_flops: float,
+    mlflow_uri: str,
+    mlflow_experiment: str,
+    report: dsl.Output[dsl.Artifact],
+):
+    """Write the report that `compare` could not write, of the runs that MLflow knows as evaluated.
+
+    Args:
+        status: how the pipeline ended; nothing is done after a success.
+        settings, architectures, seeds, overrides, dataset_configs, max_flops, mlflow_uri,
+            mlflow_experiment: the pipeline's parameters, as `configure` takes them.
+        report: the comparison; missing when nothing has finished.
+    """
+    from pathlib import Path
+
+    from dynamic_transformers.comparison.finished import compare_finished
+    from dynamic_transformers.configure import run_names, settings_from_parameters
+    from dynamic_transformers.step_log import step_log
+
+    if status.state == "SUCCEEDED":
+        return
+    with step_log(Path(report.path)):
+        values = settings_from_parameters(
+            settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
+        )
+        compare_finished(values, run_names(architectures, seeds), Path(report.path))

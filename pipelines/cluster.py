@@ -1,0 +1,175 @@
+# pyright: reportAttributeAccessIssue=false
+"""What a cluster is told about each step: resources, nodes, volumes, secrets, retries. Fixed when compiled.
+
+A YAML file holds `ClusterSettings`; cluster/example.yaml is a pattern.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from kfp import dsl, kubernetes
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from components import image_of
+from dynamic_transformers.configure import omegaconf_line
+from dynamic_transformers.launch.settings import Launch
+from dynamic_transformers.settings import UserError
+
+STEPS = ("configure", "prepare_data", "train", "export", "evaluate", "compare", "report_finished")
+
+
+@dataclass
+class Toleration:
+    """A taint that a step's pod bears, as in Kubernetes."""
+
+    key: str
+    operator: str = "Exists"  # Exists | Equal
+    value: str | None = None
+    effect: str | None = None  # None: every effect
+
+
+@dataclass
+class StepSettings:
+    """Where a step runs, and what of."""
+
+    cpu: str | None = None  # limit, as Kubernetes writes it: 8, 500m
+    memory: str | None = None  # limit: 64Gi
+    accelerator: str = "nvidia.com/gpu"
+    accelerators: int = 0  # of one node; training runs one process on each
+    node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: list[Toleration] = field(default_factory=list)
+    timeout_seconds: int = 0  # 0: none
+
+
+@dataclass
+class SecretVariable:
+    """An environment variable whose value stays in a Kubernetes Secret."""
+
+    variable: str
+    secret: str
+    key: str
+
+
+@dataclass
+class ClusterSettings:
+    """Settings of a compiled pipeline.
+
+    Attributes:
+        steps: by name; a step that is not named takes what the cluster gives it.
+        secrets: for every step: tokens of the hub, of MLflow, of W&B.
+        image_pull_secrets: names of Secrets with the registry's credentials.
+        retries: how often a step that failed, or whose node was taken away, is begun again.
+        parallel_runs: runs (architecture and seed) at the same time.
+        shared_memory: size of /dev/shm for training; a pod's own 64 MB are too few.
+        nodes: of one training run; more than one need `volume_claim` and the Kubeflow Trainer.
+        volume_claim: PersistentVolumeClaim, ReadWriteMany, over which the nodes share data and checkpoints.
+        mount_path: where it appears.
+    """
+
+    steps: dict[str, StepSettings] = field(default_factory=dict)
+    secrets: list[SecretVariable] = field(default_factory=list)
+    image_pull_secrets: list[str] = field(default_factory=list)
+    retries: int = 2
+    parallel_runs: int = 4
+    shared_memory: str | None = "2Gi"
+    nodes: int = 1
+    volume_claim: str = ""
+    mount_path: str = "/shared"
+
+
+LOCAL = ClusterSettings(
+    retries=0, parallel_runs=1, shared_memory=None
+)  # this machine, with or without Docker
+
+
+def read_cluster(path: Path) -> ClusterSettings:
+    """Settings of a YAML file.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key or step, a wrong type or number.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; cluster/example.yaml is a pattern")
+    try:
+        cluster = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(ClusterSettings), OmegaConf.load(path))
+        )
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {omegaconf_line(error)}") from error
+    except YAMLError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    assert isinstance(cluster, ClusterSettings)
+    if unknown := sorted(set(cluster.steps) - set(STEPS)):
+        raise UserError(f"{path}: steps.{unknown[0]}: must be one of {', '.join(STEPS)}")
+    for name, least in (("retries", 0), ("parallel_runs", 1), ("nodes", 1)):
+        if getattr(cluster, name) < least:
+            raise UserError(f"{path}: {name}={getattr(cluster, name)}: must be at least {least}")
+    if cluster.nodes > 1 and not cluster.volume_claim:
+        raise UserError(f"{path}: nodes={cluster.nodes} needs volume_claim, which the nodes share")
+    return cluster
+
+
+def launch_of(cluster: ClusterSettings) -> Launch:
+    """How the train step starts its processes."""
+    step = cluster.steps.get("train", StepSettings())
+    limits = {"cpu": step.cpu, "memory": step.memory}
+    resources = {name: value for name, value in limits.items() if value}
+    if step.accelerators:
+        resources[step.accelerator] = str(step.accelerators)
+    return Launch(
+        processes=max(1, step.accelerators),
+        nodes=cluster.nodes,
+        image=image_of("train"),
+        claim=cluster.volume_claim,
+        mount_path=cluster.mount_path,
+        resources=resources,
+        node_selector=step.node_selector,
+        tolerations=[without_none(asdict(toleration)) for toleration in step.tolerations],
+        secret_environment=[
+            {"name": secret.variable, "secret": secret.secret, "key": secret.key}
+            for secret in cluster.secrets
+        ],
+        timeout_seconds=step.timeout_seconds,
+    )
+
+
+def place(task: dsl.PipelineTask, name: str, cluster: ClusterSettings) -> None:
+    """Give a task what the cluster's settings say of step `name`."""
+    step = cluster.steps.get(name, StepSettings())
+    if name == "train" and cluster.nodes > 1:
+        step = StepSettings(timeout_seconds=step.timeout_seconds)  # it watches; the nodes of its job compute
+    if step.cpu:
+        task.set_cpu_limit(step.cpu)
+    if step.memory:
+        task.set_memory_limit(step.memory)
+    if step.accelerators:
+        task.set_accelerator_type(step.accelerator)
+        task.set_accelerator_limit(step.accelerators)
+    for key, value in step.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in step.tolerations:
+        kubernetes.add_toleration(task, **without_none(asdict(toleration)))
+    if step.timeout_seconds:
+        kubernetes.set_timeout(task, step.timeout_seconds)
+    if cluster.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, cluster.image_pull_secrets)
+    for secret in cluster.secrets:
+        kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.variable})
+    if cluster.retries and name != "report_finished":
+        task.set_retry(cluster.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration="600s")
+    if name == "train":
+        if cluster.shared_memory:
+            kubernetes.empty_dir_mount(
+                task, "shared-memory", "/dev/shm", medium="Memory", size_limit=cluster.shared_memory
+            )
+        if cluster.volume_claim:
+            kubernetes.mount_pvc(task, cluster.volume_claim, cluster.mount_path)
+
+
+def without_none(values: dict) -> dict:
+    """The entries that are set."""
+    return {key: value for key, value in values.items() if value is not None}

@@ -1,0 +1,418 @@
+"""`python -m pipelines.submit` against a loopback server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import List  # noqa: UP035  (kfp reads the annotation)
+
+import kfp
+import pytest
+import yaml
+from fake_kfp import Handler, fake_kfp, serving, state
+from kfp import compiler, dsl, kubernetes
+
+from dynamic_transformers import __version__
+from dynamic_transformers.configure import settings_from_json
+from dynamic_transformers.settings import PROJECT_ROOT
+from pipelines import submit
+
+TOKEN = "a-secret-that-nobody-may-see"
+VARIABLES = ("KFP_HOST", "KFP_TOKEN", "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH")
+
+
+def write_package(path, image="python:3.11", pull_policy=None, needs_more=False):
+    """A pipeline that takes what ours takes."""
+
+    @dsl.component(base_image=image, install_kfp_package=False)
+    def train(settings: str, architecture: str, seeds: List[int]):  # noqa: UP006
+        pass
+
+    def pipeline(settings: str, architectures: List[str], seeds: List[int], dataset: str = "embedded"):  # noqa: UP006
+        with dsl.ParallelFor(architectures) as architecture:
+            task = train(settings=settings, architecture=architecture, seeds=seeds)
+            if pull_policy:
+                kubernetes.set_image_pull_policy(task, pull_policy)
+
+    def needier_pipeline(settings: str, architectures: List[str], seeds: List[int], budget: float):  # noqa: UP006
+        train(settings=settings, architecture="mod", seeds=seeds)
+
+    definition = dsl.pipeline(name="small-comparison")(needier_pipeline if needs_more else pipeline)
+    compiler.Compiler().compile(definition, str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    return write_package(tmp_path_factory.mktemp("package") / "pipeline.yaml")
+
+
+@pytest.fixture(autouse=True)
+def no_credentials_of_this_machine(monkeypatch, tmp_path):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / ".config/kfp/context.json"))
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+
+
+@pytest.fixture
+def fake():
+    with fake_kfp() as server:
+        yield server
+
+
+@pytest.fixture
+def guarded():
+    with fake_kfp(token=TOKEN) as server:
+        yield server
+
+
+@pytest.fixture
+def run(capsys, package):
+    """Runs the command in this process; gives exit code, standard output and standard error."""
+
+    def call(host, *arguments):
+        given = [] if "--package" in arguments else ["--package", package]
+        with pytest.raises(SystemExit) as end:
+            submit.main(["--host", host, *map(str, [*given, *arguments])])
+        output, errors = capsys.readouterr()
+        assert TOKEN not in output + errors
+        return end.value.code, output, errors
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Runs a command that must end in one line, and gives it."""
+
+    def call(host, *arguments):
+        code, _, errors = run(host, *arguments)
+        assert code == 2
+        assert errors.startswith("error: ") and len(errors.splitlines()) == 1, errors
+        return errors.removeprefix("error: ")
+
+    return call
+
+
+def command(*arguments, **environment):
+    """Runs the command as a user does."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pipelines.submit", *map(str, arguments)],
+        cwd=PROJECT_ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert TOKEN not in result.stdout + result.stderr
+    return result
+
+
+def test_a_user_sees_what_was_submitted_and_nothing_else(guarded, package):
+    arguments = ("--package", package, "--run-name", "mine")
+    result = command(*arguments, KFP_HOST=guarded.url + "/", KFP_TOKEN=TOKEN)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    (started,) = guarded.runs
+    assert started["experiment_id"] == guarded.experiments[0]["experiment_id"]
+    version = guarded.versions[0]["description"].removeprefix("first version: ")
+    assert version.startswith(f"{__version__}-")
+    assert result.stdout.splitlines() == [
+        "experiment: dynamic-transformers",
+        f"pipeline:   small-comparison, {version}, uploaded",
+        f"run:        mine, {started['run_id']}",
+        f"link:       {guarded.url}/#/runs/details/{started['run_id']}",
+    ]
+
+
+def test_our_own_pipeline_is_compiled_for_the_cluster_and_accepted(fake, refused, tmp_path):
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("image_pull_secrets: [registry-of-ours]")
+    result = command("--host", fake.url, "--cluster", cluster)
+    assert result.returncode == 0, result.stderr
+    assert fake.pipelines[0]["display_name"] == "dynamic-transformers-comparison"
+    assert "registry-of-ours" in json.dumps(fake.versions[0]["pipeline_spec"]["platform_spec"])
+    assert refused(fake.url, "--cluster", cluster).startswith("--cluster is for a pipeline that is compiled")
+
+
+def test_the_same_content_is_uploaded_once(fake, run, tmp_path):
+    package = tmp_path / "pipeline.yaml"
+    uploads = []
+    contents = [{}, {}, {"image": "python:3.12"}, {"image": "python:3.12"}, {"pull_policy": "Always"}, {}]
+    for content in contents:
+        write_package(package, **content)
+        code, output, errors = run(fake.url, "--package", package)
+        assert code == 0, errors
+        uploads.append("already there" not in output)
+    assert uploads == [True, False, True, False, True, False]
+    assert len(fake.experiments) == len(fake.pipelines) == 1
+    assert len(fake.versions) == 3 and "platforms" in fake.versions[2]["pipeline_spec"]["platform_spec"]
+    ran = [started["pipeline_version_reference"]["pipeline_version_id"] for started in fake.runs]
+    first, second, third = (version["pipeline_version_id"] for version in fake.versions)
+    assert ran == [first, first, second, second, third, first]
+
+
+def test_parameters_arrive(fake, run):
+    asked = ("--architectures", "mod,stt", "--seeds", "0,3", "training.max_flops=5e9", "run.name=trial")
+    code, _, errors = run(fake.url, "--experiment", "budgets", *asked)
+    assert code == 0, errors
+    (started,) = fake.runs
+    parameters = started["runtime_config"]["parameters"]
+    assert parameters.keys() == {"settings", "architectures", "seeds"}
+    assert parameters["architectures"] == ["mod", "stt"]
+    assert parameters["seeds"] == [0, 3] and all(type(seed) is int for seed in parameters["seeds"])
+    settings = settings_from_json(parameters["settings"])
+    assert settings.training.max_flops == 5e9
+    assert settings.run.output_dir == "outputs" and settings.tracking.mlflow_uri is None
+    assert str(PROJECT_ROOT) not in json.dumps(started)
+    assert started["display_name"].startswith("trial-20")
+    assert fake.experiments[0]["display_name"] == "budgets"
+
+
+def test_a_namespace_has_its_own_experiment_and_pipeline(fake, run):
+    assert run(fake.url)[0] == run(fake.url, "--namespace", "team")[0] == 0
+    assert [experiment.get("namespace") for experiment in fake.experiments] == ["", "team"]
+    assert [pipeline.get("namespace") for pipeline in fake.pipelines] == [None, "team"]
+    assert fake.runs[1]["pipeline_version_reference"]["pipeline_id"] == fake.pipelines[1]["pipeline_id"]
+
+
+def test_wait_prints_each_change_of_state_until_success(fake, run):
+    fake.states = [
+        state("PENDING"),
+        state("RUNNING", prepare="RUNNING"),
+        state("RUNNING", prepare="RUNNING"),
+        state("RUNNING", prepare="SUCCEEDED", train="RUNNING"),
+        state("SUCCEEDED", prepare="SUCCEEDED", train="SUCCEEDED"),
+    ]
+    code, output, errors = run(fake.url, "--wait")
+    assert code == 0, errors
+    assert [line.split(" ", 1)[1] for line in output.splitlines()[4:]] == [
+        "run: PENDING",
+        "prepare: RUNNING",
+        "run: RUNNING",
+        "prepare: SUCCEEDED",
+        "train: RUNNING",
+        "train: SUCCEEDED",
+        "run: SUCCEEDED",
+    ]
+
+
+def test_a_failed_run_names_the_tasks_that_failed_first(fake, refused):
+    tasks = {
+        "loop": ("FAILED", None, "2026-09-01T10:09:00Z"),
+        "prepare": ("SUCCEEDED", None, "2026-09-01T10:01:00Z"),
+        "train": ("FAILED", "exit code 2:\nout of memory", "2026-09-01T10:08:00Z"),
+    }
+    fake.states = [state("RUNNING"), state("FAILED", **tasks)]
+    line = refused(fake.url, "--wait")
+    link = f"{fake.url}/#/runs/details/{fake.runs[0]['run_id']}"
+    reasons = "train failed (exit code 2: out of memory), loop failed"
+    assert line == f"the run ended FAILED: {reasons}; see {link}\n"
+
+
+def test_a_run_that_fails_before_any_task_shows_its_own_reason(fake, refused):
+    fake.states = [state("FAILED", error="no such service account")]
+    assert "the run ended FAILED: no such service account; see" in refused(fake.url, "--wait")
+
+
+def test_a_canceled_run_ends_the_wait(fake, refused):
+    fake.states = [state("RUNNING"), state("CANCELING"), state("CANCELED")]
+    assert refused(fake.url, "--wait").startswith(
+        "the run ended CANCELED: the server names no failed task; see http"
+    )
+
+
+def test_the_wait_ends_and_the_run_goes_on(fake, refused):
+    fake.states = [state("RUNNING")]
+    line = refused(fake.url, "--wait", "--timeout", "0.05")
+    link = f"{fake.url}/#/runs/details/{fake.runs[0]['run_id']}"
+    assert line == f"the run has not ended after 0.05 s and goes on: {link}\n"
+    assert refused(fake.url, "--timeout", "5") == "--timeout needs --wait\n"
+
+
+def test_the_wait_outlasts_a_short_outage_only(fake, run, refused, caplog):
+    fake.states, fake.outages, fake.hang_ups = [state("SUCCEEDED")], 3, 6
+    assert run(fake.url, "--wait")[0] == 0
+    assert fake.hang_ups == 0
+    assert not caplog.records  # of urllib3, about each new attempt
+    fake.outages = 1000
+    assert refused(fake.url, "--wait") == f"{fake.url} answered 503: upstream connect error\n"
+
+
+def test_the_token_comes_from_a_file_which_may_change(guarded, run, tmp_path, monkeypatch):
+    file = tmp_path / "token"
+    file.write_text(f"{TOKEN}\n")
+    monkeypatch.setenv("KFP_TOKEN", "of-no-use-here")
+
+    def renew():
+        guarded.token = f"new-{TOKEN}"
+        file.write_text(guarded.token)
+
+    guarded.on_poll = renew
+    guarded.states = [state("RUNNING"), state("SUCCEEDED")]
+    code, _, errors = run(guarded.url, "--token-file", file, "--wait")
+    assert code == 0, errors
+
+
+def test_the_token_of_a_service_account_is_used_in_a_cluster(guarded, run, tmp_path, monkeypatch):
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(file))
+    assert run(guarded.url)[0] == 0
+    monkeypatch.setenv("KFP_TOKEN", "another")
+    assert run(guarded.url)[0] == 2
+
+
+def test_credentials_that_kfp_keeps_are_used(guarded, run, tmp_path):
+    context = tmp_path / ".config/kfp/context.json"
+    context.parent.mkdir(parents=True)
+    header = {"client_authentication_header_name": "Authorization"}
+    header |= {"client_authentication_header_value": f"Bearer {TOKEN}"}
+    context.write_text(json.dumps({"namespace": "team", **header}))
+    assert run(guarded.url)[0] == 0
+    assert guarded.pipelines[0]["namespace"] == guarded.experiments[0]["namespace"] == "team"
+
+
+def test_a_wrong_or_missing_token_is_told_without_showing_it(guarded, package):
+    guarded.token = "the-right-one"
+    for environment in ({"KFP_TOKEN": TOKEN}, {}):
+        result = command("--host", guarded.url, "--package", package, **environment)
+        assert result.returncode == 2 and result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"error: {guarded.url} answered 401: Request header error")
+        assert line.endswith("; give a token that is valid there, by --token-file or KFP_TOKEN")
+    assert not guarded.experiments
+
+
+@pytest.mark.parametrize("text", ["", f"{TOKEN}\n{TOKEN}", f"{TOKEN} x", f"{TOKEN}é"])
+def test_a_file_that_holds_no_token_is_refused(text, fake, refused, tmp_path):
+    file = tmp_path / "token"
+    file.write_text(text)
+    line = refused(fake.url, "--token-file", file)
+    assert line == f"{file}: must hold one token, and nothing else\n"
+    assert not fake.requests
+
+
+def test_a_token_file_that_is_not_there_is_refused(fake, refused):
+    assert refused(fake.url, "--token-file", "/nowhere/token").startswith(
+        "--token-file /nowhere/token: No such"
+    )
+
+
+def test_nothing_listens(package):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"http://127.0.0.1:{free.getsockname()[1]}"
+        result = command("--host", host, "--package", package, KFP_TOKEN=TOKEN)
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: nothing answers at {host} (") and "Connection refused" in line
+
+
+class Page(Handler):
+    """What another service answers."""
+
+    status = 200
+
+    def do_GET(self):  # noqa: N802
+        self.send_text(self.status, "text/html", "<html><body>Please log in</body></html>")
+
+
+@pytest.mark.parametrize(
+    ("status", "end"),
+    [
+        (
+            200,
+            "is no Kubeflow Pipelines server: its health page is not JSON; "
+            "if it is one to log in, give a token",
+        ),
+        (404, "is no Kubeflow Pipelines server: it has no health page"),
+        (502, "answered 502: Bad Gateway"),
+    ],
+)
+def test_another_service_answers(status, end, refused, monkeypatch):
+    monkeypatch.setattr(Page, "status", status)
+    with serving(Page) as server:
+        assert refused(server.url) == f"{server.url} {end}\n"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("certificate")
+    key, pem = folder / "key.pem", folder / "certificate.pem"
+    request = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=fake -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(
+        ["openssl", *request.split(), "-keyout", key, "-out", pem], check=True, capture_output=True
+    )
+    pem.write_text(key.read_text() + pem.read_text())
+    return pem
+
+
+def test_a_certificate_must_be_trusted(certificate, run, refused, monkeypatch):
+    with fake_kfp(certificate=certificate) as fake:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert run(fake.url)[0] == 0
+        monkeypatch.delenv("SSL_CERT_FILE")
+        line = refused(fake.url)
+    assert line.startswith(f"{fake.url}: no secure connection (self-signed certificate")
+    assert "SSL_CERT_FILE" in line
+
+
+def test_https_to_a_server_without_it(fake, refused):
+    host = fake.url.replace("http:", "https:")
+    assert refused(host).startswith(f"{host}: no secure connection")
+
+
+def test_a_pipeline_that_the_server_refuses(fake, refused, package, tmp_path):
+    spec = yaml.safe_load(package.read_text())
+    spec["root"]["colour"] = "green"
+    wrong = tmp_path / "pipeline.yaml"
+    wrong.write_text(yaml.safe_dump(spec))
+    line = refused(fake.url, "--package", wrong)
+    assert line.startswith(f"{fake.url} answered 400: Invalid input error: invalid v2 pipeline spec:")
+    assert "colour" in line and not fake.pipelines
+
+
+def test_a_run_that_the_server_refuses(fake, refused, tmp_path):
+    package = write_package(tmp_path / "pipeline.yaml", needs_more=True)
+    line = refused(fake.url, "--package", package)
+    assert "answered 400: Invalid input error: parameter budget is not optional" in line
+
+
+def without_seeds(text):
+    spec = yaml.safe_load(text)
+    del spec["root"]["inputDefinitions"]["parameters"]["seeds"]
+    return yaml.safe_dump(spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_seeds, "pipeline small-comparison has no parameter seeds"),
+        (lambda text: "kind: Workflow", "no compiled pipeline; `make pipeline` writes one"),
+        (lambda text: "{", "no compiled pipeline; `make pipeline` writes one"),
+        (lambda text: "", "no compiled pipeline; `make pipeline` writes one"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_wrong_package(change, message, fake, refused, package, tmp_path):
+    wrong = tmp_path / "pipeline.yaml"
+    if change:
+        wrong.write_text(change(package.read_text()))
+    assert refused(fake.url, "--package", wrong) == f"{wrong}: {message}\n"
+    assert not fake.requests
+
+
+def test_no_host(package):
+    result = command("--package", package)
+    assert result.returncode == 2
+    assert result.stderr == "error: no server: give --host https://... or set KFP_HOST\n"
+
+
+@pytest.mark.parametrize(
+    "host", ["kubeflow.example", f"https://me:{TOKEN}@kubeflow.example", "ftp://x", "http://"]
+)
+def test_a_host_that_is_none(host, refused):
+    assert refused(host).startswith("--host: must be like https://host")
