@@ -47,8 +47,7 @@ class Dimensions:
 
 
 # 0.5b and 1.5b are Qwen2's own. The small ones are ours: head size 64, ff ≈ 8/3·d, and initial weights of
-# √(2/5d), which is Qwen2's 0.02 at d = 896: with 0.02 at d = 128 the blocks hardly act, and training stays
-# at the unigram plateau for hundreds of steps.
+# √(2/5d), which is about Qwen2's 0.02 at d = 896: with 0.02 at d = 128 the blocks hardly act at first.
 SIZES = {
     "micro": Dimensions(64, 176, 4, 1, 1, initializer_range=0.079),
     "tiny": Dimensions(128, 344, 6, 2, 1, initializer_range=0.056),

@@ -6,8 +6,8 @@ token. The dynamic layer 2j + 1 computes only the selected tokens: y = post + g�
 The score depends on tokens up to t, so the `threshold` rule decodes exactly as it prefills.
 
 The prior's loss is MSE(sg(x) + Δ̂, sg(post)). The paper does not say whether x carries a gradient there. It
-must not: post moves with x, so the loss would push x along Δ without end (seen: the loss grew from 0.6 to
-43,000 in 60 steps). The language-model gradient still reaches the prior and the decision layer through g.
+must not: post moves with x, so the loss would push x along Δ without end. The language-model gradient still
+reaches the prior and the decision layer through g.
 """
 
 from torch import Tensor
