@@ -35,7 +35,7 @@ format: $(INSTALLED)  ## rewrite the code as `check` wants it
 pipeline: $(INSTALLED)  ## compile the pipeline to build/pipeline.yaml; CLUSTER=cluster/example.yaml
 	$(BIN)/python -m pipelines.compile build/pipeline.yaml --cluster "$(CLUSTER)"
 
-build-images: $(INSTALLED)  ## the images of the steps; REGISTRY= TAG= BASE_IMAGE= TORCH_INDEX_URL=
+build-images: $(INSTALLED)  ## the images of the steps and of the MLflow server; REGISTRY= TAG= BASE_IMAGE= TORCH_INDEX_URL=
 	$(BIN)/python -m pipelines.images build --registry "$(REGISTRY)" --tag "$(TAG)" \
 		--base-image "$(BASE_IMAGE)" --torch-index-url "$(TORCH_INDEX_URL)"
 

@@ -20,14 +20,14 @@ from kfp.local import docker_task_handler
 from components import image_of
 from dynamic_transformers.settings import PROJECT_ROOT
 from pipelines.docker_status import report_failures
-from pipelines.images import STEPS
+from pipelines.images import SERVER, STEPS
 
 
 @pytest.fixture(scope="module")
 def client():
     try:
         client = docker.from_env()
-        for step in STEPS:
+        for step in (*STEPS, SERVER):
             client.images.get(image_of(step))
     except DockerException as error:
         pytest.skip(f"needs a Docker engine and `make build-images`: {str(error).splitlines()[0]}")
@@ -46,7 +46,7 @@ def test_each_image_shows_its_command(client, step, usage):
     assert in_container(client, step).startswith(f"usage: dynamic-transformers {usage}")
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", (*STEPS, SERVER))
 def test_images_are_labelled_and_have_no_entrypoint_and_no_root(client, step):
     config = client.images.get(image_of(step)).attrs["Config"]
     assert not config["Entrypoint"] and config["User"] == "1000:1000"
