@@ -67,7 +67,7 @@ def test_every_image_has_a_version():
     assert ours["name"] in [image.rpartition(":")[0] for image in images]
     images += [service["image"] for service in SERVICES.values() if "${" not in service["image"]]
     images.append(f"{ours['newName']}:{ours['newTag']}")
-    images += re.findall(r"^MINIO_IMAGE=(.*)$", (CLUSTER / "mlflow.env.example").read_text(), re.MULTILINE)
+    images += re.findall(r"^MINIO_IMAGE=(.*)$", EXAMPLE, re.MULTILINE)
     assert len(images) == 5
     for image in images:
         assert re.search(r"[^:]:(RELEASE\.)?\d+[-.\w]*$", image), image
