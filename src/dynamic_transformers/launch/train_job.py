@@ -153,7 +153,7 @@ def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
         "trainer": trainer,
         "runtimePatches": [
             {
-                "manager": "dynamic-transformers", "podSpecOverrides": [],
+                "manager": "dynamic-transformers",
                 "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [patch]}}},
             }
         ],
