@@ -5,19 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from dynamic_transformers.models.cache import EMPTY, RoutedCache, RoutedCacheLayer
-from tests.models.tiny import ALL, ROUTED, calibrated, logits, tokens
+from tests.models.tiny import CASES, ROUTED, ROUTED_STAGES, calibrated, calibrated_case, logits, tokens
 
 LENGTH = 24
-RULES = [
-    *((architecture, {}) for architecture in ALL),
-    ("mod", {"selection_rule": "aux", "aux_weight": 0.01}),
-    ("mod", {"selection_rule": "predictor", "predictor_weight": 0.01}),
-    ("sdt", {"selection_rule": "predictor", "predictor_weight": 0.01}),
-    ("stt", {"selection_rule": "predictor"}),
-    ("sdt", {"surprise_window": 5}),
-    ("sdt", {"surprise_window": 1}),
-    ("sdt", {"surprise_normalize": "moving_average", "surprise_window": 7}),
-]
 
 
 @torch.no_grad()
@@ -44,9 +34,9 @@ def close(got, expected):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("architecture", "options"), RULES)
-def test_cached_equals_uncached_wherever_the_prefill_is_cut(architecture, options, attention):
-    model = calibrated(architecture, attention=attention, **options)
+@pytest.mark.parametrize("case", CASES)
+def test_cached_equals_uncached_wherever_the_prefill_is_cut(case, attention):
+    model = calibrated_case(case, attention=attention)
     ids = tokens(3, LENGTH)
     expected = logits(model, ids)
     for cut in range(1, LENGTH):
@@ -55,9 +45,9 @@ def test_cached_equals_uncached_wherever_the_prefill_is_cut(architecture, option
     close(cached_logits(model, ids, [5, 6, 13])[0], expected)
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
-def test_cached_batches_with_left_padding_equal_single_rows(architecture):
-    model = calibrated(architecture, surprise_window=6) if architecture != "mod" else calibrated("mod")
+@pytest.mark.parametrize("stage", ROUTED_STAGES)
+def test_cached_batches_with_left_padding_equal_single_rows(stage):
+    model = calibrated_case(stage) if stage == "mod" else calibrated_case(stage, surprise_window=6)
     lengths, prompt = (10, 4, 7), 10
     rows = [tokens(1, n + 8, seed=n) for n in lengths]
     ids, mask = torch.full((3, prompt + 8), 5), torch.zeros(3, prompt + 8, dtype=torch.long)
@@ -68,10 +58,9 @@ def test_cached_batches_with_left_padding_equal_single_rows(architecture):
         close(got[row][mask[row] == 1], logits(model, values)[0])
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
-def test_packed_documents_stay_apart_in_the_cache(architecture):
-    window = {} if architecture == "mod" else {"surprise_window": 6}
-    model = calibrated(architecture, **window)
+@pytest.mark.parametrize("stage", ROUTED_STAGES)
+def test_packed_documents_stay_apart_in_the_cache(stage):
+    model = calibrated_case(stage) if stage == "mod" else calibrated_case(stage, surprise_window=6)
     documents = [tokens(2, length, seed=length) for length in (9, 5, 10)]
     ids = torch.cat(documents, dim=1)
     positions = torch.cat([torch.arange(document.shape[1]) for document in documents]).expand(2, -1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tests.models.tiny import ALL, ROUTED, calibrated, logits, tokens
+from tests.models.tiny import ROUTED, ROUTED_STAGES, STAGES, calibrated, calibrated_case, logits, tokens
 
 MODES = {
     "greedy": {"do_sample": False},
@@ -29,9 +29,9 @@ def generate(model, ids, mask, steps, **options):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("architecture", ALL)
-def test_cached_and_uncached_generation_agree_in_left_padded_batches(architecture, mode):
-    model = calibrated(architecture)
+@pytest.mark.parametrize("stage", STAGES)
+def test_cached_and_uncached_generation_agree_in_left_padded_batches(stage, mode):
+    model = calibrated_case(stage)
     ids, mask = left_padded([9, 3, 6])
     options = MODES[mode] | {"return_dict_in_generate": True, "output_logits": True}
     cached = generate(model, ids, mask, 12, use_cache=True, **options)
@@ -41,9 +41,9 @@ def test_cached_and_uncached_generation_agree_in_left_padded_batches(architectur
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
-def test_a_batch_generates_what_its_rows_generate_alone(architecture):
-    model = calibrated(architecture)
+@pytest.mark.parametrize("stage", ROUTED_STAGES)
+def test_a_batch_generates_what_its_rows_generate_alone(stage):
+    model = calibrated_case(stage)
     lengths = [9, 3, 6]
     ids, mask = left_padded(lengths)
     together = generate(model, ids, mask, 10, do_sample=False)
@@ -93,9 +93,9 @@ def test_attention_that_cannot_work_is_refused(architecture, attention):
         AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
-def test_long_prompt_then_many_steps(architecture):
-    model = calibrated(architecture, surprise_window=16) if architecture != "mod" else calibrated("mod")
+@pytest.mark.parametrize("stage", ROUTED_STAGES)
+def test_long_prompt_then_many_steps(stage):
+    model = calibrated_case(stage) if stage == "mod" else calibrated_case(stage, surprise_window=16)
     ids = tokens(2, 150)
     text = generate(model, ids, torch.ones_like(ids), 60, do_sample=False)
     following = logits(model, text)[:, 149:-1].argmax(-1)

@@ -1,9 +1,12 @@
 """bf16, torch.compile, and what a checkpoint in another type keeps."""
 
+import contextlib
 import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.conformance.test_cache import cached_logits
@@ -20,6 +23,57 @@ def test_bf16_trains_with_a_gradient_for_every_parameter(architecture):
     output.loss.backward()
     assert output.loss.isfinite() and output.logits.dtype == torch.bfloat16
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def exact_scores(router, hidden_states, previous_layer, predicted):
+    """The scores of a routed layer in fp64, from what its router was given, without padding or a past."""
+    x, before = hidden_states.double(), previous_layer.double()
+    if router.config.model_type == "qwen2_mod":
+        return (x * router.router.weight.double()).sum(-1)
+    if router.config.model_type == "qwen2_stt":
+        halves = (x, F.pad(x[:, :-1], (0, 0, 1, 0)))
+        normed = [F.rms_norm(half, x.shape[-1:], eps=router.config.rms_norm_eps) for half in halves]
+        return (torch.cat(normed, -1) * router.student.weight.double()).sum(-1)
+    gate = router.surprise
+    static = (x - before).square().mean(-1)
+    expected = static - (x - before - predicted.double()).square().mean(-1)
+    expected = expected + F.softplus(gate.raw_offset_ce.double()).log()
+    average = static.cumsum(1) / torch.arange(1, x.shape[1] + 1)
+    unexpected = static - F.softplus(gate.raw_multiplier_cu.double()) * average
+    terms = torch.stack([expected, unexpected, expected + unexpected])
+    return ((gate.beta.double() * terms).logsumexp(0) - math.log(3)) / gate.beta.double()
+
+
+def bf16_suffices(values):
+    """Whether fp32 `values` are bf16 ones cast up."""
+    assert values.dtype == torch.float32
+    return (values == values.bfloat16().float()).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("how", ["autocast", "bf16 model"])
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_scores_and_logits_that_select_are_fp32(architecture, how, mode):
+    student = architecture == "stt"
+    options = {} if student else {"selection_rule": "predictor", "predictor_weight": 0.01}
+    model = calibrated(architecture, at_end=architecture != "mod", **options)
+    model = model.to(torch.bfloat16 if how == "bf16 model" else torch.float32).train(mode == "train")
+    router = model.model.routers["1"]
+    assert (router.predictor is None) == student
+    seen = {}
+    router.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[1:3]))
+    for name in ("prior", "predictor"):
+        if getattr(router, name, None) is not None:
+            getattr(router, name).register_forward_hook(
+                lambda _, inputs, output, name=name: seen.update({name: output})
+            )
+    with torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext():
+        score = model(input_ids=tokens(2, LENGTH), use_cache=False).routing[1].score
+    assert not bf16_suffices(score)
+    exact = exact_scores(router, *seen["inputs"], seen.get("prior"))
+    torch.testing.assert_close(score.double(), exact, atol=1e-6, rtol=1e-5)
+    if not student:
+        assert not bf16_suffices(seen["predictor"])
 
 
 @pytest.mark.parametrize("architecture", ROUTED)

@@ -1,0 +1,88 @@
+"""Several processes of one machine, as the pipeline's train task starts them."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from components.train import train as train_component
+from dynamic_transformers.launch.run import launch_training
+from dynamic_transformers.launch.settings import Launch
+from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.settings import UserError
+from dynamic_transformers.training.trainer import train
+
+
+def weights(run_dir):
+    return load_file(run_dir / read_manifest(run_dir, "train")["checkpoint"] / "model.safetensors")
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_the_component_trains_in_two_processes_what_one_process_trains(
+    device, make_settings, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    one = train(make_settings("mod", data={"batch_size": 4}), data_dir, tmp_path / "one")
+    settings = make_settings("mod", data={"batch_size": 2}, system={"device": device})
+    two = tmp_path / "two"
+    train_component.python_func(
+        settings=settings.to_json(),
+        run="mod:0",
+        data=SimpleNamespace(path=str(data_dir)),
+        run_folder=SimpleNamespace(path=str(two)),
+        launch=Launch(processes=2).to_json(),
+    )
+    assert read_manifest(two, "train")["training_tokens"] == read_manifest(one)["training_tokens"]
+    for name, value in weights(one).items():
+        if "threshold" not in name:  # the mean of two quantiles is not the quantile of both
+            torch.testing.assert_close(weights(two)[name], value, atol=2e-3, rtol=1e-2)
+    # What the processes log is in the log of the step.
+    assert "mod-seed0 step 6/6" in (tmp_path / "two.log").read_text()
+
+
+def test_a_process_that_fails_fails_the_launch(make_settings, data_dir, tmp_path, caplog):
+    logger = logging.getLogger("dynamic_transformers")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, "dynamic_transformers")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("no run")
+    try:
+        with pytest.raises(RuntimeError, match="training in 2 processes failed with exit code 1"):
+            launch_training(make_settings(), data_dir, tmp_path / "run", Launch(processes=2))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert (
+        f"error: {tmp_path}/run: holds something else than a run; choose another run.name" in caplog.messages
+    )
+
+
+def test_one_process_is_this_one(make_settings, data_dir, tmp_path):
+    settings = make_settings(training={"max_steps": 1})
+    run_dir = launch_training(settings, data_dir, tmp_path / "run", Launch.from_json(""))
+    assert read_manifest(run_dir, "train")["training_steps"] == 1
+
+
+def test_more_processes_than_gpus_are_a_mistake(make_settings, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    settings = make_settings(system={"device": "auto"})
+    with pytest.raises(UserError, match=r"launch.processes=2: this node has 1 GPU\(s\)"):
+        launch_training(settings, data_dir, tmp_path / "run", Launch(processes=2))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"processes": 0}', "launch.processes=0: must be a whole number, at least 1"),
+        ('{"nodes": "2"}', "launch.nodes=2: must be a whole number"),
+        ('{"nodes": 2}', "launch.nodes=2 needs launch.image and launch.claim and launch.mount_path"),
+        ('{"nodes": 2, "image": "i", "mount_path": "/mnt"}', "launch.nodes=2 needs launch.claim$"),
+        ('{"mount_path": "mnt"}', "launch.mount_path=mnt: must be an absolute path"),
+        ('{"gpus": 2}', "launch: no such key: gpus"),
+        ('{"secret_environment": [{"name": "A"}]}', "must have name, secret and key"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_done(text, message):
+    with pytest.raises(UserError, match=message):
+        Launch.from_json(text)
