@@ -65,8 +65,9 @@ class ClusterSettings:
         retries: how often a step that failed, or whose node was taken away, is begun again.
         parallel_runs: runs (architecture and seed) at the same time.
         shared_memory: size of /dev/shm for training; a pod's own 64 MB are too few.
-        nodes: of one training run; more than one need `volume_claim` and the Kubeflow Trainer.
-        volume_claim: PersistentVolumeClaim, ReadWriteMany, over which the nodes share data and checkpoints.
+        nodes: of one training run; more than one need `volume_claim`.
+        volume_claim: PersistentVolumeClaim, ReadWriteMany, for data and checkpoints: training is then a
+            TrainJob of the Kubeflow Trainer, which goes on from its last checkpoint when it is begun again.
         mount_path: where it appears.
     """
 
@@ -140,7 +141,7 @@ def launch_of(cluster: ClusterSettings) -> Launch:
 def place(task: dsl.PipelineTask, name: str, cluster: ClusterSettings) -> None:
     """Give a task what the cluster's settings say of step `name`."""
     step = cluster.steps.get(name, StepSettings())
-    if name == "train" and cluster.nodes > 1:
+    if name == "train" and cluster.volume_claim:
         step = StepSettings(timeout_seconds=step.timeout_seconds)  # it watches; the nodes of its job compute
     if step.cpu:
         task.set_cpu_limit(step.cpu)
@@ -161,13 +162,12 @@ def place(task: dsl.PipelineTask, name: str, cluster: ClusterSettings) -> None:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.variable})
     if cluster.retries and name != "report_finished":
         task.set_retry(cluster.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration="600s")
-    if name == "train":
-        if cluster.shared_memory:
-            kubernetes.empty_dir_mount(
-                task, "shared-memory", "/dev/shm", medium="Memory", size_limit=cluster.shared_memory
-            )
-        if cluster.volume_claim:
-            kubernetes.mount_pvc(task, cluster.volume_claim, cluster.mount_path)
+    if name == "train" and cluster.volume_claim:
+        kubernetes.mount_pvc(task, cluster.volume_claim, cluster.mount_path)
+    elif name == "train" and cluster.shared_memory:
+        kubernetes.empty_dir_mount(
+            task, "shared-memory", "/dev/shm", medium="Memory", size_limit=cluster.shared_memory
+        )
 
 
 def without_none(values: dict) -> dict:

@@ -14,7 +14,7 @@ from typing import TextIO
 ANSI = re.compile(r"\x1b\[\d+m")
 STEP_LINE = re.compile(r"\d\d:\d\d:\d\d ")  # what our steps log
 TASK_LINE = re.compile(r"- (?:INFO|ERROR) - (?:Executing task|Task \S+ finished) .*")
-FAILURE_LINE = re.compile(r"(\w+Error\b.*|Traceback|- ERROR -)")
+FAILURE_LINE = re.compile(r"([\w.]+Error\b.*|Traceback|- ERROR -)")
 
 
 class ConsoleFilter(TextIOBase):

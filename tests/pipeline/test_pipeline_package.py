@@ -128,8 +128,7 @@ def test_resources_and_places(package):
     assert (toleration["key"], toleration["effect"]) == ("nvidia.com/gpu", "NoSchedule")
     (memory,) = config["emptyDirMounts"]
     assert (memory["mountPath"], memory["medium"], memory["sizeLimit"]) == ("/dev/shm", "Memory", "8Gi")
-    (claim,) = config["pvcMount"]
-    assert claim["mountPath"] == "/shared"
+    assert "pvcMount" not in config
     assert config["activeDeadlineSeconds"] == "172800"
     assert "nodeSelector" not in kubernetes_config(platform, "export")
     _, _, loop, _ = inner_tasks(spec)
@@ -155,14 +154,17 @@ def test_no_value_of_the_environment_gets_into_the_package(tmp_path):
     assert "secret-of" not in (tmp_path / "p.yaml").read_text()
 
 
-def test_several_nodes_are_the_trainers_business(tmp_path):
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_with_a_volume_training_is_the_trainers_business(nodes, tmp_path):
     cluster = read_cluster(EXAMPLE)
-    cluster.nodes = 2
+    cluster.nodes, cluster.volume_claim = nodes, "dynamic-transformers"
     _, spec, platform = compiled(cluster, tmp_path)
     _, _, loop, _ = inner_tasks(spec)
     value = loop["train"]["inputs"]["parameters"]["launch"]["runtimeValue"]["constant"]
     launch = Launch.from_json(value)
-    assert (launch.nodes, launch.processes, launch.claim) == (2, 1, "dynamic-transformers")
+    assert (launch.nodes, launch.processes, launch.claim) == (nodes, 1, "dynamic-transformers")
+    (claim,) = kubernetes_config(platform, "train")["pvcMount"]
+    assert claim["mountPath"] == launch.mount_path == "/shared"
     assert launch.resources == {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": "1"}
     assert launch.image == image_of("train")
     assert {entry["secret"] for entry in launch.secret_environment} == {

@@ -23,14 +23,14 @@ TIME = re.compile(r"^\d\d:\d\d:\d\d ")  # which our logger would put there again
 
 
 def launch_training(settings: Settings, data_dir: Path, run_dir: Path, launch: Launch) -> Path:
-    """`trainer.train` in this process, in several of this machine, or on several nodes.
+    """`trainer.train` in this process, in several of this machine, or in a TrainJob.
 
     Raises:
         UserError: a mistake in settings or launch, or a cluster that refuses the job.
         RuntimeError: the processes, or the job, failed. Called again, training goes on from its last
             checkpoint.
     """
-    if launch.nodes > 1:
+    if launch.claim:
         return train_on_nodes(settings, data_dir, run_dir, launch)
     if launch.processes > 1:
         return train_in_processes(settings, data_dir, run_dir, launch.processes)

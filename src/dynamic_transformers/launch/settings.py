@@ -13,7 +13,7 @@ from dynamic_transformers.settings import UserError
 
 @dataclass
 class Launch:
-    """One process of this machine, several (torchrun), or several nodes (a TrainJob of Kubeflow Trainer).
+    """One process of this machine, several (torchrun), or, with a claim, a TrainJob of Kubeflow Trainer.
 
     The step's batch is `data.batch_size` blocks for each process.
 
@@ -23,7 +23,7 @@ class Launch:
 
     processes: int = 1  # on each node
     nodes: int = 1
-    # All that follows is for several nodes.
+    # All that follows is for a TrainJob.
     image: str = ""
     claim: str = ""  # a PersistentVolumeClaim that this task and all nodes can write to at once
     mount_path: str = ""  # where it is mounted, in this task as on the nodes
@@ -42,8 +42,9 @@ class Launch:
             if type(value) is not int or value < least:
                 raise UserError(f"launch.{name}={value}: must be a whole number, at least {least}")
         missing = [name for name in ("image", "claim", "mount_path") if not getattr(self, name)]
-        if self.nodes > 1 and missing:
-            raise UserError(f"launch.nodes={self.nodes} needs launch.{' and launch.'.join(missing)}")
+        if (self.nodes > 1 or self.claim) and missing:
+            job = f"nodes={self.nodes}" if self.nodes > 1 else f"claim={self.claim}"
+            raise UserError(f"launch.{job} needs launch.{' and launch.'.join(missing)}")
         if self.mount_path and not Path(self.mount_path).is_absolute():
             raise UserError(f"launch.mount_path={self.mount_path}: must be an absolute path")
         for entry in self.secret_environment:

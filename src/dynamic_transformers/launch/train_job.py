@@ -1,4 +1,4 @@
-"""Training on several nodes: one TrainJob of Kubeflow Trainer v2, whose data and run are on a shared volume.
+"""Training on other nodes: one TrainJob of Kubeflow Trainer v2, whose data and run are on a shared volume.
 
 On the volume, below `dynamic-transformers/`: `data-<digest>/`, once for all jobs that train on it, and of
 each job `<job>/job.json` and `<job>/run/`. A job's name follows from what it computes, so that a task that
