@@ -1,0 +1,82 @@
+"""Padding of a training batch: it counts in no loss and moves no threshold."""
+
+import pytest
+import torch
+
+from tests.models.tiny import tiny_model, tokens
+
+LENGTH = 24
+# Weights of 1, so that a loss which is wrong shows in the sum.
+MODELS = {
+    "mod": ("mod", {"predictor_weight": 1.0, "aux_weight": 1.0, "z_loss_weight": 1.0}),
+    "sdt": ("sdt", {"predictor_weight": 1.0, "prior_loss_weight": 1.0}),
+    "stt": ("stt", {"prior_loss_weight": 1.0, "student_weight": 1.0}),
+    "stt threshold targets": (
+        "stt",
+        {"prior_loss_weight": 1.0, "student_weight": 1.0, "targets": "threshold", "gate_mean_weight": 1.0},
+    ),
+}
+
+
+def padded(side):
+    """Rows of several lengths, the batch of them with other tokens as padding, its mask and its labels."""
+    rows = [tokens(1, length, seed=length) for length in (LENGTH, 13, 6)]
+    ids, mask = tokens(4, LENGTH, seed=1), torch.zeros(4, LENGTH, dtype=torch.long)  # the last is all padding
+    for row, values in enumerate(rows):
+        n = values.shape[1]
+        place = slice(LENGTH - n, LENGTH) if side == "left" else slice(0, n)
+        ids[row, place], mask[row, place] = values[0], 1
+    return rows, ids, mask, ids.masked_fill(mask == 0, -100)
+
+
+def watch_predictors(model):
+    """Lists, one for each routed layer that has a predictor, of the logits that it gives from now on."""
+    seen = {}
+    for layer, router in model.model.routers.items():
+        if router.predictor is not None:
+            logits = seen[int(layer)] = []
+            router.predictor.register_forward_hook(lambda _, inputs, output, to=logits: to.append(output[0]))
+    return seen
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["first step", "last step"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_auxiliary_losses_and_thresholds_are_those_of_the_valid_tokens(name, side, at_end):
+    architecture, options = MODELS[name]
+    rows, ids, mask, labels = padded(side)
+    model, single = (tiny_model(architecture, at_end=at_end, **options) for _ in range(2))
+    predicted = watch_predictors(single)
+    alone = [single(input_ids=row, labels=row) for row in rows]
+    counts = torch.tensor([row.shape[1] for row in rows])
+    batch = model(input_ids=ids, attention_mask=mask, labels=labels)
+    assert len(batch.auxiliary_losses) == sum(option.endswith("_weight") for option in options)
+    for loss, value in batch.auxiliary_losses.items():
+        expected = (torch.stack([output.auxiliary_losses[loss] for output in alone]) * counts).sum()
+        torch.testing.assert_close(value, expected / counts.sum(), atol=1e-5, rtol=1e-4)
+    for layer in model.config.routed_layers:
+        router, results = model.model.routers[str(layer)], [output.routing[layer] for output in alone]
+        assert not batch.routing[layer].selected[mask == 0].any()
+        fraction = model.config.capacity
+        if architecture == "stt":  # the share of tokens that the teacher selects
+            fraction = (sum(result.selected.sum() for result in results) / counts.sum()).item()
+        thresholds = [(router.threshold, torch.cat([result.score[0] for result in results]))]
+        if router.predictor is not None:
+            thresholds.append((router.predictor.threshold, torch.cat(predicted[layer])))
+        for threshold, scores in thresholds:
+            expected = scores.quantile(1 - fraction)  # of one step, hence not averaged with others
+            torch.testing.assert_close(threshold.value, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_of_micro_batches_sum_to_the_loss_of_the_batch(name, side):
+    architecture, options = MODELS[name]
+    _, ids, mask, labels = padded(side)
+    model = tiny_model(architecture, **options)
+    whole = model(input_ids=ids, attention_mask=mask, labels=labels)
+    assert whole.loss - whole.language_model_loss > 0.1
+    count = {"num_items_in_batch": (labels[:, 1:] != -100).sum(), "num_tokens_in_batch": mask.sum()}
+    first = model(input_ids=ids[:1], labels=labels[:1], **count).loss  # no padding, and no mask
+    rest = model(input_ids=ids[1:], attention_mask=mask[1:], labels=labels[1:], **count).loss
+    torch.testing.assert_close(first + rest, whole.loss, atol=1e-5, rtol=1e-4)
