@@ -9,11 +9,7 @@ FLOP ratios use the fractions that the measured forwards realised.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, Qwen2Config
 
+from benchmarks.trainer_loop import loop_ratio
 from dynamic_transformers.evaluation.efficiency import timed
 from dynamic_transformers.models import MODEL_CLASSES, RoutedForCausalLM
 from dynamic_transformers.settings import ModelSettings, OptimizerSettings
@@ -82,16 +79,14 @@ def tokens(rows: int, length: int, device: str, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def side_by_side(
-    models: dict[str, PreTrainedModel], work: Callable[[PreTrainedModel], float], repeats: int
-) -> dict[str, float]:
+def side_by_side(names: list[str], work: Callable[[str], float], repeats: int) -> dict[str, float]:
     """Median of each model's time ÷ standard's within a turn, after a warm-up turn unless `repeats` is 1."""
-    names, turns = list(models), []
+    turns = []
     for turn in range(repeats + 1 if repeats > 1 else 1):
         first = turn % len(names)
-        turns.append({name: work(models[name]) for name in names[first:] + names[:first]})
+        turns.append({name: work(name) for name in names[first:] + names[:first]})
     turns = turns[1:] or turns
-    return {name: statistics.median(turn[name] / turn["standard"] for turn in turns) for name in models}
+    return {name: statistics.median(turn[name] / turn["standard"] for turn in turns) for name in names}
 
 
 def saved_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:
@@ -158,19 +153,23 @@ def rows_of(
 def training_rows(models: dict, size: str, rows: int, length: int, repeats: int, device: str) -> list[Row]:
     """Forward, backward and AdamW step."""
     ids = tokens(rows, length, device)
-    optimizers = {id(model): build_optimizer(model, OptimizerSettings()) for model in models.values()}
+    optimizers = {name: build_optimizer(model, OptimizerSettings()) for name, model in models.items()}
+    shares: dict[str, dict[int, float]] = {}
 
-    routing: dict[int, dict[int, float]] = {}
+    def step(name: str) -> float:
+        outputs = []
 
-    def step(model: PreTrainedModel) -> None:
-        output = model.train()(input_ids=ids, labels=ids, use_cache=False)
-        output.loss.backward()
-        optimizers[id(model)].step()
-        optimizers[id(model)].zero_grad()
-        routing[id(model)] = fractions_of(output)
+        def run() -> None:
+            outputs.append(models[name].train()(input_ids=ids, labels=ids, use_cache=False))
+            outputs[0].loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
 
-    times = side_by_side(models, lambda model: timed(model, lambda: step(model)), repeats)
-    shares = {name: routing[id(model)] for name, model in models.items()}
+        seconds = timed(models[name], run)
+        shares[name] = fractions_of(outputs[0])
+        return seconds
+
+    times = side_by_side(list(models), step, repeats)
     flops = {
         name: training_flops(model.config, length, shares[name]).total() for name, model in models.items()
     }
@@ -190,7 +189,9 @@ def prefill_rows(models: dict, size: str, length: int, repeats: int, device: str
     def forward(model: PreTrainedModel):
         return model.eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
 
-    times = side_by_side(models, lambda model: timed(model, lambda: forward(model)), repeats)
+    times = side_by_side(
+        list(models), lambda name: timed(models[name], lambda: forward(models[name])), repeats
+    )
     flops, shares, overhead = {}, {}, {}
     for name, model in models.items():
         output = forward(model)
@@ -224,11 +225,12 @@ def decode_rows(
     """
     ids = tokens(rows, prompt + steps, device, seed=98)
     calibrate(models, ids)
-    shares: dict[int, dict[int, float]] = {}
-    flops: dict[int, float] = {}
-    overhead: dict[int, float] = {}
+    shares: dict[str, dict[int, float]] = {}
+    flops: dict[str, float] = {}
+    overhead: dict[str, float] = {}
 
-    def decode(model: PreTrainedModel) -> float:
+    def decode(name: str) -> float:
+        model = models[name]
         assert isinstance(model.config, Qwen2Config)
         prefill = model.eval()(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1)
         cache = prefill.past_key_values
@@ -248,100 +250,20 @@ def decode_rows(
             sums = {layer: sums[layer] + value for layer, value in now.items()}
             cached = {layer: value / length for layer, value in held.items()}
             total += forward_flops(model.config, length, now, cached).total()
-        shares[id(model)] = checked({layer: value / steps for layer, value in sums.items()})
-        flops[id(model)] = total / steps
+        shares[name] = checked({layer: value / steps for layer, value in sums.items()})
+        flops[name] = total / steps
         whole = {layer: value / (prompt + steps) for layer, value in held.items()}
-        overhead[id(model)] = kv_overhead(cache, whole, prompt + steps)
+        overhead[name] = kv_overhead(cache, whole, prompt + steps)
         return seconds
 
-    times = side_by_side(models, decode, repeats)
-
-    def by_name(values: dict) -> dict:
-        return {name: values[id(model)] for name, model in models.items()}
-
-    work = f"decode {rows}×{steps} after {prompt}"
-    table = rows_of(size, work, by_name(shares), by_name(flops), times)
-    return [replace(row, kv_overhead=by_name(overhead)[row.variant]) for row in table]
+    times = side_by_side(list(models), decode, repeats)
+    table = rows_of(size, f"decode {rows}×{steps} after {prompt}", shares, flops, times)
+    return [replace(row, kv_overhead=overhead[row.variant]) for row in table]
 
 
-def trainer_rows(size: str, rows: int, length: int, steps: int, turns: int) -> list[Row]:
-    """Our loop on the standard model against Hugging Face's `Trainer`: same blocks, AdamW and steps."""
-    from datasets import Dataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.utils import logging as transformers_logging
-
-    from dynamic_transformers.configure import settings_from_dict
-    from dynamic_transformers.data.loading import collate, load_split
-    from dynamic_transformers.data.prepare import prepare
-    from dynamic_transformers.manifest import read_manifest
-    from dynamic_transformers.training.trainer import train
-
-    transformers_logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder:
-        settings = settings_from_dict(
-            {
-                "run": {"name": "speed", "output_dir": folder},
-                "model": {"type": "standard", "size": size},
-                "data": {
-                    "dataset_configs": [{"name": "math", "type": "embedded"}],
-                    "block_size": length,
-                    "batch_size": rows,
-                    "max_tokens": rows * length * (steps + 1),
-                    "max_eval_tokens": 2 * length,
-                },
-                "training": {"max_steps": steps, "log_every": steps, "optimizer": {"warmup_fraction": 0}},
-                "tracking": {"mlflow": False},
-            }
-        )
-        data_dir = prepare(settings, Path(folder) / "data")
-        optimizer = settings.training.optimizer
-        vocab = read_manifest(data_dir)["vocab_size"]
-        split = load_split(data_dir, "train")
-        examples = [collate([split[index]]) for index in range(rows * (steps + 1))]
-        blocks = Dataset.from_list(
-            [{name: value[0].tolist() for name, value in example.items()} for example in examples]
-        )
-        arguments = TrainingArguments(
-            output_dir=f"{folder}/hf",
-            max_steps=steps,
-            per_device_train_batch_size=rows,
-            learning_rate=optimizer.lr,
-            lr_scheduler_type="cosine",
-            adam_beta2=optimizer.betas[1],
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.max_grad_norm,
-            optim="adamw_torch",
-            logging_steps=steps,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-
-        class Clock(TrainerCallback):
-            """Seconds from the start of the loop to the end of its last step."""
-
-            seconds = 0.0
-
-            def on_train_begin(self, *args, **kwargs):
-                self.start = time.perf_counter()
-
-            def on_step_end(self, *args, **kwargs):
-                self.seconds = time.perf_counter() - self.start
-
-        def huggingface(turn: int) -> float:
-            torch.manual_seed(turn)
-            model = MODEL_CLASSES["standard"][1](model_config(settings.model, vocab))
-            clock = Clock()
-            with contextlib.redirect_stdout(io.StringIO()):
-                Trainer(model, arguments, train_dataset=blocks, callbacks=[clock]).train()
-            return clock.seconds
-
-        def ours(turn: int) -> float:
-            run_dir = train(settings, data_dir, Path(folder) / f"run-{turn}")
-            return read_manifest(run_dir)["training_seconds"]
-
-        pairs = [(huggingface(turn), ours(turn)) for turn in range(turns + 1)][1:]
-    ratio = statistics.median(mine / theirs for theirs, mine in pairs)
+def loop_rows(size: str, rows: int, length: int, steps: int, turns: int) -> list[Row]:
+    """Our loop on the standard model against Hugging Face's `Trainer`."""
+    ratio = loop_ratio(size, rows, length, steps, turns)
     work = f"training {rows}×{length}, whole loop"
     return [
         Row(size, work, "standard, HF Trainer", None, 1.0, 1.0),
@@ -409,7 +331,7 @@ def main() -> None:
             rows += training_rows(models, size, max(1, 2048 // length), length, repeats, device)
             console.print(table_of(rows[-len(models) :], ""))
     if device == "cpu":
-        rows += trainer_rows("small", 4, 256, 8, args.repeats)
+        rows += loop_rows("small", 4, 256, 8, args.repeats)
     where = (
         torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads, fp32"
     )

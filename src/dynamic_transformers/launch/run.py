@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from dynamic_transformers.launch.settings import Launch
-from dynamic_transformers.launch.train_job import train_on_nodes
 from dynamic_transformers.launch.worker import WORKER, write_job
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.training.trainer import train
@@ -31,6 +30,9 @@ def launch_training(settings: Settings, data_dir: Path, run_dir: Path, launch: L
             checkpoint.
     """
     if launch.claim:
+        # The Kubernetes client, which no other training needs, takes most of a second to import.
+        from dynamic_transformers.launch.train_job import train_on_nodes
+
         return train_on_nodes(settings, data_dir, run_dir, launch)
     if launch.processes > 1:
         return train_in_processes(settings, data_dir, run_dir, launch.processes)

@@ -125,10 +125,13 @@ class RoutedModel(Qwen2Model):
         elif self.cacheable and (self.config.use_cache if use_cache is None else use_cache):
             cache = RoutedCache(self.config)
         context = self.routing_context(hidden_states, attention_mask, position_ids, cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         previous, routing, seen = hidden_states, {}, []
         for index, block in enumerate(self.layers):
             layer_input = hidden_states
-            seen.append(layer_input)
+            if output_hidden_states:
+                seen.append(layer_input)
             if str(index) in self.routers:
                 hidden_states, routing[index] = self.routers[str(index)](
                     block, hidden_states, previous, context
@@ -146,8 +149,6 @@ class RoutedModel(Qwen2Model):
             for index in routing:
                 cache.routed(index).seen_tokens = context.past + hidden_states.shape[1]
         last = self.norm(hidden_states)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         return RoutedModelOutput(
             last_hidden_state=last,
             past_key_values=cache,

@@ -1,0 +1,96 @@
+"""Our training loop's time against that of Hugging Face's `Trainer`, for `benchmarks.speed`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from dynamic_transformers.configure import settings_from_dict
+from dynamic_transformers.data.loading import collate, load_split
+from dynamic_transformers.data.prepare import prepare
+from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.training.build import model_config
+from dynamic_transformers.training.trainer import train
+
+
+class Clock(TrainerCallback):
+    """Seconds from the start of the loop to the end of its last step."""
+
+    seconds = 0.0
+
+    def on_train_begin(self, *args, **kwargs):
+        """Start."""
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        """Note the time so far."""
+        self.seconds = time.perf_counter() - self.start
+
+
+def loop_ratio(size: str, rows: int, length: int, steps: int, turns: int) -> float:
+    """Median of our loop's time ÷ the Trainer's on the standard model: same blocks, AdamW and steps."""
+    transformers_logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_from_dict(
+            {
+                "run": {"name": "speed", "output_dir": folder},
+                "model": {"type": "standard", "size": size},
+                "data": {
+                    "dataset_configs": [{"name": "math", "type": "embedded"}],
+                    "block_size": length,
+                    "batch_size": rows,
+                    "max_tokens": rows * length * (steps + 1),
+                    "max_eval_tokens": 2 * length,
+                },
+                "training": {"max_steps": steps, "log_every": steps, "optimizer": {"warmup_fraction": 0}},
+                "tracking": {"mlflow": False},
+            }
+        )
+        data_dir = prepare(settings, Path(folder) / "data")
+        optimizer = settings.training.optimizer
+        vocab = read_manifest(data_dir)["vocab_size"]
+        split = load_split(data_dir, "train")
+        examples = [collate([split[index]]) for index in range(rows * (steps + 1))]
+        blocks = Dataset.from_list(
+            [{name: value[0].tolist() for name, value in example.items()} for example in examples]
+        )
+        arguments = TrainingArguments(
+            output_dir=f"{folder}/hf",
+            max_steps=steps,
+            per_device_train_batch_size=rows,
+            learning_rate=optimizer.lr,
+            lr_scheduler_type="cosine",
+            adam_beta2=optimizer.betas[1],
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+            optim="adamw_torch",
+            logging_steps=steps,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+
+        def huggingface(turn: int) -> float:
+            torch.manual_seed(turn)
+            model = MODEL_CLASSES["standard"][1](model_config(settings.model, vocab))
+            clock = Clock()
+            with contextlib.redirect_stdout(io.StringIO()):
+                Trainer(model, arguments, train_dataset=blocks, callbacks=[clock]).train()
+            return clock.seconds
+
+        def ours(turn: int) -> float:
+            run_dir = train(settings, data_dir, Path(folder) / f"run-{turn}")
+            return read_manifest(run_dir)["training_seconds"]
+
+        pairs = [(huggingface(turn), ours(turn)) for turn in range(turns + 1)][1:]
+    return statistics.median(mine / theirs for theirs, mine in pairs)
