@@ -76,27 +76,47 @@ def test_a_routed_layer_stores_selected_tokens_only(architecture):
     _, cache = cached_logits(model, ids, [11, 12, 13])
     routing = model(input_ids=ids, use_cache=False).routing
     for index, layer in enumerate(cache.layers):
-        stored = layer.keys.shape[2]
         if index in model.config.routed_layers:
             places = routing[index].selected[0].nonzero().flatten()
-            assert 0 < stored < LENGTH
+            assert 0 < len(places) < LENGTH
             assert layer.slots[0].tolist() == places.tolist()
+            assert layer.values.shape == layer.keys.shape == (len(places), 2, 8)
         else:
-            assert stored == LENGTH
-        assert layer.values.shape == layer.keys.shape == (1, 2, stored, 8)
+            assert layer.values.shape == layer.keys.shape == (1, 2, LENGTH, 8)
     assert cache.get_seq_length() == LENGTH
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
-def test_ragged_rows_are_as_wide_as_the_widest(architecture):
+def test_ragged_rows_store_no_more_than_what_they_select(architecture):
     model = calibrated(architecture)
     ids = tokens(4, LENGTH)
     _, cache = cached_logits(model, ids, range(10, LENGTH))
     routing = model(input_ids=ids, use_cache=False).routing
     for index in model.config.routed_layers:
         counts = routing[index].selected.sum(1)
-        assert cache.layers[index].keys.shape[2] == counts.max()
+        assert len(counts.unique()) > 1
+        assert len(cache.layers[index].keys) == len(cache.layers[index].values) == counts.sum()
         assert (cache.layers[index].slots != EMPTY).sum(1).tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_cached_step_runs_a_block_on_the_rows_that_selected_their_token(architecture):
+    model = calibrated(architecture)
+    ids = tokens(6, LENGTH)
+    layer = model.config.routed_layers[0]
+    seen = []
+    mlp = model.model.layers[layer].mlp
+    handle = mlp.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[:2].numel()))
+    cache = model(input_ids=ids[:, :10], use_cache=True).past_key_values
+    seen.clear()
+    selected = []
+    for place in range(10, LENGTH):
+        step = model(input_ids=ids[:, place : place + 1], past_key_values=cache)
+        selected.append(int(step.routing[layer].selected.sum()))
+        assert step.routing[layer].computed == selected[-1] / 6
+    handle.remove()
+    assert seen == [count for count in selected if count]
+    assert len(set(seen)) > 1
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
@@ -130,6 +150,20 @@ def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, 
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
+def test_copied_rows_share_what_they_have_in_common(architecture):
+    model = calibrated(architecture)
+    ids = tokens(2, LENGTH)
+    cache = model(input_ids=ids[:, :16], use_cache=True).past_key_values
+    layer = cache.routed(1)
+    first, second = layer.counts.tolist()
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert len(layer.keys) == second < first + second
+    with torch.no_grad():
+        step = model(input_ids=ids[:, 16:17], past_key_values=cache)
+    assert len(layer.keys) == second + int(step.routing[1].selected.sum())
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
 def test_positions_go_on_from_the_cache(architecture):
     model = calibrated(architecture)
     ids = tokens(2, LENGTH)
@@ -146,10 +180,14 @@ def test_another_account_of_the_past_is_refused(architecture):
     model = calibrated(architecture)
     ids = tokens(2, LENGTH)
     _, cache = cached_logits(model, ids, range(10, LENGTH))
-    mask = torch.ones(2, LENGTH + 1, dtype=torch.long)
-    mask[1, 3] = 0
+    mask, whole = torch.ones(2, LENGTH + 1, dtype=torch.long), torch.ones(2, LENGTH + 1, dtype=torch.long)
+    mask[1, 0] = 0
     with pytest.raises(ValueError, match="differs from the one"):
         model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+    padded = model(input_ids=ids, attention_mask=mask[:, :LENGTH], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="differs from the one"):
+        model(input_ids=ids[:, :1], attention_mask=whole, past_key_values=padded)
+    model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=padded)
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
@@ -188,16 +226,25 @@ def test_a_reset_cache_is_as_new(architecture):
     close(output.logits, logits(model, ids[:, :9]))
 
 
-def test_places_are_compacted_row_by_row():
+def test_tokens_of_ragged_rows_come_back_in_the_order_of_their_rows():
     layer = RoutedCacheLayer()
-    for slots in ([[0, 2], [1, EMPTY]], [[EMPTY], [3]], [[5, EMPTY], [EMPTY, EMPTY]]):
+    arrivals = [
+        ([[0, 2], [1, EMPTY]], None),
+        ([[3]], [1]),
+        ([[5, EMPTY], [4, 6]], [0, 1]),
+        ([[7]], [0]),
+    ]
+    for slots, rows in arrivals:
         slots = torch.tensor(slots)
-        order = layer.append(slots)
-        states = slots[:, None, :, None].float().expand(2, 1, -1, 4)
+        order, full = layer.append(slots, None if rows is None else torch.tensor(rows), batch=2)
+        assert full == bool((order != EMPTY).all())
+        states = slots[:, None, :, None].float().expand(-1, 1, -1, 4)
         keys, values = layer.update(states, -states)
-        assert torch.equal(keys[:, 0, :, 0].long() * (order != EMPTY), order * (order != EMPTY))
+        used = order != EMPTY
+        assert torch.equal(keys[:, 0, :, 0].long() * used, order * used)
         assert torch.equal(values, -keys)
-    assert layer.slots.tolist() == [[0, 2, 5], [1, 3, EMPTY]]
+    assert layer.slots.tolist() == [[0, 2, 5, 7], [1, 3, 4, 6]]
+    assert layer.keys[:, 0, 0].tolist() == [0, 2, 1, 3, 5, 4, 6, 7]
 
 
 def test_what_does_not_fit_is_refused():

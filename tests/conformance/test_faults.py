@@ -12,7 +12,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dynamic_transformers.models import MODEL_CLASSES, mod, routing, sdt, stt
 from dynamic_transformers.models.routing import Router, routed_update
-from dynamic_transformers.models.selection import Selection
 from dynamic_transformers.models.surprise import SurpriseGate
 from dynamic_transformers.settings import ModelSettings, UserError
 from dynamic_transformers.training import build
@@ -91,12 +90,8 @@ def block_sees_another_order(model):
         position_ids=places.unsqueeze(0),
         position_embeddings=model.model.rotary_emb(x, places.unsqueeze(0)),
     )
-    gate = (
-        result.gate[:, places]
-        if model.config.model_type != "qwen2_stt"
-        else result.score[:, places].sigmoid()
-    )
-    return differ(y[:, places], x[:, places] + gate.unsqueeze(-1) * (alone - x[:, places]))
+    gate = result.gate[:, places].unsqueeze(-1)
+    return differ(y[:, places], x[:, places] + gate * (alone - x[:, places]))
 
 
 def modes_differ(model, given_selection):
@@ -188,7 +183,7 @@ def test_2_selection_in_score_order(architecture, monkeypatch):
     def by_score(scores, capacity, valid):
         selection = sorted_top_k(scores, capacity, valid)
         order = scores.gather(1, selection.indices).argsort(dim=1, descending=True)
-        return Selection(selection.indices.gather(1, order), selection.valid, selection.mask)
+        return dataclasses.replace(selection, indices=selection.indices.gather(1, order))
 
     patch(monkeypatch, "select_top_k", by_score)
     assert block_sees_another_order(calibrated(architecture))
@@ -288,7 +283,8 @@ def test_5_evaluation_at_the_first_beta(architecture, monkeypatch, tmp_path):
 
     def gate(model):
         """g as evaluation computes it, or in training where evaluation has the student's (STT)."""
-        return model.train(architecture == "stt")(input_ids=ids, use_cache=False).routing[1].gate
+        result = model.train(architecture == "stt")(input_ids=ids, use_cache=False).routing[1]
+        return result.gate if architecture == "sdt" else result.surprise_gate
 
     def reloaded_gate():
         model = tiny_model(architecture, at_end=True)

@@ -45,13 +45,14 @@ def test_mask_and_selection_are_inverse():
     mask = torch.rand(4, 13) > 0.6
     mask[2] = False
     assert torch.equal(select_mask(mask).mask, mask)
-    assert select_mask(torch.zeros(2, 5, dtype=torch.bool)).indices.shape == (2, 0)
+    assert select_mask(torch.zeros(2, 5, dtype=torch.bool)).indices.numel() == 0
     single = select_mask(mask[:1])
     assert single.valid is None and torch.equal(single.indices[0], mask[0].nonzero().flatten())
     places = torch.zeros_like(mask)
     selection = select_mask(mask)
-    for row in range(4):
-        places[row, selection.indices[row][selection.valid[row]]] = True
+    assert selection.rows.tolist() == [0, 1, 3]
+    for place, row in enumerate(selection.rows):
+        places[row, selection.indices[place][selection.valid[place]]] = True
     assert torch.equal(places, mask)
 
 

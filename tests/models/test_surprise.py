@@ -23,7 +23,7 @@ def gate_of(**options) -> SurpriseGate:
 
 def plain_rows() -> RoutingContext:
     """One document a row, no padding, no past."""
-    return RoutingContext(None, None, None, 0, None, False, None)
+    return RoutingContext(None, None, None, None, 0, None, False, None)
 
 
 def naive_average(values, window, starts):

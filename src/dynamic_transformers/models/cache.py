@@ -1,11 +1,13 @@
 """Cache of a routed model: keys and values of every token in dense layers, of selected tokens in routed ones.
 
-Shape suffixes as in routing.py; S past tokens of a row, C cached tokens of a row in a routed layer.
+Shapes: B rows, S past and T present tokens of a row; in a routed layer R rows with K present tokens that it
+selected, and C cached tokens of a row.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -16,15 +18,19 @@ NO_SEGMENT = -1  # document number of padding
 
 
 class RoutedCacheLayer(CacheLayerMixin):
-    """Keys and values of a routed layer's selected tokens.
+    """Keys and values of a routed layer's selected tokens, without room for any other.
 
-    Rows are ragged: row i uses its first places, the others are `EMPTY`.
+    Rows differ in how many they have, so the tokens of all rows lie one after another in the order of their
+    arrival, and a table says which are whose. Rows that a beam search copied share their tokens.
 
     Attributes:
-        keys, values: (B, heads, C, head_dim).
-        slots: (B, C), index in its row of the token at each place, ascending, then `EMPTY`.
-        state: what the router must remember of the last tokens, (B, any, ...), ending with the last token;
-            None before the first forward, and where the router needs nothing.
+        keys, values: (N, heads, head_dim), of the N tokens of all rows.
+        places: (B, C), where among the N each row's tokens lie, ascending, then `EMPTY`; None for a single
+            row, whose tokens lie in order.
+        slots: (B, C), index in its row of each of these tokens, ascending, then `EMPTY`.
+        counts: (B,), how many tokens each row has; None for a single row.
+        state: what the router must remember of the last tokens, (B, any), ending with the last token; None
+            before the first forward, and where the router needs nothing.
     """
 
     is_compileable = False
@@ -32,34 +38,55 @@ class RoutedCacheLayer(CacheLayerMixin):
 
     def __init__(self):
         super().__init__()
+        self.places: Tensor | None = None
         self.slots: Tensor | None = None
+        self.counts: Tensor | None = None
         self.state: Tensor | None = None
-        self._order: Tensor | None = None
+        self._arriving: tuple[Tensor, Tensor] | None = None
+        self._read: Tensor | None = None
         self.seen_tokens = 0
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.slots = self.state = self._order = None
+        self.keys = self.values = self.places = self.slots = self.counts = self.state = None
         self.is_initialized = False
         self.seen_tokens = 0
 
-    def append(self, slots: Tensor) -> Tensor:
+    def append(self, slots: Tensor, rows: Tensor | None, batch: int) -> tuple[Tensor, bool]:
         """Announce the tokens whose keys and values the next `update` brings.
 
         Args:
-            slots: (B, K) ascending, `EMPTY` where a row brings fewer.
+            slots: (R, K) ascending, then `EMPTY` where a row brings fewer.
+            rows: which rows bring any, (R,); None: all.
+            batch: B.
 
         Returns:
-            Slots in the order in which `update` will return keys and values, (B, C).
+            Slots of all tokens of these rows in the order in which `update` will return keys and values,
+            (R, C), and whether none of them is `EMPTY`.
         """
-        merged = slots if self.slots is None else torch.cat([self.slots, slots], dim=1)
-        self._order = None
-        if len(slots) > 1 and (empty := merged == EMPTY).any():
-            width = int((~empty).sum(1).max())
-            self._order = empty.int().argsort(dim=1, stable=True)[:, :width]
-            merged = merged.gather(1, self._order)
-        self.slots = merged
-        return merged
+        if batch == 1:
+            self.slots = slots if self.slots is None else torch.cat([self.slots, slots], dim=1)
+            return self.slots, True
+        if self.slots is None or self.places is None or self.counts is None:
+            self.slots = self.places = slots.new_empty(batch, 0)
+            self.counts = slots.new_zeros(batch)
+        rows = torch.arange(batch, device=slots.device) if rows is None else rows
+        used = slots != EMPTY
+        before = self.counts[rows]
+        after = before + used.sum(1)
+        self.counts[rows] = after
+        least, width = torch.stack(after.aminmax()).tolist()
+        more = max(0, width - self.slots.shape[1])
+        self.slots, self.places = (
+            F.pad(table, (0, more), value=EMPTY) for table in (self.slots, self.places)
+        )
+        row, index = self._arriving = used.nonzero(as_tuple=True)
+        first = 0 if self.keys is None else len(self.keys)
+        at = (rows[row], before[row] + index)
+        self.slots[at] = slots[row, index]
+        self.places[at] = torch.arange(first, first + len(row), device=slots.device)
+        self._read = self.places[rows, :width]
+        return self.slots[rows, :width], least == width
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take data type and device of the first keys."""
@@ -67,20 +94,27 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Keys and values of all cached tokens, the new ones (B, heads, K, head_dim) included."""
+        """Add the announced tokens' keys and values, (R, heads, K, head_dim).
+
+        Returns:
+            Keys and values of all tokens of these rows, (R, heads, C, head_dim) each.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._merge(self.keys, key_states)
-        self.values = self._merge(self.values, value_states)
-        return self.keys, self.values
+        self.keys, keys = self._extend(self.keys, key_states)
+        self.values, values = self._extend(self.values, value_states)
+        return keys, values
 
-    def _merge(self, old: Tensor | None, new: Tensor) -> Tensor:
-        merged = new if old is None else torch.cat([old, new], dim=2)
-        if self._order is None:
-            return merged
-        return merged.gather(
-            2, self._order[:, None, :, None].expand(-1, merged.shape[1], -1, merged.shape[3])
-        )
+    def _extend(self, old: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stored once `new` is, and what attention reads of it."""
+        arrived = new.transpose(1, 2)
+        if self.counts is None or self._arriving is None or self._read is None:
+            stored = arrived[0] if old is None else torch.cat([old, arrived[0]])
+            return stored, stored.unsqueeze(0).transpose(1, 2)
+        arrived = arrived[self._arriving]
+        stored = arrived if old is None else torch.cat([old, arrived])
+        read = stored.index_select(0, self._read.clamp(min=0).flatten()).unflatten(0, self._read.shape)
+        return stored, read.transpose(1, 2)
 
     def get_seq_length(self) -> int:
         """Tokens that the model has seen, computed here or not."""
@@ -100,20 +134,38 @@ class RoutedCacheLayer(CacheLayerMixin):
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows with these indices, in this order; a row may be repeated."""
-        change_tensors(self, ("keys", "values", "slots", "state"), lambda value: value[rows.to(value.device)])
-        if self.slots is not None:
-            # A row uses its first places: what only rows that are gone used goes too.
-            width = int((self.slots != EMPTY).sum(1).max())
-            self.slots = self.slots[:, :width]
-            change_tensors(self, ("keys", "values"), lambda value: value[:, :, :width])
+        change_tensors(self, ("state",), lambda value: value[rows.to(value.device)])
+        if self.slots is None or self.keys is None or self.values is None:
+            return
+        self._tabulate()
+        change_tensors(self, ("places", "slots", "counts"), lambda value: value[rows.to(value.device)])
+        assert self.places is not None and self.counts is not None
+        # What only rows that are gone had goes too.
+        width = int(self.counts.max())
+        self.slots, self.places = self.slots[:, :width], self.places[:, :width]
+        used = self.places != EMPTY
+        kept, places = self.places[used].unique(return_inverse=True)
+        if len(kept) < len(self.keys):
+            self.places = torch.full_like(self.places, EMPTY).masked_scatter(used, places)
+            self.keys, self.values = self.keys[kept], self.values[kept]
+        if len(rows) == 1:
+            self.places = self.counts = None
 
     reorder_cache = batch_select_indices = select_rows  # type: ignore[assignment]  # argument names differ
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        change_tensors(
-            self, ("keys", "values", "slots", "state"), lambda value: value.repeat_interleave(repeats, 0)
-        )
+        """Repeat each row; its copies share its tokens."""
+        if repeats > 1:
+            self._tabulate()
+        names = ("places", "slots", "counts", "state")
+        change_tensors(self, names, lambda value: value.repeat_interleave(repeats, 0))
+
+    def _tabulate(self) -> None:
+        """Give a single row the table that several need."""
+        if self.slots is not None and self.places is None:
+            count = self.slots.shape[1]
+            self.places = torch.arange(count, device=self.slots.device).unsqueeze(0)
+            self.counts = self.slots.new_full((1,), count)
 
 
 class RoutedCache(Cache):

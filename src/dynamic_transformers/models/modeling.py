@@ -182,10 +182,12 @@ class RoutedModel(Qwen2Model):
                     f"attention_mask has shape {tuple(attention_mask.shape)}; "
                     f"(rows, past and present tokens) is {(batch, past + length)}"
                 )
-            if not attention_mask.all():
-                valid = attention_mask[:, past:] != 0
-                if cache is not None and past:
-                    cache.check_past(attention_mask[:, :past] != 0)
+            known = attention_mask != 0
+            padded = not known.all()
+            if cache is not None and past and (padded or cache.segments is not None):
+                cache.check_past(known[:, :past])
+            if padded and not (present := known[:, past:]).all():
+                valid = present
         if position_ids is None:
             if valid is None:
                 position_ids = torch.arange(length, device=device).unsqueeze(0)
@@ -204,6 +206,7 @@ class RoutedModel(Qwen2Model):
             position_ids=position_ids,
             position_embeddings=self.rotary_emb(hidden_states, position_ids),
             segments=segments,
+            valid=valid,
             past=past,
             attention_mask=mask,
             eager=eager,

@@ -1,9 +1,9 @@
 """Run a block on selected tokens alone and add the gated update back: what MoD, SDT and STT share.
 
-Shape suffixes: B rows, T tokens of a row, K selected tokens of a row, D hidden size.
+Shapes: B rows, T tokens of a row, R rows with K selected tokens, D hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ class RoutingContext:
         position_embeddings: cosine and sine, each (B or 1, T, head_dim).
         segments: document number of each past and present token, `NO_SEGMENT` for padding, (B, S + T);
             None where every row is one document without padding.
+        valid: present tokens that are not padding, (B, T); None: all.
         past: S.
         attention_mask: the dense layers' mask, as the attention implementation wants it; None: plain causal.
         eager: whether attention wants an additive mask instead of a boolean one.
@@ -33,34 +34,36 @@ class RoutingContext:
     position_ids: Tensor
     position_embeddings: tuple[Tensor, Tensor]
     segments: Tensor | None
+    valid: Tensor | None
     past: int
     attention_mask: Tensor | None
     eager: bool
     cache: RoutedCache | None
+    _document_starts: dict[int, Tensor] = field(default_factory=dict)
 
-    @property
-    def valid(self) -> Tensor | None:
-        """Present tokens that are not padding, (B, T); None: all."""
-        return None if self.segments is None else self.segments[:, self.past :] != NO_SEGMENT
+    def document_starts(self, length: int) -> Tensor | None:
+        """For each of the last `length` tokens, the first of its document among them, (B, length).
 
-    def segment_starts(self, length: int, device: torch.device) -> Tensor:
-        """For each of the last `length` tokens, the first of its document among them, (B or 1, length)."""
-        index = torch.arange(length, device=device).unsqueeze(0)
+        None where every row is one document without padding.
+        """
         if self.segments is None:
-            return torch.zeros_like(index)
-        segments = self.segments[:, self.segments.shape[1] - length :]
-        changed = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-        return torch.where(changed, index, 0).cummax(dim=1).values
+            return None
+        if length not in self._document_starts:
+            segments = self.segments[:, -length:]
+            index = torch.arange(length, device=segments.device)
+            changed = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+            self._document_starts[length] = torch.where(changed, index, 0).cummax(dim=1).values
+        return self._document_starts[length]
 
     def with_history(self, values: Tensor, layer: int, length: int) -> Tensor:
         """`values` behind those of the tokens just before, as the cache of routed layer `layer` holds them.
 
         Args:
-            values: of the present tokens, (B, T, ...).
+            values: of the present tokens, (B, T).
             length: how many earlier tokens' values the router looks back on.
 
         Returns:
-            (B, h + T, ...), h = min(S, length); the cache then holds the last `length` of them.
+            (B, h + T), h = min(S, length); the cache then holds the last `length` of them.
         """
         if self.cache is None:
             return values
@@ -68,7 +71,7 @@ class RoutingContext:
         if cached.state is not None:
             values = torch.cat([cached.state, values], dim=1)
         # A copy: a view would hold the memory of the whole prompt.
-        cached.state = values[:, max(0, values.shape[1] - length) :].clone()
+        cached.state = values[:, max(0, values.shape[1] - length) :].detach().clone()
         return values
 
 
@@ -110,7 +113,7 @@ def routed_update(
     """y = x + g·(F(x̃) − x) at the selected tokens, y = x elsewhere.
 
     F sees the selected tokens x̃ alone, at their original RoPE positions: Q, K, V, scores and MLP are
-    computed for (B, K, D), and nothing for the others.
+    computed for (R, K, D), and nothing for the others.
 
     Args:
         block: a Qwen2 decoder layer with its residuals.
@@ -120,67 +123,62 @@ def routed_update(
     """
     batch, length, _ = hidden_states.shape
     indices = selection.indices
-    count = indices.shape[1]
-    if count == 0:
+    if indices.numel() == 0:
         return hidden_states
-    rows = None
-    if count < length or selection.valid is not None:
-        rows = (indices + length * torch.arange(batch, device=indices.device).unsqueeze(1)).flatten()
+    places = None
+    if indices.numel() < batch * length or selection.valid is not None:
+        rows = torch.arange(batch, device=indices.device) if selection.rows is None else selection.rows
+        places = (indices + length * rows.unsqueeze(1)).flatten()
 
-    def gather_rows(values: Tensor) -> Tensor:
-        values = values.expand(batch, *values.shape[1:])
-        return (
-            values if rows is None else values.flatten(0, 1).index_select(0, rows).unflatten(0, indices.shape)
-        )
+    def gather(values: Tensor) -> Tensor:
+        """Of (B, T, ...), or (1, T, ...) where rows agree, those of the selected tokens, (R, K, ...)."""
+        if places is None:
+            return values
+        of_values = places if len(values) == batch else indices.flatten()
+        return values.flatten(0, 1).index_select(0, of_values).unflatten(0, indices.shape)
 
-    selected = gather_rows(hidden_states)
+    selected = gather(hidden_states)
     cos, sin = context.position_embeddings
     output = block(
         selected,
         attention_mask=selected_mask(block.self_attn.layer_idx, selection, context, hidden_states.dtype),
-        position_ids=gather_rows(context.position_ids),
-        position_embeddings=(gather_rows(cos), gather_rows(sin)),
+        position_ids=gather(context.position_ids),
+        position_embeddings=(gather(cos), gather(sin)),
         past_key_values=context.cache,
     )
-    update = gather_rows(gate).unsqueeze(-1) * (output - selected)
+    update = gather(gate).unsqueeze(-1) * (output - selected)
     if selection.valid is not None:
         update = update.masked_fill(~selection.valid.unsqueeze(-1), 0)
     update = update.to(hidden_states.dtype)
-    if rows is None:
+    if places is None:
         return hidden_states + update
     flat = hidden_states.flatten(0, 1)
-    return flat.index_add(0, rows, update.flatten(0, 1)).view_as(hidden_states)
+    return flat.index_add(0, places, update.flatten(0, 1)).view_as(hidden_states)
 
 
 def selected_mask(
     layer: int, selection: Selection, context: RoutingContext, dtype: torch.dtype
 ) -> Tensor | None:
     """Mask among a routed layer's selected tokens, those in its cache included; None: plain causal."""
-    indices, past = selection.indices, context.past
-    slots = indices + past
-    cached = None if context.cache is None else context.cache.routed(layer)
-    if context.segments is None and selection.valid is None:
-        key_slots = slots if cached is None else cached.append(slots)
-        full = len(slots) == 1 or not (key_slots == EMPTY).any()
-        plain = key_slots.shape == slots.shape or (slots.shape[1] == 1 and full)
-        if plain and not context.eager:
-            return None
-    elif cached is not None:
-        used = slots if selection.valid is None else slots.masked_fill(~selection.valid, EMPTY)
-        key_slots = cached.append(used)
-    else:
-        key_slots = slots
+    slots = selection.indices + context.past
+    if selection.valid is not None:
+        slots = slots.masked_fill(~selection.valid, EMPTY)
+    key_slots, full = slots, selection.valid is None
+    if context.cache is not None:
+        cached = context.cache.routed(layer)
+        key_slots, full = cached.append(slots, selection.rows, len(selection.mask))
+    plain = full and (key_slots.shape == slots.shape or slots.shape[1] == 1)
+    if plain and context.segments is None and not context.eager:
+        return None
+    segments = context.segments
+    if segments is not None and selection.rows is not None:
+        segments = segments[selection.rows]
 
-    def segments_of(places: Tensor, used: Tensor | None) -> Tensor:
-        if context.segments is None:
-            segments = torch.zeros_like(places)
-        else:
-            segments = context.segments.gather(1, places.clamp(min=0))
-        return segments if used is None else segments.masked_fill(~used, NO_SEGMENT)
+    def segments_of(slots: Tensor) -> Tensor:
+        numbers = torch.zeros_like(slots) if segments is None else segments.gather(1, slots.clamp(min=0))
+        return numbers.masked_fill(slots == EMPTY, NO_SEGMENT)
 
-    query_segments = segments_of(slots, selection.valid)
-    key_segments = query_segments if cached is None else segments_of(key_slots, key_slots != EMPTY)
-    return causal_mask(slots, query_segments, key_slots, key_segments, context.eager, dtype)
+    return causal_mask(slots, segments_of(slots), key_slots, segments_of(key_slots), context.eager, dtype)
 
 
 def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
@@ -190,16 +188,18 @@ def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
     return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
 
 
-def previous_token(values: Tensor, starts: Tensor) -> Tensor:
+def previous_token(values: Tensor, starts: Tensor | None) -> Tensor:
     """values[t−1] at t, zero at each document's first token.
 
     Args:
-        values: (B, T, D).
-        starts: index of the first token of each token's document, (B or 1, T).
+        values: (B, T, ...).
+        starts: index of the first token of each token's document, (B, T); None: 0.
     """
-    shifted = F.pad(values[:, :-1], (0, 0, 1, 0))
+    shifted = torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], dim=1)
+    if starts is None:
+        return shifted
     first = starts == torch.arange(values.shape[1], device=values.device)
-    return shifted.masked_fill(first.unsqueeze(-1), 0)
+    return shifted.masked_fill(first.view(*first.shape, *[1] * (values.ndim - 2)), 0)
 
 
 class Router(nn.Module):

@@ -1,6 +1,6 @@
 """Which tokens a routed layer computes: top-k in training, thresholds and predictors in evaluation.
 
-Shape suffixes: B rows, T tokens of a row, K selected tokens of a row, D hidden size.
+Shapes: B rows, T tokens of a row, R rows with K selected tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ class RoutingResult:
 
     Attributes:
         selected: tokens that the block computed, (B, T) bool.
-        computed: K / T, places that the block ran on: as many as the row with the most selected tokens has.
+        computed: places that the block ran on ÷ all tokens: a row that selects any token has as many places
+            as the row with the most.
         score: what selection compares, detached, (B, T); STT: the student's logits.
-        gate: g of every token, selected or not, detached, (B, T).
+        gate: what a token's update is multiplied with if it is selected, detached, (B, T).
+        surprise_gate: STT in training: g of the teacher, which chooses the targets, detached, (B, T).
         losses: name → (weight, mean over valid tokens); training only.
     """
 
@@ -31,6 +33,7 @@ class RoutingResult:
     score: Tensor
     gate: Tensor
     losses: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
+    surprise_gate: Tensor | None = None
 
 
 @dataclass
@@ -38,21 +41,29 @@ class Selection:
     """Selected tokens of each row.
 
     Attributes:
-        indices: their indices in the row, ascending, (B, K).
-        valid: which of the K places are in use, (B, K); None: all.
+        indices: their indices in the row, ascending, (R, K).
+        valid: which of the K places are in use, the first ones of each row, (R, K); None: all.
         mask: membership of each of the row's tokens, (B, T) bool.
+        rows: which rows have selected tokens, (R,); None: all B.
     """
 
     indices: Tensor
     valid: Tensor | None
     mask: Tensor
+    rows: Tensor | None = None
 
     def result(
-        self, score: Tensor, gate: Tensor, losses: dict[str, tuple[float, Tensor]] | None = None
+        self,
+        score: Tensor,
+        gate: Tensor,
+        losses: dict[str, tuple[float, Tensor]] | None = None,
+        surprise_gate: Tensor | None = None,
     ) -> RoutingResult:
         """What a routed layer with this selection reports."""
-        computed = self.indices.shape[1] / self.mask.shape[1]
-        return RoutingResult(self.mask, computed, score.detach(), gate.detach(), losses or {})
+        computed = self.indices.numel() / self.mask.numel()
+        if surprise_gate is not None:
+            surprise_gate = surprise_gate.detach()
+        return RoutingResult(self.mask, computed, score.detach(), gate.detach(), losses or {}, surprise_gate)
 
 
 def capacity_to_tokens(capacity: float, tokens: Tensor | int) -> Tensor:
@@ -86,15 +97,20 @@ def select_top_k(scores: Tensor, capacity: float, valid: Tensor | None) -> Selec
 
 
 def select_mask(mask: Tensor) -> Selection:
-    """The tokens of a membership mask (B, T); K is the largest count of a row, possibly 0."""
+    """The tokens of a membership mask (B, T); rows without any are left out."""
     if len(mask) == 1:
         return Selection(mask.nonzero()[:, 1].unsqueeze(0), None, mask)
-    counts = mask.sum(1)
-    least, width = counts.aminmax()
-    width = int(width)
-    indices = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    used = None if least == width else torch.arange(width, device=mask.device) < counts[:, None]
-    return Selection(indices, used, mask)
+    counts: list[int] = mask.sum(1).tolist()
+    width = max(counts)
+    members, rows = mask, None
+    if not all(counts):
+        some = [row for row, count in enumerate(counts) if count]
+        rows = torch.tensor(some, dtype=torch.long, device=mask.device)
+        members = mask[rows]
+    indices = members.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    if all(count in (0, width) for count in counts):
+        return Selection(indices, None, mask, rows)
+    return Selection(indices, members.gather(1, indices), mask, rows)
 
 
 class Fp32Buffers(nn.Module):

@@ -13,6 +13,8 @@ cross-entropy alone, and the two modes give the same output for the same selecti
 Training costs more than a dense model; savings exist at inference only.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,12 +62,9 @@ class STTRouter(Router):
         context: RoutingContext,
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the routed layer, and what it reports."""
-        history = context.with_history(hidden_states.detach(), block.self_attn.layer_idx, 1)
-        starts = context.segment_starts(history.shape[1], history.device)
-        previous = previous_token(history, starts)[:, -hidden_states.shape[1] :]
-        logits = self.student_logits(hidden_states.detach(), previous)
+        logits = self.student_logits(hidden_states.detach(), context, block.self_attn.layer_idx)
         if self.training:
-            return self.forward_training(block, hidden_states, logits, starts, context)
+            return self.forward_training(block, hidden_states, logits, context)
         selection = self.select(logits, hidden_states, context)
         gate = torch.sigmoid(logits)
         output = routed_update(block, hidden_states, selection, gate, context)
@@ -76,45 +75,53 @@ class STTRouter(Router):
         block: Qwen2DecoderLayer,
         hidden_states: Tensor,
         logits: Tensor,
-        starts: Tensor,
         context: RoutingContext,
     ) -> tuple[Tensor, RoutingResult]:
         """Teacher's dense pass, targets, losses, and the sparse pass."""
         valid = context.valid
-        dense = block(
-            hidden_states,
-            attention_mask=context.attention_mask,
-            position_ids=context.position_ids,
-            position_embeddings=context.position_embeddings,
-        )
-        teacher, state = (
-            (dense.detach(), hidden_states.detach()) if self.config.teacher_detach else (dense, hidden_states)
-        )
-        predicted = self.prior(previous_token(teacher, starts))
-        update = teacher - state
+        detached = self.config.teacher_detach
+        no_graph = detached and self.config.train_output == "sparse"
+        with torch.no_grad() if no_graph else contextlib.nullcontext():
+            dense = block(
+                hidden_states,
+                attention_mask=context.attention_mask,
+                position_ids=context.position_ids,
+                position_embeddings=context.position_embeddings,
+            )
+        teacher, state = (dense.detach(), hidden_states.detach()) if detached else (dense, hidden_states)
+        predicted = self.prior(previous_token(teacher, context.document_starts(teacher.shape[1])))
+        update = teacher.float() - state.float()
         score = self.surprise.score(update, predicted, state, context, block.self_attn.layer_idx)
         gate = self.surprise.gate(score)
         selection = self.targets(score, gate, valid)
         self.threshold.update(logits, masked_mean(selection.mask.float(), valid), valid)
-        error = (predicted - update.detach()).float().square().mean(-1)
+        error = (predicted.float() - update.detach()).square().mean(-1)
         losses = {
             "prior": (self.config.prior_loss_weight, masked_mean(error, valid)),
             "student": (self.config.student_weight, membership_loss(logits, selection, valid)),
         }
         if self.config.targets == "threshold":
             losses["gate_mean"] = (self.config.gate_mean_weight, masked_mean(gate, valid))
-        result = selection.result(logits, gate, losses)
+        # The number that the update is multiplied with is σ(student); its gradient is the teacher's.
+        student_gate = gate + (torch.sigmoid(logits) - gate).detach()
+        result = selection.result(logits, student_gate, losses, surprise_gate=gate)
         if self.config.train_output == "dense":
             return dense, result
-        student_gate = gate + (torch.sigmoid(logits) - gate).detach()
         return routed_update(block, hidden_states, selection, student_gate, context), result
 
-    def student_logits(self, current: Tensor, previous: Tensor) -> Tensor:
-        """Logits (B, T) in fp32 from [x_t ‖ x_{t−1}], (B, T, D) each, each RMS-normalised."""
-        size, eps = (self.config.hidden_size,), self.config.rms_norm_eps
-        halves = [F.rms_norm(half.float(), size, eps=eps) for half in (current, previous)]
-        features = torch.cat(halves, dim=-1)
-        return (features * self.student.weight.float()).sum(-1)
+    def student_logits(self, hidden_states: Tensor, context: RoutingContext, layer: int) -> Tensor:
+        """Logits (B, T) in fp32 of w·[x_t ‖ x_{t−1}], for (B, T, D), each half RMS-normalised.
+
+        The half that looks back is taken of each token first and then moved on by one: that is the same, and
+        what the cache must keep of a token is one number.
+        """
+        size = self.config.hidden_size
+        normed = F.rms_norm(hidden_states.float(), (size,), eps=self.config.rms_norm_eps)
+        # Sums of products keep logits in fp32 under autocast, where nn.Linear would not.
+        now, back = ((normed * half).sum(-1) for half in self.student.weight[0].float().split(size))
+        history = context.with_history(back, layer, 1)
+        previous = previous_token(history, context.document_starts(history.shape[1]))
+        return now + previous[:, -now.shape[1] :]
 
     def targets(self, score: Tensor, gate: Tensor, valid: Tensor | None) -> Selection:
         """Tokens that the teacher would compute: the γ most surprising, or all with g high enough."""

@@ -79,7 +79,7 @@ class SurpriseGate(Fp32Buffers):
         if static.shape[1] == 1 and context.segments is None:
             average = history.mean(1, keepdim=True)  # decoding: the window is all that there is
         else:
-            starts = context.segment_starts(history.shape[1], history.device)
+            starts = context.document_starts(history.shape[1])
             average = moving_average(history, window, starts)[:, -static.shape[1] :]
         if self.config.surprise_normalize == "moving_average":
             scale = 1 / average.clamp(min=1e-12)
@@ -125,10 +125,12 @@ def moving_average(values: Tensor, window: int, starts: Tensor) -> Tensor:
     Args:
         values: (B, T).
         window: W.
-        starts: index of the first token of each token's document, (B or 1, T).
+        starts: index of the first token of each token's document, (B, T); None: 0.
     """
     index = torch.arange(values.shape[1], device=values.device)
-    first = torch.maximum(index - (window - 1), starts).expand_as(values)
+    first = (index - (window - 1)).clamp(min=0).expand_as(values)
+    if starts is not None:
+        first = torch.maximum(first, starts)
     # fp64, since the difference of two long sums loses what fp32 has.
     total = F.pad(values.double().cumsum(1), (1, 0))
     return ((total[:, 1:] - total.gather(1, first)) / (index + 1 - first)).to(values.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 from dynamic_transformers.data.loading import collate, load_split, load_tokenizer
 from dynamic_transformers.manifest import digest, finished, read_manifest, write_manifest
 from dynamic_transformers.models import RoutedForCausalLM
+from dynamic_transformers.models.selection import RoutingResult
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import RunTracker
 from dynamic_transformers.training.batches import BlockOrder, MicroBatches
@@ -191,21 +193,25 @@ class TrainingRun:
             while self.progress.step < total:
                 factor = learning_rate_factor(self.training.optimizer, self.progress.step, total)
                 start = time.perf_counter()
-                losses, fractions, computed = self.optimizer_step(self.progress.step, total, factor)
+                losses, routing = self.optimizer_step(self.progress.step, total, factor)
                 self.progress.seconds += time.perf_counter() - start
+                computed = {layer: measured["computed"] for layer, measured in routing.items()}
                 step_flops = self.step_tokens * training_flops(model_config, length, computed).total()
                 self.progress.step += 1
                 self.progress.tokens += self.step_tokens
                 self.progress.flops += step_flops
-                for layer, fraction in fractions.items():
+                for layer, measured in routing.items():
                     selected = self.progress.selected_tokens.get(str(layer), 0.0)
-                    self.progress.selected_tokens[str(layer)] = selected + fraction * self.step_tokens
+                    self.progress.selected_tokens[str(layer)] = (
+                        selected + measured["fraction"] * self.step_tokens
+                    )
                 interval.add(self.step_tokens, losses)
                 total = budget.total_steps(self.progress, self.step_tokens, step_flops)
                 last = self.progress.step >= total
                 if self.progress.step % self.training.log_every == 0 or last:
                     metrics = interval.means() | {"train/learning_rate": self.training.optimizer.lr * factor}
-                    metrics |= {f"routing/layer_{i}/fraction": value for i, value in fractions.items()}
+                    for layer, measured in routing.items():
+                        metrics |= {f"routing/layer_{layer}/{key}": value for key, value in measured.items()}
                     self.log(metrics)
                     speed = metrics["train/tokens_per_second"]
                     display.update(self.progress.step, total, speed, metrics["train/loss"])
@@ -241,15 +247,17 @@ class TrainingRun:
 
     def optimizer_step(
         self, step: int, total_steps: int, lr_factor: float
-    ) -> tuple[dict[str, float], dict[int, float], dict[int, float]]:
+    ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
         """One update from `gradient_accumulation_steps` micro-batches on every rank.
 
         The loss is the sum over all targets of the step divided by their number, so it does not depend on
         how the step is cut into micro-batches and ranks.
 
         Returns:
-            Losses by metric name; of each routed layer the fraction of tokens selected, and of places
-            computed, which is more where rows differ in what they select.
+            Losses by metric name; of each routed layer what `routing_measures` names.
+
+        Raises:
+            FloatingPointError: a loss or the gradient's norm is not finite; nothing is updated then.
         """
         accelerator, accumulation = self.accelerator, self.training.gradient_accumulation_steps
         plain = self.plain_model
@@ -260,9 +268,9 @@ class TrainingRun:
         counts = torch.tensor([sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)])
         targets = accelerator.reduce(counts.to(accelerator.device), "sum")[0]
         set_learning_rate(self.optimizer, lr_factor)
-        sums: dict[str, torch.Tensor] = {}
-        fractions: dict[int, torch.Tensor] = {}
-        computed: dict[int, torch.Tensor] = {}
+        share = 1 / (accumulation * accelerator.num_processes)
+        losses: dict[str, torch.Tensor] = {}
+        routing: dict[tuple[int, str], torch.Tensor] = {}
         for index, batch in enumerate(batches):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             scale = {"num_tokens_in_batch": self.step_tokens} if routed else {}
@@ -271,30 +279,29 @@ class TrainingRun:
                 outputs = self.model(**batch, num_items_in_batch=targets, use_cache=False, **scale)
                 # DDP averages over ranks; the loss is already a share of the whole step.
                 accelerator.backward(outputs.loss * accelerator.num_processes)
-            add(sums, "train/total_loss", outputs.loss.detach())
+            add(losses, "train/total_loss", outputs.loss.detach())
             if not routed:
-                add(sums, "train/loss", outputs.loss.detach())
+                add(losses, "train/loss", outputs.loss.detach())
                 continue
-            add(sums, "train/loss", outputs.language_model_loss.detach())
-            share = 1 / (accumulation * accelerator.num_processes)
+            add(losses, "train/loss", outputs.language_model_loss.detach())
             for name, value in outputs.auxiliary_losses.items():
-                add(sums, f"train/{name}_loss", value.detach() * share)
+                add(losses, f"train/{name}_loss", value.detach() * share)
             for layer, result in outputs.routing.items():
-                add(fractions, layer, result.selected.float().mean() * share)
-                add(computed, layer, torch.full_like(fractions[layer], result.computed * share))
+                for name, value in routing_measures(result).items():
+                    add(routing, (layer, name), value * share)
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.training.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        values = torch.stack([*sums.values(), *fractions.values(), *computed.values()]).float()
-        reduced = accelerator.reduce(values, "sum")
+        reduced = accelerator.reduce(torch.stack([*losses.values(), *routing.values()]).float(), "sum")
         assert isinstance(reduced, torch.Tensor) and norm is not None
         values = reduced.tolist()
-        losses = dict(zip(sums, values, strict=False))
-        if not all(map(torch.isfinite, torch.tensor([*losses.values()]))):
-            raise FloatingPointError(f"loss is not finite at step {step}: {losses}")
-        measured = dict(zip(fractions, values[len(sums) :], strict=False))
-        places = dict(zip(computed, values[len(sums) + len(measured) :], strict=True))
-        return losses | {"train/grad_norm": float(norm)}, measured, places
+        means = dict(zip(losses, values, strict=False)) | {"train/grad_norm": float(norm)}
+        if not all(map(math.isfinite, means.values())):
+            raise FloatingPointError(f"not finite at step {step}: {means}")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        measured: dict[int, dict[str, float]] = {}
+        for (layer, name), value in zip(routing, values[len(losses) :], strict=True):
+            measured.setdefault(layer, {})[name] = value
+        return means, measured
 
     def evaluate(self) -> None:
         """Held-out loss on the validation split, on every rank alike, logged by rank 0."""
@@ -353,6 +360,20 @@ def identity(config: dict) -> dict:
     free = ("max_steps", "max_tokens", "max_flops", "log_every", "eval_every", "checkpoint_every")
     training = {key: value for key, value in config["training"].items() if key not in free}
     return config | {"training": training, "system": {"precision": config["system"]["precision"]}}
+
+
+def routing_measures(result: RoutingResult) -> dict[str, torch.Tensor]:
+    """Means over a batch of what one routed layer did.
+
+    `fraction` of the tokens selected; `computed`: places that the block ran on, more where rows differ in
+    what they select; of STT's teacher the mean of g, and of g².
+    """
+    fraction = result.selected.float().mean()
+    measures = {"fraction": fraction, "computed": torch.full_like(fraction, result.computed)}
+    if result.surprise_gate is not None:
+        gate = result.surprise_gate.float()
+        measures |= {"teacher_gate": gate.mean(), "teacher_gate_squared": gate.square().mean()}
+    return measures
 
 
 def add(sums: dict, key, value: torch.Tensor) -> None:
