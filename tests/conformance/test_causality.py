@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.models.tiny import (
+    ALL,
     CASES,
     ROUTED,
     ROUTED_STAGES,
@@ -114,6 +115,48 @@ def test_packed_documents_do_not_see_one_another(stage, attention):
     together = logits(model, packed, position_ids=positions)
     separate = torch.cat([logits(model, document) for document in documents], dim=1)
     torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_packed_rows_may_be_cut_at_different_places(stage):
+    window = {} if stage in ("standard", "mod") else {"surprise_window": 6}
+    model = calibrated_case(stage, **window)
+    cuts, ids = (9, 14), tokens(2, LENGTH)
+    positions = torch.stack([torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)]) for cut in cuts])
+    together = logits(model, ids, position_ids=positions)
+    for row, cut in enumerate(cuts):
+        separate = [logits(model, ids[row : row + 1, part]) for part in (slice(0, cut), slice(cut, None))]
+        torch.testing.assert_close(together[row : row + 1], torch.cat(separate, 1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["sdt", "stt"])
+def test_surprise_in_training_is_each_documents_own(architecture):
+    # Top-k is over the row, so outputs differ; what a token is surprised by may not.
+    model = tiny_model(architecture, surprise_window=6, at_end=True)
+    cuts, ids, layer = (9, 14), tokens(2, LENGTH), model.config.routed_layers[0]
+    positions = torch.stack([torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)]) for cut in cuts])
+
+    def gate(ids, **inputs):
+        result = model(input_ids=ids, use_cache=False, **inputs).routing[layer]
+        return result.gate if architecture == "sdt" else result.surprise_gate
+
+    together = gate(ids, position_ids=positions)
+    for row, cut in enumerate(cuts):
+        separate = [gate(ids[row : row + 1, part]) for part in (slice(0, cut), slice(cut, None))]
+        torch.testing.assert_close(together[row : row + 1], torch.cat(separate, 1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_gradients_are_the_same_with_gradient_checkpointing(architecture):
+    ids = tokens(2, LENGTH)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(architecture)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stage", ROUTED_STAGES)

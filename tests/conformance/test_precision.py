@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from dynamic_transformers.models.surprise import SurpriseGate
 from tests.conformance.test_cache import cached_logits
 from tests.models.tiny import ALL, ROUTED, calibrated, logits, tiny_model, tokens
 
@@ -76,6 +77,26 @@ def test_scores_and_logits_that_select_are_fp32(architecture, how, mode):
         assert not bf16_suffices(seen["predictor"])
 
 
+@pytest.mark.parametrize("how", ["autocast", "bf16 model"])
+def test_the_teachers_scores_are_fp32(how, monkeypatch):
+    model = calibrated("stt", at_end=True).to(torch.bfloat16 if how == "bf16 model" else torch.float32)
+    seen = {}
+    honest = SurpriseGate.score
+
+    def score(gate, update, predicted, state, *others):
+        result = honest(gate, update, predicted, state, *others)
+        if gate is model.model.routers["1"].surprise:
+            seen.update(update=update, score=result)
+        return result
+
+    monkeypatch.setattr(SurpriseGate, "score", score)
+    with torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext():
+        model.train()(input_ids=tokens(2, LENGTH), use_cache=False)
+    for value in seen.values():
+        assert value.dtype == torch.float32
+        assert (value != value.bfloat16()).float().mean() > 0.2
+
+
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_bf16_cached_equals_uncached_for_the_same_selection(architecture, given_selection):
     model = calibrated(architecture).to(torch.bfloat16)
@@ -101,7 +122,7 @@ def test_bf16_moves_few_tokens_across_the_cut(architecture):
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
-def test_thresholds_and_beta_stay_fp32_in_a_bf16_model(architecture, tmp_path):
+def test_what_scores_are_compared_with_stays_fp32_in_a_bf16_model(architecture, tmp_path):
     model = calibrated(architecture)
     model.set_progress(7, 9)
     model.save_pretrained(tmp_path)
@@ -112,6 +133,9 @@ def test_thresholds_and_beta_stay_fp32_in_a_bf16_model(architecture, tmp_path):
         for name, value in model.named_buffers():
             if ".routers." in name:
                 assert torch.equal(half.get_buffer(name), value), name
+        for name, value in model.named_parameters():
+            if ".surprise." in name:
+                assert torch.equal(half.get_parameter(name), value), name
     meta = copy.deepcopy(model).to("meta")
     assert all(value.device.type == "meta" for value in meta.buffers())
 

@@ -20,6 +20,9 @@ from .routing import Router, RoutingContext, causal_mask
 from .selection import CalibratedThreshold, RoutingResult
 from .surprise import SurpriseGate, inverse_softplus
 
+# What transformers shall not cast when it loads a checkpoint in bf16: `Fp32Scalars`' parameters.
+FP32_SCALARS = {"raw_offset_ce", "raw_multiplier_cu"}
+
 
 @dataclass
 class RoutedModelOutput(ModelOutput):
@@ -67,6 +70,7 @@ class RoutedModel(Qwen2Model):
     # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
     _supports_flash_attn = False
     _supports_flex_attn = False
+    _keep_in_fp32_modules_strict = FP32_SCALARS
     config: RoutedConfig
     router_class: type[Router]
 
@@ -219,6 +223,7 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
 
     _supports_flash_attn = False
     _supports_flex_attn = False
+    _keep_in_fp32_modules_strict = FP32_SCALARS
     config: RoutedConfig
     model_class: type[RoutedModel]
 

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of a row, R rows with K selected tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -113,19 +114,23 @@ def select_mask(mask: Tensor) -> Selection:
     return Selection(indices, members.gather(1, indices), mask, rows)
 
 
-class Fp32Buffers(nn.Module):
-    """A module whose buffers stay in fp32 when a model is cast: rounding would move what they decide."""
+class Fp32Scalars(nn.Module):
+    """A module whose own parameters and buffers stay in fp32 when a model is cast: rounding decides."""
 
     def _apply(self, fn, recurse=True):
-        before = dict(self.named_buffers(recurse=False))
+        before = {name: value.detach() for name, value in self._own()}
         super()._apply(fn, recurse)
-        for name, value in before.items():
-            if (cast := self.get_buffer(name)).dtype != value.dtype:
-                setattr(self, name, value.to(cast.device))
+        for name, value in self._own():
+            if value.dtype != before[name].dtype:
+                value.data = before[name].to(value.device)
         return self
 
+    def _own(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.named_parameters(recurse=False)
+        yield from self.named_buffers(recurse=False)
 
-class CalibratedThreshold(Fp32Buffers):
+
+class CalibratedThreshold(Fp32Scalars):
     """τ of the `threshold` rule: bias-corrected moving average of the scores' (1 − γ) quantile.
 
     Exactly causal: τ is a constant of the checkpoint. After Expert Threshold routing (arXiv 2603.11535).

@@ -12,7 +12,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from .configuration import SurpriseConfig
 from .routing import RoutingContext
-from .selection import Fp32Buffers
+from .selection import Fp32Scalars
 
 
 class PriorNetwork(nn.Module):
@@ -32,7 +32,7 @@ class PriorNetwork(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class SurpriseGate(Fp32Buffers):
+class SurpriseGate(Fp32Scalars):
     """g = S_CE + S_CU − S_CE·S_CU from expected and unexpected change (architectures.md, section 4).
 
     With u = β·CE and v = β·CU the gate is σ(logsumexp(u, v, u + v)), exactly: both sides have the odds
