@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from benchmarks.calibration import calibrate
 from dynamic_transformers.comparison.statistics import mean_interval
 from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.data.loading import collate, load_split
@@ -119,7 +120,7 @@ def measure(run_dir: Path, data_dir: Path, rule: str, batch_size: int) -> Measur
             raise RuntimeError(f"{run_dir}: no text is left to calibrate on")
         order = BlockOrder(len(train_split), run["seed"])
         blocks = collate([train_split[order[place]] for place in range(used, used + CALIBRATION_BLOCKS)])
-        model.calibrate(blocks["input_ids"], blocks["position_ids"])
+        calibrate(model, blocks["input_ids"], blocks["position_ids"])
     model.config.selection_rule = rule.partition(",")[0]
     heldout = evaluate_heldout(model, split, batch_size)
     fractions = heldout.routed_fraction.values()

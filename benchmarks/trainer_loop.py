@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -20,7 +18,7 @@ from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.models import MODEL_CLASSES
 from dynamic_transformers.training.build import model_config
-from dynamic_transformers.training.trainer import train
+from dynamic_transformers.training.trainer import TrainingRun, make_accelerator, training_config
 
 
 class Clock(TrainerCallback):
@@ -37,8 +35,18 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self.start
 
 
-def loop_ratio(size: str, rows: int, length: int, steps: int, turns: int) -> float:
-    """Median of our loop's time ÷ the Trainer's on the standard model: same blocks, AdamW and steps."""
+class TimedRun(TrainingRun):
+    """Our loop; notes when its last step ended."""
+
+    def optimizer_step(self, *args):
+        """As usual, then note the time."""
+        result = super().optimizer_step(*args)
+        self.ended = time.perf_counter()
+        return result
+
+
+def loop_ratios(size: str, rows: int, length: int, steps: int, turns: int) -> list[float]:
+    """Our loop's time ÷ the Trainer's on the standard model: same blocks, collation, AdamW and steps."""
     transformers_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_from_dict(
@@ -60,10 +68,6 @@ def loop_ratio(size: str, rows: int, length: int, steps: int, turns: int) -> flo
         optimizer = settings.training.optimizer
         vocab = read_manifest(data_dir)["vocab_size"]
         split = load_split(data_dir, "train")
-        examples = [collate([split[index]]) for index in range(rows * (steps + 1))]
-        blocks = Dataset.from_list(
-            [{name: value[0].tolist() for name, value in example.items()} for example in examples]
-        )
         arguments = TrainingArguments(
             output_dir=f"{folder}/hf",
             max_steps=steps,
@@ -78,19 +82,25 @@ def loop_ratio(size: str, rows: int, length: int, steps: int, turns: int) -> flo
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            remove_unused_columns=False,
         )
 
         def huggingface(turn: int) -> float:
             torch.manual_seed(turn)
             model = MODEL_CLASSES["standard"][1](model_config(settings.model, vocab))
             clock = Clock()
+            trainer = Trainer(model, arguments, data_collator=collate, train_dataset=split, callbacks=[clock])
             with contextlib.redirect_stdout(io.StringIO()):
-                Trainer(model, arguments, train_dataset=blocks, callbacks=[clock]).train()
+                trainer.train()
             return clock.seconds
 
         def ours(turn: int) -> float:
-            run_dir = train(settings, data_dir, Path(folder) / f"run-{turn}")
-            return read_manifest(run_dir)["training_seconds"]
+            run_dir = Path(folder) / f"run-{turn}"
+            accelerator = make_accelerator(settings)
+            run = TimedRun(settings, data_dir, run_dir, accelerator, training_config(settings, data_dir))
+            start = time.perf_counter()
+            run.fit()
+            return run.ended - start
 
         pairs = [(huggingface(turn), ours(turn)) for turn in range(turns + 1)][1:]
-    return statistics.median(mine / theirs for theirs, mine in pairs)
+    return [mine / theirs for theirs, mine in pairs]

@@ -50,10 +50,10 @@ def train_command(args: argparse.Namespace) -> None:
 
     from dynamic_transformers.data.prepare import default_data_dir, prepare
     from dynamic_transformers.export import export
-    from dynamic_transformers.training.trainer import train
+    from dynamic_transformers.training.trainer import on_cpu, train
 
     settings = settings_of(args)
-    state = PartialState(cpu=settings.system.device == "cpu")
+    state = PartialState(cpu=on_cpu(settings))
     if not state.is_main_process:
         logging.getLogger("dynamic_transformers").setLevel(logging.WARNING)
     with state.main_process_first():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.calibration import calibrate
 from tests.models.tiny import (
     ALL,
     CASES,
@@ -203,10 +204,7 @@ def test_measured_fraction_is_the_configured_one(architecture, capacity):
     # on who selected before, and thresholds of training have seen top-k do it: the first layer only.
     target = k / length if architecture == "stt" else capacity
     assert fractions(other)[0] == pytest.approx(target, abs=0.02)
-    # Calibrated by what eval mode sees, every layer holds its fraction, and what came before is forgotten.
-    for router in model.model.routers.values():
-        router.threshold.value.fill_(1e3)
-    model.train().calibrate(fresh, torch.arange(length).expand(len(fresh), -1))
-    assert model.training
+    # Calibrated by what eval mode sees, every layer holds its fraction.
+    calibrate(model, fresh, torch.arange(length).expand(len(fresh), -1))
     assert fractions(fresh) == pytest.approx([capacity] * 2, abs=1e-3)
     assert fractions(other) == pytest.approx([capacity] * 2, abs=0.02)

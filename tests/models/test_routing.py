@@ -57,7 +57,7 @@ def test_mask_and_selection_are_inverse():
 
 
 def test_threshold_is_the_bias_corrected_average_of_the_quantile():
-    threshold = CalibratedThreshold(decay=0.99)
+    threshold = CalibratedThreshold()
     assert threshold.value == 0
     average = weight = 0.0
     for step in range(6):
@@ -74,7 +74,7 @@ def test_threshold_is_the_bias_corrected_average_of_the_quantile():
 
 
 def test_threshold_looks_back_over_as_many_steps_with_gradient_accumulation():
-    one, four = CalibratedThreshold(decay=0.99), CalibratedThreshold(decay=0.99)
+    one, four = CalibratedThreshold(), CalibratedThreshold()
     one.set_progress(1000, 1)
     four.set_progress(1000, 4)
     for step in range(30):
@@ -87,7 +87,7 @@ def test_threshold_looks_back_over_as_many_steps_with_gradient_accumulation():
 
 
 def test_threshold_holds_the_fraction_at_capacity():
-    threshold = CalibratedThreshold(decay=0.99)
+    threshold = CalibratedThreshold()
     for step in range(50):
         threshold.update(torch.randn(8, 128, generator=torch.Generator().manual_seed(step)), 0.125, None)
     fresh = torch.randn(8, 1024, generator=torch.Generator().manual_seed(99))
@@ -242,7 +242,7 @@ def test_stt_threshold_targets_of_a_row_do_not_depend_on_its_mates(padded):
 
 
 def test_a_batch_of_padding_leaves_a_threshold_as_it_is():
-    threshold = CalibratedThreshold(0.9)
+    threshold = CalibratedThreshold()
     nothing = torch.zeros(2, 4, dtype=torch.bool)
     threshold.update(torch.randn(2, 4), 0.5, nothing)
     assert threshold.value == 0 and threshold.weight == 0

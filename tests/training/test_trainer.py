@@ -1,6 +1,7 @@
 """The loop: budgets, resume, accumulation, what a run leaves behind."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,11 +9,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dynamic_transformers.data.loading import load_tokenizer
+from dynamic_transformers.data.loading import load_split, load_tokenizer
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.training import trainer
 from dynamic_transformers.training.batches import BlockOrder, MicroBatches
+from dynamic_transformers.training.budget import Budget
 from dynamic_transformers.training.build import build_model
+from dynamic_transformers.training.checkpoint import checkpoints
+from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
 
 
@@ -174,3 +179,54 @@ def test_order_is_a_permutation_each_epoch_and_does_not_depend_on_ranks():
 
     assert batches(4, 1, 1) == batches(2, 2, 1) == batches(2, 1, 2) == batches(1, 2, 2)
     assert batches(4, 1, 1)[2:] == batches(4, 1, 1, first_step=2, steps=3)
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_updates_nothing(
+    make_settings, data_dir, tmp_path, monkeypatch
+):
+    def with_an_endless_gradient(*args):
+        model = build_model(*args)
+        model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+        return model
+
+    monkeypatch.setattr(trainer, "build_model", with_an_endless_gradient)
+    settings = make_settings(training={"max_steps": 1})
+    with pytest.raises(UserError, match=r"diverged at step 0 \(train/grad_norm=(inf|nan)\)"):
+        train(settings, data_dir, tmp_path / "run")
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_steps_to_come_are_expected_to_cost_what_the_schedule_says(
+    make_settings, data_dir, tmp_path, monkeypatch
+):
+    totals = []
+    honest = Budget.total_steps
+
+    def noted(budget, *args):
+        totals.append(honest(budget, *args))
+        return totals[-1]
+
+    monkeypatch.setattr(Budget, "total_steps", noted)
+    for name, model in {
+        "falling capacity": {"capacity_warmup_steps": 4},
+        "threshold": {"stt": {"targets": "threshold"}},
+    }.items():
+        totals.clear()
+        settings = make_settings(
+            "mod" if name == "falling capacity" else "stt", model=model, training={"max_flops": 3e9}
+        )
+        run = train(settings, data_dir, tmp_path / name)
+        done = read_manifest(run)
+        assert done["training_flops"] == pytest.approx(3e9, rel=0.05)
+        assert totals[-1] == done["training_steps"] and max(totals[1:]) - min(totals[1:]) <= 2
+
+
+def test_evaluation_of_random_routing_repeats_and_leaves_the_random_state(make_settings, data_dir):
+    settings = make_settings("mod", model={"mod": {"routing": "random", "aux_weight": 0.0}})
+    model = build_model(settings, read_manifest(data_dir)["vocab_size"], None)
+    split = load_split(data_dir, "validation")
+    before = torch.get_rng_state()
+    first = evaluate_heldout(model, split, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert evaluate_heldout(model, split, 4).loss == first.loss

@@ -22,10 +22,9 @@ from dynamic_transformers.manifest import (
     write_manifest,
 )
 from dynamic_transformers.models import RoutedConfig
-from dynamic_transformers.models.configuration import Qwen2STTConfig
 from dynamic_transformers.settings import Settings
 from dynamic_transformers.tracking import METRICS, RunTracker
-from dynamic_transformers.training.flops import forward_flops
+from dynamic_transformers.training.flops import forward_flops, target_fraction
 from dynamic_transformers.training.heldout import evaluate_heldout
 
 logger = logging.getLogger("dynamic_transformers")
@@ -131,13 +130,6 @@ def evaluate(
 def variant(run_config: dict[str, Any]) -> dict[str, Any]:
     """What runs must share to count as seeds of one another: all but the seed and the data it shuffles."""
     return {key: value for key, value in run_config.items() if key not in ("seed", "data_digest")}
-
-
-def target_fraction(config: Qwen2Config) -> float | None:
-    """Fraction of tokens that a routed layer is meant to compute; None where only a gate decides."""
-    if isinstance(config, Qwen2STTConfig) and config.targets == "threshold":
-        return None
-    return config.capacity if isinstance(config, RoutedConfig) else 1.0
 
 
 def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:

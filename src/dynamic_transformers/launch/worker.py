@@ -8,14 +8,13 @@ import logging
 import os
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from dynamic_transformers.configure import run_command, settings_from_dict
 from dynamic_transformers.manifest import write_json
 from dynamic_transformers.settings import Settings
 from dynamic_transformers.training.display import configure_logging
-from dynamic_transformers.training.trainer import train
+from dynamic_transformers.training.trainer import on_cpu, train
 
 WORKER = "dynamic_transformers.launch.worker"
 
@@ -31,7 +30,7 @@ def work(args: argparse.Namespace) -> None:
     settings = settings_from_dict(job["settings"])
     configure_logging()
     # Without this, accelerate makes every rank of a machine without CUDA a training of its own.
-    state = PartialState(cpu=settings.system.device == "cpu" or not torch.cuda.is_available())
+    state = PartialState(cpu=on_cpu(settings))
     assert state.num_processes == int(os.environ["WORLD_SIZE"])
     if not state.is_main_process:
         logging.getLogger("dynamic_transformers").setLevel(logging.WARNING)

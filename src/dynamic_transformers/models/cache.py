@@ -80,7 +80,8 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.slots, self.places = (
             F.pad(table, (0, more), value=EMPTY) for table in (self.slots, self.places)
         )
-        row, index = self._arriving = used.nonzero(as_tuple=True)
+        row, index = used.nonzero().unbind(1)
+        self._arriving = row, index
         first = 0 if self.keys is None else len(self.keys)
         at = (rows[row], before[row] + index)
         self.slots[at] = slots[row, index]

@@ -13,14 +13,12 @@ class RoutedConfig(Qwen2Config):
             `calibrated_predictor` (logit > its own τ), `aux` (router logit > 0; MoD only), or `topk`, which
             looks at the future and is therefore only an upper bound (architectures.md, section 2).
         predictor_weight: weight of the top-k membership predictor's loss; 0 means that there is no predictor.
-        threshold_decay: largest ρ of the moving average that calibrates thresholds; shorter runs take less.
     """
 
     capacity: float = 0.5
     capacity_warmup_steps: int = 0
     selection_rule: str = "threshold"
     predictor_weight: float = 0.0
-    threshold_decay: float = 0.99
 
     @property
     def routed_layers(self) -> list[int]:

@@ -248,28 +248,6 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             assert isinstance(router, Router)
             router.set_progress(step, total_steps, forwards)
 
-    @torch.no_grad()
-    def calibrate(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        """Set every threshold to the quantile that eval mode sees on these tokens, layer by layer.
-
-        A moving average over training steps lags behind the weights, and has seen top-k decide in the layers
-        below. Afterwards eval mode computes the fraction γ of text like this one.
-
-        Args:
-            input_ids, position_ids: (B, T) each.
-        """
-        was_training = self.training
-        self.eval()
-        routers = [router for router in self.model.routers.values() if isinstance(router, Router)]
-        for router in routers:
-            router.calibrating = True
-        try:
-            self.model(input_ids, position_ids=position_ids, use_cache=False)
-        finally:
-            for router in routers:
-                router.calibrating = False
-            self.train(was_training)
-
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:

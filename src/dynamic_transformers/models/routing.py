@@ -209,8 +209,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.training_capacity = config.capacity
-        self.calibrating = False  # set thresholds by what eval mode sees; see RoutedForCausalLM.calibrate
-        self.threshold = CalibratedThreshold(config.threshold_decay)
+        self.threshold = CalibratedThreshold()
         self.predictor = Predictor(config) if config.predictor_weight else None
         self.check_rule()
 
@@ -273,11 +272,6 @@ class Router(nn.Module):
             ValueError: the model lacks what the rule needs.
         """
         rule = self.check_rule()
-        if self.calibrating:
-            self.threshold.replace(scores, self.config.capacity, context.valid)
-            if self.predictor is not None:
-                logits = self.predictor(hidden_states)
-                self.predictor.threshold.replace(logits, self.config.capacity, context.valid)
         if rule == "topk":
             return select_top_k(scores, self.config.capacity, context.valid)
         if rule == "threshold":

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from .configuration import RoutedConfig
 
+LONGEST_DECAY = 0.99  # ρ of a threshold's moving average; shorter runs take less
+
 
 @dataclass
 class RoutingResult:
@@ -145,9 +147,9 @@ class CalibratedThreshold(Fp32Scalars):
     value: Tensor
     weight: Tensor
 
-    def __init__(self, decay: float):
+    def __init__(self):
         super().__init__()
-        self.decay = self.longest_decay = decay
+        self.decay = LONGEST_DECAY
         self.register_buffer("value", torch.zeros((), dtype=torch.float32))
         self.register_buffer("weight", torch.zeros((), dtype=torch.float32))
 
@@ -160,7 +162,7 @@ class CalibratedThreshold(Fp32Scalars):
             total_steps: optimizer steps of the run.
             forwards: how often each of them calls `update`.
         """
-        decay = min(self.longest_decay, 1 - 1 / max(10.0, total_steps / 20))
+        decay = min(LONGEST_DECAY, 1 - 1 / max(10.0, total_steps / 20))
         self.decay = decay ** (1 / forwards)
 
     @torch.no_grad()
@@ -176,12 +178,6 @@ class CalibratedThreshold(Fp32Scalars):
         step = (1 - self.decay) * known
         self.weight.lerp_(torch.ones_like(self.weight), step)
         self.value += torch.where(known, step / self.weight * (quantile - self.value), 0)
-
-    @torch.no_grad()
-    def replace(self, scores: Tensor, fraction: Tensor | float, valid: Tensor | None) -> None:
-        """Forget the average and take the quantile of these scores; arguments as in `update`."""
-        self.value.copy_(score_quantile(scores, fraction, valid))
-        self.weight.fill_(1.0)
 
 
 def score_quantile(scores: Tensor, fraction: Tensor | float, valid: Tensor | None) -> Tensor:
@@ -211,7 +207,7 @@ class Predictor(nn.Module):
     def __init__(self, config: RoutedConfig):
         super().__init__()
         hidden_size = config.hidden_size
-        self.threshold = CalibratedThreshold(config.threshold_decay)
+        self.threshold = CalibratedThreshold()
         self.up_proj = nn.Linear(hidden_size, hidden_size // 2, bias=False)
         self.down_proj = nn.Linear(hidden_size // 2, 1, bias=False)
 

@@ -119,7 +119,7 @@ def beta_at(config: SurpriseConfig, step: int, total_steps: int) -> float:
     return config.beta_start + (config.beta_end - config.beta_start) * progress
 
 
-def moving_average(values: Tensor, window: int, starts: Tensor) -> Tensor:
+def moving_average(values: Tensor, window: int, starts: Tensor | None) -> Tensor:
     """Causal mean over the last min(window, t + 1) tokens of the same document, the current one included.
 
     Args:

@@ -34,9 +34,21 @@ class HeldoutResult:
 
 @torch.no_grad()
 def evaluate_heldout(model: PreTrainedModel, split: datasets.Dataset, batch_size: int) -> HeldoutResult:
-    """Evaluate `model` on every block of a split; the model's training mode is restored afterwards."""
-    was_training = model.training
-    model.eval()
+    """Evaluate `model` on every block of a split; its training mode and the random state stay as they were.
+
+    Random routing, the control, draws the same noise each time.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        was_training = model.training
+        result = measure(model.eval(), split, batch_size)
+        model.train(was_training)
+    return result
+
+
+def measure(model: PreTrainedModel, split: datasets.Dataset, batch_size: int) -> HeldoutResult:
+    """The result of a model in eval mode."""
     device = next(model.parameters()).device
     loss = torch.zeros((), dtype=torch.float64, device=device)
     targets = blocks = 0
@@ -53,7 +65,6 @@ def evaluate_heldout(model: PreTrainedModel, split: datasets.Dataset, batch_size
             gate = result.gate.double()
             moments = torch.stack([result.selected.double().mean(), gate.mean(), gate.square().mean()])
             sums[layer] = sums.get(layer, 0) + len(labels) * moments
-    model.train(was_training)
     moments = {layer: (total / blocks).tolist() for layer, total in sums.items()}
     return HeldoutResult(
         loss=loss.item() / targets,

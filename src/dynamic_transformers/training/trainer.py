@@ -26,7 +26,7 @@ from dynamic_transformers.training.budget import Budget, Progress
 from dynamic_transformers.training.build import build_model
 from dynamic_transformers.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from dynamic_transformers.training.display import TrainingDisplay
-from dynamic_transformers.training.flops import training_flops
+from dynamic_transformers.training.flops import target_fraction, training_flops
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from dynamic_transformers.training.run_folder import claim_run_dir, resume_point
@@ -182,8 +182,8 @@ class TrainingRun:
         model_config = self.plain_model.config
         assert isinstance(model_config, Qwen2Config)
         length = self.manifest["block_size"]
-        step_flops = self.step_tokens * training_flops(model_config, length).total()
-        total = budget.total_steps(self.progress, self.step_tokens, step_flops)
+        expected_flops = self.step_tokens * training_flops(model_config, length).total()
+        total = budget.total_steps(self.progress, self.step_tokens, expected_flops)
         main = self.accelerator.is_main_process
         display = TrainingDisplay(self.tracker.state["name"], self.progress.step, main)
         interval = Interval()
@@ -206,7 +206,9 @@ class TrainingRun:
                         selected + measured["fraction"] * self.step_tokens
                     )
                 interval.add(self.step_tokens, losses)
-                total = budget.total_steps(self.progress, self.step_tokens, step_flops)
+                if target_fraction(model_config) is None:
+                    expected_flops = self.progress.flops / self.progress.step
+                total = budget.total_steps(self.progress, self.step_tokens, expected_flops)
                 last = self.progress.step >= total
                 if self.progress.step % self.training.log_every == 0 or last:
                     metrics = interval.means() | {"train/learning_rate": self.training.optimizer.lr * factor}
@@ -257,7 +259,7 @@ class TrainingRun:
             Losses by metric name; of each routed layer what `routing_measures` names.
 
         Raises:
-            FloatingPointError: a loss or the gradient's norm is not finite; nothing is updated then.
+            UserError: a loss or the gradient's norm is not finite; nothing is updated then.
         """
         accelerator, accumulation = self.accelerator, self.training.gradient_accumulation_steps
         plain = self.plain_model
@@ -295,7 +297,8 @@ class TrainingRun:
         values = reduced.tolist()
         means = dict(zip(losses, values, strict=False)) | {"train/grad_norm": float(norm)}
         if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(f"not finite at step {step}: {means}")
+            wrong = ", ".join(f"{name}={value}" for name, value in means.items() if not math.isfinite(value))
+            raise UserError(f"training diverged at step {step} ({wrong}): lower training.optimizer.lr")
         self.optimizer.step()
         self.optimizer.zero_grad()
         measured: dict[int, dict[str, float]] = {}
@@ -339,7 +342,15 @@ def make_accelerator(settings: Settings) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("system.device=cuda: no CUDA device is available; use system.device=cpu or auto")
     mixed = {"fp32": "no", "bf16": "bf16"}[settings.system.precision]
-    return Accelerator(mixed_precision=mixed, cpu=device == "cpu")
+    return Accelerator(mixed_precision=mixed, cpu=on_cpu(settings))
+
+
+def on_cpu(settings: Settings) -> bool:
+    """Whether training runs on the CPU: also where there is a GPU that is not CUDA's.
+
+    Apple's has no fp64, in which moving averages and held-out losses are summed.
+    """
+    return settings.system.device == "cpu" or not torch.cuda.is_available()
 
 
 def training_config(settings: Settings, data_dir: Path) -> dict:
