@@ -20,36 +20,37 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from benchmarks.calibration import calibrate
 from dynamic_transformers.comparison.statistics import mean_interval
 from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.data.loading import collate, load_split
 from dynamic_transformers.data.prepare import default_data_dir, prepare
 from dynamic_transformers.export import load_run
-from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.models.selection import select_top_k
-from dynamic_transformers.training.batches import BlockOrder
+from dynamic_transformers.training.calibration import calibrate
 from dynamic_transformers.training.display import configure_logging
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
 
-# `threshold` with τ set anew, by what eval mode sees on these many blocks of training text.
-CALIBRATED = "threshold, calibrated anew"
-CALIBRATION_BLOCKS = 16
-# run → (overrides, rules to evaluate)
+# run → (overrides, rules to evaluate). All MoD runs train a predictor, so that they differ in one thing only.
 RUNS = {
     "MoD": (
         ["model.type=mod", "model.predictor_weight=0.01"],
-        ["threshold", CALIBRATED, "predictor", "calibrated_predictor", "topk"],
+        ["threshold", "predictor", "calibrated_predictor", "topk"],
     ),
-    "MoD, aux loss": (["model.type=mod", "model.mod.aux_weight=0.01"], ["threshold", CALIBRATED, "aux"]),
-    "MoD, random": (["model.type=mod", "model.mod.routing=random"], ["threshold"]),
+    "MoD, aux loss": (
+        ["model.type=mod", "model.predictor_weight=0.01", "model.mod.aux_weight=0.01"],
+        ["threshold", "aux", "predictor", "calibrated_predictor", "topk"],
+    ),
+    "MoD, random": (
+        ["model.type=mod", "model.predictor_weight=0.01", "model.mod.routing=random"],
+        ["threshold"],
+    ),
     "SDT": (
         ["model.type=sdt", "model.predictor_weight=0.01"],
-        ["threshold", CALIBRATED, "predictor", "calibrated_predictor", "topk"],
+        ["threshold", "predictor", "calibrated_predictor", "topk"],
     ),
-    "STT": (["model.type=stt"], ["threshold", CALIBRATED, "predictor", "topk"]),
+    "STT": (["model.type=stt"], ["threshold", "predictor", "topk"]),
 }
 
 
@@ -103,25 +104,12 @@ def membership(model, split, batch_size: int) -> tuple[float, float, float]:
 
 
 def measure(run_dir: Path, data_dir: Path, rule: str, batch_size: int) -> Measured:
-    """Evaluate a run's model by `rule`.
-
-    Raises:
-        RuntimeError: the run has trained on the blocks that shall calibrate it.
-    """
+    """Evaluate a run's model by `rule`, calibrated for it as at the end of a run with that rule."""
     model = load_run(run_dir)
     assert isinstance(model, RoutedForCausalLM)
-    split = load_split(data_dir, "test")
-    if rule == CALIBRATED:
-        train_split = load_split(data_dir, "train")
-        # The blocks that come next in this run's order.
-        run = read_manifest(run_dir)
-        used = run["training_tokens"] // len(train_split[0]["input_ids"])
-        if used + CALIBRATION_BLOCKS > len(train_split):
-            raise RuntimeError(f"{run_dir}: no text is left to calibrate on")
-        order = BlockOrder(len(train_split), run["seed"])
-        blocks = collate([train_split[order[place]] for place in range(used, used + CALIBRATION_BLOCKS)])
-        calibrate(model, blocks["input_ids"], blocks["position_ids"])
-    model.config.selection_rule = rule.partition(",")[0]
+    model.config.selection_rule = rule
+    validation, split = (load_split(data_dir, name) for name in ("validation", "test"))
+    calibrate(model, DataLoader(validation, batch_size=batch_size, collate_fn=collate))  # type: ignore[arg-type]
     heldout = evaluate_heldout(model, split, batch_size)
     fractions = heldout.routed_fraction.values()
     return Measured(
@@ -177,7 +165,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         for name, (overrides, rules) in RUNS.items():
             common = [
                 "tracking.mlflow=false",
-                "model.mod.aux_weight=0",
+                "model.mod.aux_weight=0",  # the default is for users; here each run says what it has
                 "training.eval_every=0",
                 "training.log_every=100",
             ]

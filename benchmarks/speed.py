@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, Qwen2Config
 
-from benchmarks.calibration import calibrate
 from benchmarks.trainer_loop import loop_ratios
 from dynamic_transformers.data.loading import IGNORED
 from dynamic_transformers.evaluation.efficiency import timed
 from dynamic_transformers.models import MODEL_CLASSES, RoutedForCausalLM
 from dynamic_transformers.settings import ModelSettings, OptimizerSettings
 from dynamic_transformers.training.build import model_config
+from dynamic_transformers.training.calibration import calibrate
 from dynamic_transformers.training.flops import forward_flops, training_flops
 from dynamic_transformers.training.optimizer import build_optimizer
 
@@ -81,7 +81,7 @@ def calibrate_all(models: dict[str, PreTrainedModel], ids: torch.Tensor) -> None
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     for model in models.values():
         if isinstance(model, RoutedForCausalLM):
-            calibrate(model, ids, positions)
+            calibrate(model, [{"input_ids": ids, "position_ids": positions}])
 
 
 def tokens(rows: int, length: int, device: str, seed: int = 0) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.calibration import calibrate
+from dynamic_transformers.training.calibration import calibrate
 from tests.models.tiny import (
     ALL,
     CASES,
@@ -205,6 +205,6 @@ def test_measured_fraction_is_the_configured_one(architecture, capacity):
     target = k / length if architecture == "stt" else capacity
     assert fractions(other)[0] == pytest.approx(target, abs=0.02)
     # Calibrated by what eval mode sees, every layer holds its fraction.
-    calibrate(model, fresh, torch.arange(length).expand(len(fresh), -1))
+    calibrate(model, [{"input_ids": fresh, "position_ids": torch.arange(length).expand(len(fresh), -1)}])
     assert fractions(fresh) == pytest.approx([capacity] * 2, abs=1e-3)
     assert fractions(other) == pytest.approx([capacity] * 2, abs=0.02)

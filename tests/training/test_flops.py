@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.calibration import calibrate
 from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.training.calibration import calibrate
 from dynamic_transformers.training.flops import forward_flops, training_flops
 
 LENGTH, ROWS, VOCAB = 128, 2, 211
@@ -66,7 +66,7 @@ def test_flops_of_cached_steps_agree_within_one_percent(architecture):
     model = build(architecture, {} if architecture == "standard" else {"capacity": 0.5})
     ids = torch.randint(0, VOCAB, (1, LENGTH + 16), generator=torch.Generator().manual_seed(0))
     if architecture != "standard":
-        calibrate(model, ids, torch.arange(LENGTH + 16).unsqueeze(0))
+        calibrate(model, [{"input_ids": ids, "position_ids": torch.arange(LENGTH + 16).unsqueeze(0)}])
     with torch.no_grad():
         cache = model.eval()(input_ids=ids[:, :LENGTH], use_cache=True).past_key_values
         for length in range(LENGTH + 1, LENGTH + 17):

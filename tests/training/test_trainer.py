@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dynamic_transformers.data.loading import load_split, load_tokenizer
+from dynamic_transformers.export import load_run
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import ARCHITECTURES, UserError
 from dynamic_transformers.training import trainer
@@ -230,3 +231,26 @@ def test_evaluation_of_random_routing_repeats_and_leaves_the_random_state(make_s
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
     assert evaluate_heldout(model, split, 4).loss == first.loss
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model"),
+    [
+        ("mod", {"capacity": 0.25}),
+        ("sdt", {"selection_rule": "calibrated_predictor", "predictor_weight": 0.01}),
+        ("stt", {}),
+    ],
+)
+def test_thresholds_are_set_by_the_validation_split_at_the_end(
+    architecture, model, make_settings, data_dir, tmp_path
+):
+    settings = make_settings(architecture, model=model)
+    run = train(settings, data_dir, tmp_path / "run")
+    split = load_split(data_dir, "validation")
+    trained = load_run(run)
+    fractions = evaluate_heldout(trained, split, 4).routed_fraction
+    assert fractions and all(
+        value == pytest.approx(trained.config.capacity, abs=2e-3) for value in fractions.values()
+    )
+    last = metrics(run)[-1]
+    assert {last[f"routing/layer_{layer}/eval_fraction"] for layer in fractions} == set(fractions.values())

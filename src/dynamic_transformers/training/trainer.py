@@ -24,6 +24,7 @@ from dynamic_transformers.tracking import RunTracker
 from dynamic_transformers.training.batches import BlockOrder, MicroBatches
 from dynamic_transformers.training.budget import Budget, Progress
 from dynamic_transformers.training.build import build_model
+from dynamic_transformers.training.calibration import calibrate
 from dynamic_transformers.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from dynamic_transformers.training.display import TrainingDisplay
 from dynamic_transformers.training.flops import target_fraction, training_flops
@@ -218,6 +219,9 @@ class TrainingRun:
                     speed = metrics["train/tokens_per_second"]
                     display.update(self.progress.step, total, speed, metrics["train/loss"])
                     interval = Interval()
+                if last:
+                    with interval.paused():
+                        self.calibrate()
                 every = self.training.checkpoint_every
                 if last or (every and self.progress.step % every == 0):
                     with interval.paused():
@@ -305,6 +309,14 @@ class TrainingRun:
         for (layer, name), value in zip(routing, values[len(losses) :], strict=True):
             measured.setdefault(layer, {})[name] = value
         return means, measured
+
+    def calibrate(self) -> None:
+        """Set the thresholds by the validation split, on every rank alike."""
+        if not isinstance(self.plain_model, RoutedForCausalLM):
+            return
+        size = self.settings.data.batch_size
+        calibrate(self.plain_model, DataLoader(self.validation, batch_size=size, collate_fn=collate))  # type: ignore[arg-type]
+        self.model.train()
 
     def evaluate(self) -> None:
         """Held-out loss on the validation split, on every rank alike, logged by rank 0."""
