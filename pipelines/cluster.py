@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from components import image_of
 from dynamic_transformers.configure import omegaconf_line
-from dynamic_transformers.launch.settings import Launch
+from dynamic_transformers.launch.settings import Launch, SecretVariable
 from dynamic_transformers.settings import UserError
 
 STEPS = ("configure", "prepare_data", "train", "export", "evaluate", "compare", "report_finished")
@@ -46,20 +46,12 @@ class StepSettings:
 
 
 @dataclass
-class SecretVariable:
-    """An environment variable whose value stays in a Kubernetes Secret."""
-
-    variable: str
-    secret: str
-    key: str
-
-
-@dataclass
 class ClusterSettings:
     """Settings of a compiled pipeline.
 
     Attributes:
         steps: by name; a step that is not named takes what the cluster gives it.
+        environment: variables of every step and of a TrainJob's nodes; the pipeline holds their values.
         secrets: for every step: tokens of the hub, of MLflow, of W&B.
         image_pull_secrets: names of Secrets with the registry's credentials.
         retries: how often a step that failed, or whose node was taken away, is begun again.
@@ -69,9 +61,11 @@ class ClusterSettings:
         volume_claim: PersistentVolumeClaim, ReadWriteMany, for data and checkpoints: training is then a
             TrainJob of the Kubeflow Trainer, which goes on from its last checkpoint when it is begun again.
         mount_path: where it appears.
+        runtime: the ClusterTrainingRuntime that the TrainJob is one of.
     """
 
     steps: dict[str, StepSettings] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     secrets: list[SecretVariable] = field(default_factory=list)
     image_pull_secrets: list[str] = field(default_factory=list)
     retries: int = 2
@@ -80,6 +74,7 @@ class ClusterSettings:
     nodes: int = 1
     volume_claim: str = ""
     mount_path: str = "/shared"
+    runtime: str = "torch-distributed"
 
 
 LOCAL = ClusterSettings(
@@ -127,13 +122,12 @@ def launch_of(cluster: ClusterSettings) -> Launch:
         image=image_of("train"),
         claim=cluster.volume_claim,
         mount_path=cluster.mount_path,
+        runtime=cluster.runtime,
         resources=resources,
         node_selector=step.node_selector,
         tolerations=[without_none(asdict(toleration)) for toleration in step.tolerations],
-        secret_environment=[
-            {"name": secret.variable, "secret": secret.secret, "key": secret.key}
-            for secret in cluster.secrets
-        ],
+        environment=cluster.environment,
+        secrets=cluster.secrets,
         timeout_seconds=step.timeout_seconds,
     )
 
@@ -158,6 +152,8 @@ def place(task: dsl.PipelineTask, name: str, cluster: ClusterSettings) -> None:
         kubernetes.set_timeout(task, step.timeout_seconds)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, cluster.image_pull_secrets)
+    for variable, value in cluster.environment.items():
+        task.set_env_variable(variable, value)
     for secret in cluster.secrets:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.variable})
     if cluster.retries and name != "report_finished":

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from dynamic_transformers.launch import kubernetes_api, train_job
 from dynamic_transformers.launch.run import launch_training
-from dynamic_transformers.launch.settings import Launch
+from dynamic_transformers.launch.settings import Launch, SecretVariable
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.trainer import train, training_config
@@ -39,6 +39,12 @@ def lines(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "dynamic_transformers")
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch):
+    for name in train_job.PASSED_ON:
+        monkeypatch.delenv(name, raising=False)
 
 
 def launch_on(cluster, **changes):
@@ -108,7 +114,7 @@ def test_the_manifest_has_all_that_a_node_needs():
         node_selector={"pool": "gpu"},
         tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         environment={"NCCL_DEBUG": "WARN"},
-        secret_environment=[{"name": "MLFLOW_TRACKING_PASSWORD", "secret": "mlflow", "key": "password"}],
+        secrets=[SecretVariable("MLFLOW_TRACKING_PASSWORD", "mlflow", "password")],
         timeout_seconds=3600,
     )
     launch = Launch.from_json(launch.to_json())
@@ -159,6 +165,53 @@ def test_the_manifest_has_all_that_a_node_needs():
     )
 
 
+TRACKING = {
+    "MLFLOW_TRACKING_URI": "http://mlflow.example:5000",
+    "MLFLOW_TRACKING_AUTH": "kubernetes",
+    "MLFLOW_WORKSPACE": "team",
+    "MLFLOW_EXPERIMENT_ID": "7",
+    "MLFLOW_RUN_ID": "0123456789abcdef",
+}
+
+
+def variables_of_nodes(launch, lines):
+    manifest = train_job.train_job("dt-mod-1", launch, Path("/mnt/shared/job.json"))
+    assert TrainerV1alpha1TrainJob.from_dict(manifest).to_dict() == manifest
+    assert "s3cret" not in json.dumps(manifest) + " ".join(lines.messages)
+    return {entry["name"]: entry for entry in manifest["spec"]["trainer"]["env"]}
+
+
+def test_the_nodes_log_to_the_run_that_the_task_was_given(launch, lines, monkeypatch):
+    secret = {
+        "MLFLOW_TRACKING_PASSWORD": "s3cret",
+        "MLFLOW_TRACKING_TOKEN": "s3cret",
+        "MLFLOW_TRACKING_USERNAME": "s3cret",
+        "HF_TOKEN": "s3cret",
+    }
+    for name, value in (TRACKING | secret).items():
+        monkeypatch.setenv(name, value)
+    launch = dataclasses.replace(launch, secrets=[SecretVariable("HF_TOKEN", "huggingface", "token")])
+    variables = variables_of_nodes(launch, lines)
+    assert {name: entry.get("value") for name, entry in variables.items()} == TRACKING | {
+        "OMP_NUM_THREADS": "1",
+        "HF_TOKEN": None,
+    }
+
+
+def test_what_a_secret_holds_is_no_value_of_a_manifest(launch, lines, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:s3cret@mlflow.example")
+    secret = SecretVariable("MLFLOW_TRACKING_URI", "mlflow-client", "uri")
+    variables = variables_of_nodes(dataclasses.replace(launch, secrets=[secret]), lines)
+    assert variables["MLFLOW_TRACKING_URI"] == {
+        "name": "MLFLOW_TRACKING_URI",
+        "valueFrom": {"secretKeyRef": {"name": "mlflow-client", "key": "uri"}},
+    }
+    assert not lines.messages
+    # Where no secret gives it, the password must not get out either.
+    assert "MLFLOW_TRACKING_URI" not in variables_of_nodes(launch, lines)
+    assert "MLFLOW_TRACKING_URI holds a password" in lines.messages[0]
+
+
 def test_the_role_is_valid_and_bound():
     role, binding = yaml.safe_load_all(RBAC.read_text())
     for document in (role, binding):
@@ -185,8 +238,8 @@ def two_nodes(settings, data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_nodes")
     with fake_cluster(folder) as cluster:
         cluster.secrets = {"mlflow": {"password": "s3cret"}}
-        secret = {"name": "MLFLOW_TRACKING_PASSWORD", "secret": "mlflow", "key": "password"}
-        launch = launch_on(cluster, secret_environment=[secret])
+        secret = SecretVariable("MLFLOW_TRACKING_PASSWORD", "mlflow", "password")
+        launch = launch_on(cluster, secrets=[secret])
         run_dir = launch_training(settings, data_dir, folder / "run", launch)
         first = list(cluster.requests)
         again = launch_training(settings, data_dir, folder / "again", launch)

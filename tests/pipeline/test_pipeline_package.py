@@ -68,6 +68,11 @@ def inner_tasks(spec):
     return root, handled, tasks(spec["components"][loop["componentRef"]["name"]]), loop
 
 
+def launch_of_package(spec):
+    _, _, loop, _ = inner_tasks(spec)
+    return Launch.from_json(loop["train"]["inputs"]["parameters"]["launch"]["runtimeValue"]["constant"])
+
+
 def test_both_specs_are_valid(package):
     # ParseDict refuses unknown fields.
     _, spec, platform = package
@@ -159,15 +164,13 @@ def test_with_a_volume_training_is_the_trainers_business(nodes, tmp_path):
     cluster = read_cluster(EXAMPLE)
     cluster.nodes, cluster.volume_claim = nodes, "dynamic-transformers"
     _, spec, platform = compiled(cluster, tmp_path)
-    _, _, loop, _ = inner_tasks(spec)
-    value = loop["train"]["inputs"]["parameters"]["launch"]["runtimeValue"]["constant"]
-    launch = Launch.from_json(value)
+    launch = launch_of_package(spec)
     assert (launch.nodes, launch.processes, launch.claim) == (nodes, 1, "dynamic-transformers")
     (claim,) = kubernetes_config(platform, "train")["pvcMount"]
     assert claim["mountPath"] == launch.mount_path == "/shared"
     assert launch.resources == {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": "1"}
     assert launch.image == image_of("train")
-    assert {entry["secret"] for entry in launch.secret_environment} == {
+    assert {entry.secret for entry in launch.secrets} == {
         "mlflow-client",
         "huggingface",
         "wandb",
@@ -175,6 +178,17 @@ def test_with_a_volume_training_is_the_trainers_business(nodes, tmp_path):
     # The task itself only watches.
     assert "accelerator" not in executors(spec)["exec-train"]["container"].get("resources", {})
     assert "nodeSelector" not in kubernetes_config(platform, "train")
+
+
+def test_variables_reach_every_step_and_the_nodes_of_a_job(tmp_path):
+    cluster = ClusterSettings(
+        environment={"NCCL_DEBUG": "WARN"}, volume_claim="claim", runtime="torch-of-ours"
+    )
+    _, spec, _ = compiled(cluster, tmp_path)
+    for executor in executors(spec).values():
+        assert executor["container"]["env"] == [{"name": "NCCL_DEBUG", "value": "WARN"}]
+    launch = launch_of_package(spec)
+    assert (launch.environment, launch.runtime) == ({"NCCL_DEBUG": "WARN"}, "torch-of-ours")
 
 
 def test_without_cluster_settings_only_shared_memory_and_retries_are_asked_for(tmp_path):

@@ -28,18 +28,14 @@ OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class TrainJobs:
-    """The TrainJobs of one namespace.
-
-    Args:
-        namespace: '' for the one that this pod, or else kubeconfig's context, is in.
+    """The TrainJobs of the namespace that this pod, or else kubeconfig's context, is in.
 
     Raises:
         UserError: neither in a pod nor with a kubeconfig.
     """
 
-    def __init__(self, namespace: str):
-        own = connect()
-        self.namespace = namespace or own
+    def __init__(self):
+        self.namespace = connect()
         self.jobs, self.pods = client.CustomObjectsApi(), client.CoreV1Api()
         self.place = (GROUP, VERSION, self.namespace, "trainjobs")
 
