@@ -128,6 +128,8 @@ def launch_of(cluster: ClusterSettings) -> Launch:
         tolerations=[without_none(asdict(toleration)) for toleration in step.tolerations],
         environment=cluster.environment,
         secrets=cluster.secrets,
+        image_pull_secrets=cluster.image_pull_secrets,
+        shared_memory=cluster.shared_memory,
         timeout_seconds=step.timeout_seconds,
     )
 
@@ -136,7 +138,7 @@ def place(task: dsl.PipelineTask, name: str, cluster: ClusterSettings) -> None:
     """Give a task what the cluster's settings say of step `name`."""
     step = cluster.steps.get(name, StepSettings())
     if name == "train" and cluster.volume_claim:
-        step = StepSettings(timeout_seconds=step.timeout_seconds)  # it watches; the nodes of its job compute
+        step = StepSettings()  # it watches; the nodes of its job compute, and have the time limit
     if step.cpu:
         task.set_cpu_limit(step.cpu)
     if step.memory:

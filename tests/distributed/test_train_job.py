@@ -1,5 +1,6 @@
 """Training on several nodes: the real task against a fake Kubernetes API that really runs the nodes."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -115,6 +116,8 @@ def test_the_manifest_has_all_that_a_node_needs():
         tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         environment={"NCCL_DEBUG": "WARN"},
         secrets=[SecretVariable("MLFLOW_TRACKING_PASSWORD", "mlflow", "password")],
+        image_pull_secrets=["registry"],
+        shared_memory="8Gi",
         timeout_seconds=3600,
     )
     launch = Launch.from_json(launch.to_json())
@@ -142,9 +145,12 @@ def test_the_manifest_has_all_that_a_node_needs():
     (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == launch.node_selector and pod["tolerations"] == launch.tolerations
-    assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} == {
-        "/mnt/shared",
-        "/dev/shm",
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    volumes = {volume.pop("name"): volume for volume in copy.deepcopy(pod["volumes"])}
+    assert {path: volumes[name] for path, name in mounts.items()} == {
+        "/mnt/shared": {"persistentVolumeClaim": {"claimName": "shared"}},
+        "/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
     }
     kubernetes_validate.validate(
         {
@@ -268,6 +274,17 @@ def test_two_nodes_train_one_model_and_the_run_comes_back(two_nodes, make_settin
         assert "s3cret" not in path.read_text(), path
 
 
+def test_a_job_of_one_node_trains_what_this_process_trains(
+    cluster, launch, make_settings, data_dir, tmp_path
+):
+    settings = make_settings("mod", training={"max_steps": 2})
+    launch = dataclasses.replace(launch, nodes=1)
+    run_dir = launch_training(settings, data_dir, tmp_path / "run", launch)
+    assert len(cluster.nodes) == posts(cluster) == 1
+    for name, value in weights(train(settings, data_dir, tmp_path / "here")).items():
+        assert torch.equal(weights(run_dir)[name], value), name
+
+
 def test_a_task_that_is_tried_again_goes_on_from_the_last_checkpoint(
     cluster, launch, settings, data_dir, two_nodes, tmp_path
 ):
@@ -301,11 +318,18 @@ def test_a_failed_job_raises_with_its_message_and_the_last_lines_of_its_nodes(
     assert logs.count("first line") == kubernetes_api.LAST_LINES - 1
 
 
-def test_the_time_limit_is_named(cluster, launch, settings, data_dir, tmp_path):
+def test_the_time_limit_is_named_and_a_task_that_is_tried_again_gets_no_more_time(
+    cluster, launch, settings, data_dir, finished_run, tmp_path
+):
     cluster.on_create = lambda name: cluster.status(name, "Failed", "DeadlineExceeded", "too late")
     launch = dataclasses.replace(launch, timeout_seconds=7)
-    with pytest.raises(RuntimeError, match=r"DeadlineExceeded, launch.timeout_seconds=7\): too late"):
-        launch_training(settings, data_dir, tmp_path / "run", launch)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"DeadlineExceeded, timeout_seconds=7\): too late; a higher"):
+            launch_training(settings, data_dir, tmp_path / "run", launch)
+    assert len(cluster.threads) == 1 and ("delete", "trainjobs") not in cluster.requests
+    succeed(cluster, launch, finished_run)
+    launch_training(settings, data_dir, tmp_path / "run", dataclasses.replace(launch, timeout_seconds=8))
+    assert ("delete", "trainjobs") in cluster.requests
 
 
 @pytest.mark.parametrize("condition", ["Failed", "Complete"])

@@ -136,6 +136,9 @@ def test_resources_and_places(package):
     assert "pvcMount" not in config
     assert config["activeDeadlineSeconds"] == "172800"
     assert "nodeSelector" not in kubernetes_config(platform, "export")
+    for step in IMAGES:
+        (secret,) = kubernetes_config(platform, step)["imagePullSecret"]
+        assert secret["secretName"] == "registry"
     _, _, loop, _ = inner_tasks(spec)
     assert loop["train"]["retryPolicy"]["maxRetryCount"] == 2
 
@@ -175,9 +178,12 @@ def test_with_a_volume_training_is_the_trainers_business(nodes, tmp_path):
         "huggingface",
         "wandb",
     }
-    # The task itself only watches.
+    assert (launch.image_pull_secrets, launch.shared_memory) == (["registry"], "8Gi")
+    assert launch.timeout_seconds == 172800
+    # The task itself only watches, and ends when its job does: it has no time limit that could be the first.
     assert "accelerator" not in executors(spec)["exec-train"]["container"].get("resources", {})
-    assert "nodeSelector" not in kubernetes_config(platform, "train")
+    config = kubernetes_config(platform, "train")
+    assert config.keys() == {"imagePullSecret", "pvcMount", "secretAsEnv"}
 
 
 def test_variables_reach_every_step_and_the_nodes_of_a_job(tmp_path):
@@ -193,8 +199,19 @@ def test_variables_reach_every_step_and_the_nodes_of_a_job(tmp_path):
 
 def test_without_cluster_settings_only_shared_memory_and_retries_are_asked_for(tmp_path):
     _, spec, platform = compiled(ClusterSettings(), tmp_path)
-    assert set(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]) == {"exec-train"}
-    assert "resources" not in executors(spec)["exec-train"]["container"]
+    memory = {"mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "2Gi", "volumeName": "shared-memory"}
+    assert platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"] == {
+        "exec-train": {"emptyDirMounts": [memory]}
+    }
+    for executor in executors(spec).values():
+        assert executor["container"].keys() == {"image", "command", "args"}
+    root, handled, loop, _ = inner_tasks(spec)
+    steps = {
+        name: task for name, task in (root | handled | loop).items() if f"exec-{name}" in executors(spec)
+    }
+    assert steps.keys() == set(IMAGES)
+    retried = {name: task.get("retryPolicy", {}).get("maxRetryCount") for name, task in steps.items()}
+    assert retried == dict.fromkeys(IMAGES, 2) | {"report-finished": None}
 
 
 @pytest.mark.parametrize(

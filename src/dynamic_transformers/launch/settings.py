@@ -42,6 +42,8 @@ class Launch:
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     secrets: list[SecretVariable] = field(default_factory=list)
+    image_pull_secrets: list[str] = field(default_factory=list)
+    shared_memory: str | None = None  # size of /dev/shm; None: what a node's memory allows
     timeout_seconds: int = 0  # 0: no limit
 
     def __post_init__(self):

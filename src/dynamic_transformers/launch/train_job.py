@@ -141,11 +141,14 @@ def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
         trainer["env"] = variables
     if launch.resources:
         trainer["resourcesPerNode"] = {"limits": launch.resources}
+    shared_memory = {"medium": "Memory"}
+    if launch.shared_memory:
+        shared_memory["sizeLimit"] = launch.shared_memory
     pod: dict[str, Any] = {
         "volumes": [
             {"name": "shared", "persistentVolumeClaim": {"claimName": launch.claim}},
             # A pod's own /dev/shm is 64 MB: too little for NCCL and data loaders.
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            {"name": "shm", "emptyDir": shared_memory},
         ],
         "containers": [
             {
@@ -157,6 +160,8 @@ def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
             }
         ],
     }
+    if launch.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in launch.image_pull_secrets]
     if launch.node_selector:
         pod["nodeSelector"] = launch.node_selector
     if launch.tolerations:
