@@ -6,8 +6,9 @@ A YAML file holds `ClusterSettings`; cluster/example.yaml is a pattern.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kfp import dsl, kubernetes
 from omegaconf import OmegaConf
@@ -19,6 +20,8 @@ from dynamic_transformers.configure import omegaconf_line
 from dynamic_transformers.launch.settings import Launch, SecretVariable
 from dynamic_transformers.settings import UserError
 
+CPUS, BYTES = r"(\d*\.)?\d+m?", r"\d+([EPTGM]i?|Ki)?"
+OPERATORS, EFFECTS = ("Exists", "Equal"), ("NoSchedule", "PreferNoSchedule", "NoExecute")
 STEPS = ("configure", "prepare_data", "train", "export", "evaluate", "compare", "report_finished")
 
 
@@ -86,7 +89,7 @@ def read_cluster(path: Path) -> ClusterSettings:
     """Settings of a YAML file.
 
     Raises:
-        UserError: no such file, no YAML, an unknown key or step, a wrong type or number.
+        UserError: no such file, no YAML, an unknown key or step, a wrong type or value.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; cluster/example.yaml is a pattern")
@@ -96,17 +99,66 @@ def read_cluster(path: Path) -> ClusterSettings:
         )
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {omegaconf_line(error)}") from error
-    except YAMLError as error:
+    except (YAMLError, OSError) as error:  # OSError: a file that holds one number
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(cluster, ClusterSettings)
-    if unknown := sorted(set(cluster.steps) - set(STEPS)):
-        raise UserError(f"{path}: steps.{unknown[0]}: must be one of {', '.join(STEPS)}")
-    for name, least in (("retries", 0), ("parallel_runs", 1), ("nodes", 1)):
-        if getattr(cluster, name) < least:
-            raise UserError(f"{path}: {name}={getattr(cluster, name)}: must be at least {least}")
-    if cluster.nodes > 1 and not cluster.volume_claim:
-        raise UserError(f"{path}: nodes={cluster.nodes} needs volume_claim, which the nodes share")
+    try:
+        check(cluster)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return cluster
+
+
+def check(cluster: ClusterSettings) -> None:
+    """Refuse what a cluster could only refuse later.
+
+    Raises:
+        UserError: names the key, the value and what would be right.
+    """
+    if unknown := sorted(set(cluster.steps) - set(STEPS)):
+        raise UserError(f"steps.{unknown[0]}: must be one of {', '.join(STEPS)}")
+    at_least("retries", cluster.retries, 0)
+    at_least("parallel_runs", cluster.parallel_runs, 1)
+    at_least("nodes", cluster.nodes, 1)
+    quantity("shared_memory", cluster.shared_memory, BYTES, "64Gi")
+    if not PurePosixPath(cluster.mount_path).is_absolute():
+        raise UserError(f"mount_path={cluster.mount_path}: must be an absolute path")
+    if cluster.nodes > 1 and not cluster.volume_claim:
+        raise UserError(f"nodes={cluster.nodes} needs volume_claim, which the nodes share")
+    for name, step in cluster.steps.items():
+        key = f"steps.{name}"
+        quantity(f"{key}.cpu", step.cpu, CPUS, "8 or 500m")
+        quantity(f"{key}.memory", step.memory, BYTES, "64Gi")
+        at_least(f"{key}.accelerators", step.accelerators, 0)
+        at_least(f"{key}.timeout_seconds", step.timeout_seconds, 0)
+        for index, toleration in enumerate(step.tolerations):
+            check_toleration(f"{key}.tolerations[{index}]", toleration)
+
+
+def check_toleration(key: str, toleration: Toleration) -> None:
+    """Refuse a toleration that Kubernetes does not know.
+
+    Raises:
+        UserError: names the key, the value and what would be right.
+    """
+    if toleration.operator not in OPERATORS:
+        raise UserError(f"{key}.operator={toleration.operator}: must be one of {', '.join(OPERATORS)}")
+    if toleration.value is not None and toleration.operator == "Exists":
+        raise UserError(f"{key}.value={toleration.value}: needs operator=Equal")
+    if toleration.effect is not None and toleration.effect not in EFFECTS:
+        raise UserError(f"{key}.effect={toleration.effect}: must be one of {', '.join(EFFECTS)}")
+
+
+def at_least(key: str, value: int, least: int) -> None:
+    """Refuse a number that is too small."""
+    if value < least:
+        raise UserError(f"{key}={value}: must be at least {least}")
+
+
+def quantity(key: str, value: str | None, pattern: str, example: str) -> None:
+    """Refuse what is no quantity of Kubernetes and of KFP."""
+    if value is not None and not re.fullmatch(pattern, value):
+        raise UserError(f"{key}={value}: must be a quantity, such as {example}")
 
 
 def launch_of(cluster: ClusterSettings) -> Launch:
