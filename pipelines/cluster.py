@@ -45,7 +45,7 @@ class StepSettings:
     accelerators: int = 0  # of one node; training runs one process on each
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: list[Toleration] = field(default_factory=list)
-    timeout_seconds: int = 0  # 0: none
+    timeout_seconds: int = 0  # of one attempt; 0: none
 
 
 @dataclass
@@ -57,7 +57,8 @@ class ClusterSettings:
         environment: variables of every step and of a TrainJob's nodes; the pipeline holds their values.
         secrets: for every step: tokens of the hub, of MLflow, of W&B.
         image_pull_secrets: names of Secrets with the registry's credentials.
-        retries: how often a step that failed, or whose node was taken away, is begun again.
+        retries: how often a step that failed, or whose node was taken away, is begun again, where the server
+            does so.
         parallel_runs: runs (architecture and seed) at the same time.
         shared_memory: size of /dev/shm for training; a pod's own 64 MB are too few.
         nodes: of one training run; more than one need `volume_claim`.

@@ -42,9 +42,20 @@ def compiled(cluster, folder):
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
+def full_example(tmp_path_factory):
+    """The example with all that it leaves to a person, but for the volume."""
+    text = re.sub(r"^( *)#(?! |\n)", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE)
+    path = tmp_path_factory.mktemp("cluster") / "full.yaml"
+    path.write_text(text)
+    assert read_cluster(path).nodes == 2
+    path.write_text(re.sub(r"^(volume_claim|nodes): .*$", "", text, flags=re.MULTILINE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def package(full_example, tmp_path_factory):
     """Text, pipeline spec and platform spec, compiled for the cluster of the example."""
-    return compiled(read_cluster(EXAMPLE), tmp_path_factory.mktemp("build"))
+    return compiled(read_cluster(full_example), tmp_path_factory.mktemp("build"))
 
 
 def executors(spec):
@@ -154,17 +165,32 @@ def test_secrets_are_named_and_never_held(package):
     assert "pip install" not in text
 
 
-def test_no_value_of_the_environment_gets_into_the_package(tmp_path):
+def test_the_example_needs_nothing_of_a_cluster_that_is_not_made_yet(tmp_path):
+    _, spec, platform = compiled(read_cluster(EXAMPLE), tmp_path)
+    configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert {key for config in configs.values() for key in config} == {
+        "tolerations", "emptyDirMounts", "activeDeadlineSeconds"
+    }  # fmt: skip
+    found = executors(spec)
+    for step in ("compare", "report-finished"):  # which does what compare could not do
+        assert (
+            found[f"exec-{step}"]["container"]["resources"]
+            == found["exec-evaluate"]["container"]["resources"]
+        )
+        assert kubernetes_config(platform, step) == kubernetes_config(platform, "evaluate")
+
+
+def test_no_value_of_the_environment_gets_into_the_package(full_example, tmp_path):
     values = {name: f"secret-of-{name}" for name in ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "WANDB_API_KEY")}
     values["MLFLOW_TRACKING_URI"] = "https://someone:secret-of-uri@mlflow.example"
-    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", str(EXAMPLE)]
+    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", full_example]
     subprocess.run(command, env=os.environ | values, cwd=PROJECT_ROOT, check=True, capture_output=True)
     assert "secret-of" not in (tmp_path / "p.yaml").read_text()
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_with_a_volume_training_is_the_trainers_business(nodes, tmp_path):
-    cluster = read_cluster(EXAMPLE)
+def test_with_a_volume_training_is_the_trainers_business(nodes, full_example, tmp_path):
+    cluster = read_cluster(full_example)
     cluster.nodes, cluster.volume_claim = nodes, "dynamic-transformers"
     _, spec, platform = compiled(cluster, tmp_path)
     launch = launch_of_package(spec)
@@ -261,14 +287,14 @@ def test_a_missing_or_broken_cluster_file_ends_in_one_line(tmp_path):
             read_cluster(tmp_path / name)
 
 
-def test_the_package_is_the_golden_one(tmp_path, monkeypatch):
+def test_the_package_is_the_golden_one(full_example, tmp_path):
     """What changes in the compiled pipeline changes before someone's eyes; WRITE_GOLDEN=1 writes it anew."""
     record = tmp_path / "images.json"
     steps = ("prepare", "train", "export", "evaluate")
     record.write_text(
         json.dumps({step: {"image": f"r.example/{step}:golden", "digest": None} for step in steps})
     )
-    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", str(EXAMPLE)]
+    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", full_example]
     environment = os.environ | {"DYNAMIC_TRANSFORMERS_IMAGES": str(record)}
     subprocess.run(command, env=environment, cwd=PROJECT_ROOT, check=True, capture_output=True)
     got = (tmp_path / "p.yaml").read_text()
