@@ -6,8 +6,9 @@ A YAML file holds `ClusterSettings`; cluster/example.yaml is a pattern.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kfp import dsl, kubernetes
 from omegaconf import OmegaConf
@@ -16,9 +17,11 @@ from yaml import YAMLError
 
 from components import image_of
 from dynamic_transformers.configure import omegaconf_line
-from dynamic_transformers.launch.settings import Launch
+from dynamic_transformers.launch.settings import Launch, SecretVariable
 from dynamic_transformers.settings import UserError
 
+CPUS, BYTES = r"(\d*\.)?\d+m?", r"\d+([EPTGM]i?|Ki)?"
+OPERATORS, EFFECTS = ("Exists", "Equal"), ("NoSchedule", "PreferNoSchedule", "NoExecute")
 STEPS = ("configure", "prepare_data", "train", "export", "evaluate", "compare", "report_finished")
 
 
@@ -42,16 +45,7 @@ class StepSettings:
     accelerators: int = 0  # of one node; training runs one process on each
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: list[Toleration] = field(default_factory=list)
-    timeout_seconds: int = 0  # 0: none
-
-
-@dataclass
-class SecretVariable:
-    """An environment variable whose value stays in a Kubernetes Secret."""
-
-    variable: str
-    secret: str
-    key: str
+    timeout_seconds: int = 0  # of one attempt; 0: none
 
 
 @dataclass
@@ -60,18 +54,22 @@ class ClusterSettings:
 
     Attributes:
         steps: by name; a step that is not named takes what the cluster gives it.
+        environment: variables of every step and of a TrainJob's nodes; the pipeline holds their values.
         secrets: for every step: tokens of the hub, of MLflow, of W&B.
         image_pull_secrets: names of Secrets with the registry's credentials.
-        retries: how often a step that failed, or whose node was taken away, is begun again.
+        retries: how often a step that failed, or whose node was taken away, is begun again, where the server
+            does so.
         parallel_runs: runs (architecture and seed) at the same time.
         shared_memory: size of /dev/shm for training; a pod's own 64 MB are too few.
         nodes: of one training run; more than one need `volume_claim`.
         volume_claim: PersistentVolumeClaim, ReadWriteMany, for data and checkpoints: training is then a
             TrainJob of the Kubeflow Trainer, which goes on from its last checkpoint when it is begun again.
         mount_path: where it appears.
+        runtime: the ClusterTrainingRuntime that the TrainJob is one of.
     """
 
     steps: dict[str, StepSettings] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     secrets: list[SecretVariable] = field(default_factory=list)
     image_pull_secrets: list[str] = field(default_factory=list)
     retries: int = 2
@@ -80,6 +78,7 @@ class ClusterSettings:
     nodes: int = 1
     volume_claim: str = ""
     mount_path: str = "/shared"
+    runtime: str = "torch-distributed"
 
 
 LOCAL = ClusterSettings(
@@ -91,7 +90,7 @@ def read_cluster(path: Path) -> ClusterSettings:
     """Settings of a YAML file.
 
     Raises:
-        UserError: no such file, no YAML, an unknown key or step, a wrong type or number.
+        UserError: no such file, no YAML, an unknown key or step, a wrong type or value.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; cluster/example.yaml is a pattern")
@@ -101,17 +100,66 @@ def read_cluster(path: Path) -> ClusterSettings:
         )
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {omegaconf_line(error)}") from error
-    except YAMLError as error:
+    except (YAMLError, OSError) as error:  # OSError: a file that holds one number
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(cluster, ClusterSettings)
-    if unknown := sorted(set(cluster.steps) - set(STEPS)):
-        raise UserError(f"{path}: steps.{unknown[0]}: must be one of {', '.join(STEPS)}")
-    for name, least in (("retries", 0), ("parallel_runs", 1), ("nodes", 1)):
-        if getattr(cluster, name) < least:
-            raise UserError(f"{path}: {name}={getattr(cluster, name)}: must be at least {least}")
-    if cluster.nodes > 1 and not cluster.volume_claim:
-        raise UserError(f"{path}: nodes={cluster.nodes} needs volume_claim, which the nodes share")
+    try:
+        check(cluster)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return cluster
+
+
+def check(cluster: ClusterSettings) -> None:
+    """Refuse what a cluster could only refuse later.
+
+    Raises:
+        UserError: names the key, the value and what would be right.
+    """
+    if unknown := sorted(set(cluster.steps) - set(STEPS)):
+        raise UserError(f"steps.{unknown[0]}: must be one of {', '.join(STEPS)}")
+    at_least("retries", cluster.retries, 0)
+    at_least("parallel_runs", cluster.parallel_runs, 1)
+    at_least("nodes", cluster.nodes, 1)
+    quantity("shared_memory", cluster.shared_memory, BYTES, "64Gi")
+    if not PurePosixPath(cluster.mount_path).is_absolute():
+        raise UserError(f"mount_path={cluster.mount_path}: must be an absolute path")
+    if cluster.nodes > 1 and not cluster.volume_claim:
+        raise UserError(f"nodes={cluster.nodes} needs volume_claim, which the nodes share")
+    for name, step in cluster.steps.items():
+        key = f"steps.{name}"
+        quantity(f"{key}.cpu", step.cpu, CPUS, "8 or 500m")
+        quantity(f"{key}.memory", step.memory, BYTES, "64Gi")
+        at_least(f"{key}.accelerators", step.accelerators, 0)
+        at_least(f"{key}.timeout_seconds", step.timeout_seconds, 0)
+        for index, toleration in enumerate(step.tolerations):
+            check_toleration(f"{key}.tolerations[{index}]", toleration)
+
+
+def check_toleration(key: str, toleration: Toleration) -> None:
+    """Refuse a toleration that Kubernetes does not know.
+
+    Raises:
+        UserError: names the key, the value and what would be right.
+    """
+    if toleration.operator not in OPERATORS:
+        raise UserError(f"{key}.operator={toleration.operator}: must be one of {', '.join(OPERATORS)}")
+    if toleration.value is not None and toleration.operator == "Exists":
+        raise UserError(f"{key}.value={toleration.value}: needs operator=Equal")
+    if toleration.effect is not None and toleration.effect not in EFFECTS:
+        raise UserError(f"{key}.effect={toleration.effect}: must be one of {', '.join(EFFECTS)}")
+
+
+def at_least(key: str, value: int, least: int) -> None:
+    """Refuse a number that is too small."""
+    if value < least:
+        raise UserError(f"{key}={value}: must be at least {least}")
+
+
+def quantity(key: str, value: str | None, pattern: str, example: str) -> None:
+    """Refuse what is no quantity of Kubernetes and of KFP."""
+    if value is not None and not re.fullmatch(pattern, value):
+        raise UserError(f"{key}={value}: must be a quantity, such as {example}")
 
 
 def launch_of(cluster: ClusterSettings) -> Launch:
@@ -127,13 +175,14 @@ def launch_of(cluster: ClusterSettings) -> Launch:
         image=image_of("train"),
         claim=cluster.volume_claim,
         mount_path=cluster.mount_path,
+        runtime=cluster.runtime,
         resources=resources,
         node_selector=step.node_selector,
         tolerations=[without_none(asdict(toleration)) for toleration in step.tolerations],
-        secret_environment=[
-            {"name": secret.variable, "secret": secret.secret, "key": secret.key}
-            for secret in cluster.secrets
-        ],
+        environment=cluster.environment,
+        secrets=cluster.secrets,
+        image_pull_secrets=cluster.image_pull_secrets,
+        shared_memory=cluster.shared_memory,
         timeout_seconds=step.timeout_seconds,
     )
 
@@ -142,7 +191,7 @@ def place(task: dsl.PipelineTask, name: str, cluster: ClusterSettings) -> None:
     """Give a task what the cluster's settings say of step `name`."""
     step = cluster.steps.get(name, StepSettings())
     if name == "train" and cluster.volume_claim:
-        step = StepSettings(timeout_seconds=step.timeout_seconds)  # it watches; the nodes of its job compute
+        step = StepSettings()  # it watches; the nodes of its job compute, and have the time limit
     if step.cpu:
         task.set_cpu_limit(step.cpu)
     if step.memory:
@@ -158,6 +207,8 @@ def place(task: dsl.PipelineTask, name: str, cluster: ClusterSettings) -> None:
         kubernetes.set_timeout(task, step.timeout_seconds)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, cluster.image_pull_secrets)
+    for variable, value in cluster.environment.items():
+        task.set_env_variable(variable, value)
     for secret in cluster.secrets:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.variable})
     if cluster.retries and name != "report_finished":

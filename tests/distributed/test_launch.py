@@ -80,7 +80,7 @@ def test_more_processes_than_gpus_are_a_mistake(make_settings, data_dir, tmp_pat
         ('{"nodes": 2, "image": "i", "mount_path": "/mnt"}', "launch.nodes=2 needs launch.claim$"),
         ('{"mount_path": "mnt"}', "launch.mount_path=mnt: must be an absolute path"),
         ('{"gpus": 2}', "launch: no such key: gpus"),
-        ('{"secret_environment": [{"name": "A"}]}', "must have name, secret and key"),
+        ('{"secrets": [{"variable": "A"}]}', "must have variable, secret and key"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_done(text, message):

@@ -1,5 +1,6 @@
 """Training on several nodes: the real task against a fake Kubernetes API that really runs the nodes."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from dynamic_transformers.launch import kubernetes_api, train_job
 from dynamic_transformers.launch.run import launch_training
-from dynamic_transformers.launch.settings import Launch
+from dynamic_transformers.launch.settings import Launch, SecretVariable
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.trainer import train, training_config
@@ -39,6 +40,12 @@ def lines(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "dynamic_transformers")
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch):
+    for name in train_job.PASSED_ON:
+        monkeypatch.delenv(name, raising=False)
 
 
 def launch_on(cluster, **changes):
@@ -108,7 +115,9 @@ def test_the_manifest_has_all_that_a_node_needs():
         node_selector={"pool": "gpu"},
         tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         environment={"NCCL_DEBUG": "WARN"},
-        secret_environment=[{"name": "MLFLOW_TRACKING_PASSWORD", "secret": "mlflow", "key": "password"}],
+        secrets=[SecretVariable("MLFLOW_TRACKING_PASSWORD", "mlflow", "password")],
+        image_pull_secrets=["registry"],
+        shared_memory="8Gi",
         timeout_seconds=3600,
     )
     launch = Launch.from_json(launch.to_json())
@@ -136,9 +145,12 @@ def test_the_manifest_has_all_that_a_node_needs():
     (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == launch.node_selector and pod["tolerations"] == launch.tolerations
-    assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} == {
-        "/mnt/shared",
-        "/dev/shm",
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    volumes = {volume.pop("name"): volume for volume in copy.deepcopy(pod["volumes"])}
+    assert {path: volumes[name] for path, name in mounts.items()} == {
+        "/mnt/shared": {"persistentVolumeClaim": {"claimName": "shared"}},
+        "/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
     }
     kubernetes_validate.validate(
         {
@@ -157,6 +169,53 @@ def test_the_manifest_has_all_that_a_node_needs():
         kubernetes_validate.latest_version(),
         strict=True,
     )
+
+
+TRACKING = {
+    "MLFLOW_TRACKING_URI": "http://mlflow.example:5000",
+    "MLFLOW_TRACKING_AUTH": "kubernetes",
+    "MLFLOW_WORKSPACE": "team",
+    "MLFLOW_EXPERIMENT_ID": "7",
+    "MLFLOW_RUN_ID": "0123456789abcdef",
+}
+
+
+def variables_of_nodes(launch, lines):
+    manifest = train_job.train_job("dt-mod-1", launch, Path("/mnt/shared/job.json"))
+    assert TrainerV1alpha1TrainJob.from_dict(manifest).to_dict() == manifest
+    assert "s3cret" not in json.dumps(manifest) + " ".join(lines.messages)
+    return {entry["name"]: entry for entry in manifest["spec"]["trainer"]["env"]}
+
+
+def test_the_nodes_log_to_the_run_that_the_task_was_given(launch, lines, monkeypatch):
+    secret = {
+        "MLFLOW_TRACKING_PASSWORD": "s3cret",
+        "MLFLOW_TRACKING_TOKEN": "s3cret",
+        "MLFLOW_TRACKING_USERNAME": "s3cret",
+        "HF_TOKEN": "s3cret",
+    }
+    for name, value in (TRACKING | secret).items():
+        monkeypatch.setenv(name, value)
+    launch = dataclasses.replace(launch, secrets=[SecretVariable("HF_TOKEN", "huggingface", "token")])
+    variables = variables_of_nodes(launch, lines)
+    assert {name: entry.get("value") for name, entry in variables.items()} == TRACKING | {
+        "OMP_NUM_THREADS": "1",
+        "HF_TOKEN": None,
+    }
+
+
+def test_what_a_secret_holds_is_no_value_of_a_manifest(launch, lines, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:s3cret@mlflow.example")
+    secret = SecretVariable("MLFLOW_TRACKING_URI", "mlflow-client", "uri")
+    variables = variables_of_nodes(dataclasses.replace(launch, secrets=[secret]), lines)
+    assert variables["MLFLOW_TRACKING_URI"] == {
+        "name": "MLFLOW_TRACKING_URI",
+        "valueFrom": {"secretKeyRef": {"name": "mlflow-client", "key": "uri"}},
+    }
+    assert not lines.messages
+    # Where no secret gives it, the password must not get out either.
+    assert "MLFLOW_TRACKING_URI" not in variables_of_nodes(launch, lines)
+    assert "MLFLOW_TRACKING_URI holds a password" in lines.messages[0]
 
 
 def test_the_role_is_valid_and_bound():
@@ -185,8 +244,8 @@ def two_nodes(settings, data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_nodes")
     with fake_cluster(folder) as cluster:
         cluster.secrets = {"mlflow": {"password": "s3cret"}}
-        secret = {"name": "MLFLOW_TRACKING_PASSWORD", "secret": "mlflow", "key": "password"}
-        launch = launch_on(cluster, secret_environment=[secret])
+        secret = SecretVariable("MLFLOW_TRACKING_PASSWORD", "mlflow", "password")
+        launch = launch_on(cluster, secrets=[secret])
         run_dir = launch_training(settings, data_dir, folder / "run", launch)
         first = list(cluster.requests)
         again = launch_training(settings, data_dir, folder / "again", launch)
@@ -213,6 +272,17 @@ def test_two_nodes_train_one_model_and_the_run_comes_back(two_nodes, make_settin
         *cluster.folder.rglob("*.log"),
     ):
         assert "s3cret" not in path.read_text(), path
+
+
+def test_a_job_of_one_node_trains_what_this_process_trains(
+    cluster, launch, make_settings, data_dir, tmp_path
+):
+    settings = make_settings("mod", training={"max_steps": 2})
+    launch = dataclasses.replace(launch, nodes=1)
+    run_dir = launch_training(settings, data_dir, tmp_path / "run", launch)
+    assert len(cluster.nodes) == posts(cluster) == 1
+    for name, value in weights(train(settings, data_dir, tmp_path / "here")).items():
+        assert torch.equal(weights(run_dir)[name], value), name
 
 
 def test_a_task_that_is_tried_again_goes_on_from_the_last_checkpoint(
@@ -248,11 +318,18 @@ def test_a_failed_job_raises_with_its_message_and_the_last_lines_of_its_nodes(
     assert logs.count("first line") == kubernetes_api.LAST_LINES - 1
 
 
-def test_the_time_limit_is_named(cluster, launch, settings, data_dir, tmp_path):
+def test_the_time_limit_is_named_and_a_task_that_is_tried_again_gets_no_more_time(
+    cluster, launch, settings, data_dir, finished_run, tmp_path
+):
     cluster.on_create = lambda name: cluster.status(name, "Failed", "DeadlineExceeded", "too late")
     launch = dataclasses.replace(launch, timeout_seconds=7)
-    with pytest.raises(RuntimeError, match=r"DeadlineExceeded, launch.timeout_seconds=7\): too late"):
-        launch_training(settings, data_dir, tmp_path / "run", launch)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"DeadlineExceeded, timeout_seconds=7\): too late; a higher"):
+            launch_training(settings, data_dir, tmp_path / "run", launch)
+    assert len(cluster.threads) == 1 and ("delete", "trainjobs") not in cluster.requests
+    succeed(cluster, launch, finished_run)
+    launch_training(settings, data_dir, tmp_path / "run", dataclasses.replace(launch, timeout_seconds=8))
+    assert ("delete", "trainjobs") in cluster.requests
 
 
 @pytest.mark.parametrize("condition", ["Failed", "Complete"])

@@ -42,9 +42,20 @@ def compiled(cluster, folder):
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
+def full_example(tmp_path_factory):
+    """The example with all that it leaves to a person, but for the volume."""
+    text = re.sub(r"^( *)#(?! |\n)", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE)
+    path = tmp_path_factory.mktemp("cluster") / "full.yaml"
+    path.write_text(text)
+    assert read_cluster(path).nodes == 2
+    path.write_text(re.sub(r"^(volume_claim|nodes): .*$", "", text, flags=re.MULTILINE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def package(full_example, tmp_path_factory):
     """Text, pipeline spec and platform spec, compiled for the cluster of the example."""
-    return compiled(read_cluster(EXAMPLE), tmp_path_factory.mktemp("build"))
+    return compiled(read_cluster(full_example), tmp_path_factory.mktemp("build"))
 
 
 def executors(spec):
@@ -66,6 +77,11 @@ def inner_tasks(spec):
     handled = tasks(spec["components"][handler["componentRef"]["name"]])
     (loop,) = (task for name, task in handled.items() if name.startswith("for-loop"))
     return root, handled, tasks(spec["components"][loop["componentRef"]["name"]]), loop
+
+
+def launch_of_package(spec):
+    _, _, loop, _ = inner_tasks(spec)
+    return Launch.from_json(loop["train"]["inputs"]["parameters"]["launch"]["runtimeValue"]["constant"])
 
 
 def test_both_specs_are_valid(package):
@@ -131,6 +147,9 @@ def test_resources_and_places(package):
     assert "pvcMount" not in config
     assert config["activeDeadlineSeconds"] == "172800"
     assert "nodeSelector" not in kubernetes_config(platform, "export")
+    for step in IMAGES:
+        (secret,) = kubernetes_config(platform, step)["imagePullSecret"]
+        assert secret["secretName"] == "registry"
     _, _, loop, _ = inner_tasks(spec)
     assert loop["train"]["retryPolicy"]["maxRetryCount"] == 2
 
@@ -146,41 +165,83 @@ def test_secrets_are_named_and_never_held(package):
     assert "pip install" not in text
 
 
-def test_no_value_of_the_environment_gets_into_the_package(tmp_path):
+def test_the_example_needs_nothing_of_a_cluster_that_is_not_made_yet(tmp_path):
+    _, spec, platform = compiled(read_cluster(EXAMPLE), tmp_path)
+    configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert {key for config in configs.values() for key in config} == {
+        "tolerations", "emptyDirMounts", "activeDeadlineSeconds"
+    }  # fmt: skip
+    found = executors(spec)
+    for step in ("compare", "report-finished"):  # which does what compare could not do
+        assert (
+            found[f"exec-{step}"]["container"]["resources"]
+            == found["exec-evaluate"]["container"]["resources"]
+        )
+        assert kubernetes_config(platform, step) == kubernetes_config(platform, "evaluate")
+
+
+def test_no_value_of_the_environment_gets_into_the_package(full_example, tmp_path):
     values = {name: f"secret-of-{name}" for name in ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "WANDB_API_KEY")}
     values["MLFLOW_TRACKING_URI"] = "https://someone:secret-of-uri@mlflow.example"
-    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", str(EXAMPLE)]
+    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", full_example]
     subprocess.run(command, env=os.environ | values, cwd=PROJECT_ROOT, check=True, capture_output=True)
     assert "secret-of" not in (tmp_path / "p.yaml").read_text()
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_with_a_volume_training_is_the_trainers_business(nodes, tmp_path):
-    cluster = read_cluster(EXAMPLE)
+def test_with_a_volume_training_is_the_trainers_business(nodes, full_example, tmp_path):
+    cluster = read_cluster(full_example)
     cluster.nodes, cluster.volume_claim = nodes, "dynamic-transformers"
     _, spec, platform = compiled(cluster, tmp_path)
-    _, _, loop, _ = inner_tasks(spec)
-    value = loop["train"]["inputs"]["parameters"]["launch"]["runtimeValue"]["constant"]
-    launch = Launch.from_json(value)
+    launch = launch_of_package(spec)
     assert (launch.nodes, launch.processes, launch.claim) == (nodes, 1, "dynamic-transformers")
     (claim,) = kubernetes_config(platform, "train")["pvcMount"]
     assert claim["mountPath"] == launch.mount_path == "/shared"
     assert launch.resources == {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": "1"}
     assert launch.image == image_of("train")
-    assert {entry["secret"] for entry in launch.secret_environment} == {
+    assert {entry.secret for entry in launch.secrets} == {
         "mlflow-client",
         "huggingface",
         "wandb",
     }
-    # The task itself only watches.
+    assert (launch.image_pull_secrets, launch.shared_memory) == (["registry"], "8Gi")
+    assert launch.timeout_seconds == 172800
+    # The task itself only watches, and ends when its job does: it has no time limit that could be the first.
     assert "accelerator" not in executors(spec)["exec-train"]["container"].get("resources", {})
-    assert "nodeSelector" not in kubernetes_config(platform, "train")
+    config = kubernetes_config(platform, "train")
+    assert config.keys() == {"imagePullSecret", "pvcMount", "secretAsEnv"}
+
+
+def test_variables_reach_every_step_and_the_nodes_of_a_job(tmp_path):
+    cluster = ClusterSettings(
+        environment={"NCCL_DEBUG": "WARN"}, volume_claim="claim", runtime="torch-of-ours"
+    )
+    _, spec, _ = compiled(cluster, tmp_path)
+    for executor in executors(spec).values():
+        assert executor["container"]["env"] == [{"name": "NCCL_DEBUG", "value": "WARN"}]
+    launch = launch_of_package(spec)
+    assert (launch.environment, launch.runtime) == ({"NCCL_DEBUG": "WARN"}, "torch-of-ours")
 
 
 def test_without_cluster_settings_only_shared_memory_and_retries_are_asked_for(tmp_path):
     _, spec, platform = compiled(ClusterSettings(), tmp_path)
-    assert set(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]) == {"exec-train"}
-    assert "resources" not in executors(spec)["exec-train"]["container"]
+    memory = {"mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "2Gi", "volumeName": "shared-memory"}
+    assert platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"] == {
+        "exec-train": {"emptyDirMounts": [memory]}
+    }
+    for executor in executors(spec).values():
+        assert executor["container"].keys() == {"image", "command", "args"}
+    root, handled, loop, _ = inner_tasks(spec)
+    steps = {
+        name: task for name, task in (root | handled | loop).items() if f"exec-{name}" in executors(spec)
+    }
+    assert steps.keys() == set(IMAGES)
+    retried = {name: task.get("retryPolicy", {}).get("maxRetryCount") for name, task in steps.items()}
+    assert retried == dict.fromkeys(IMAGES, 2) | {"report-finished": None}
+
+
+def tolerating(**toleration):
+    return {"steps": {"train": {"tolerations": [{"key": "good"}, {"key": "bad", **toleration}]}}}
 
 
 @pytest.mark.parametrize(
@@ -192,30 +253,48 @@ def test_without_cluster_settings_only_shared_memory_and_retries_are_asked_for(t
         ({"nodes": 2, "volume_claim": ""}, "nodes=2 needs volume_claim"),
         ({"parallel_runs": 0}, "parallel_runs=0: must be at least 1"),
         ({"retries": "often"}, "retries"),
+        ({"retries": -1}, "retries=-1: must be at least 0"),
+        ({"steps": {"train": {"accelerators": -1}}}, "steps.train.accelerators=-1: must be at least 0"),
+        ({"steps": {"train": {"timeout_seconds": -1}}}, "steps.train.timeout_seconds=-1: must be at least 0"),
+        (
+            {"steps": {"export": {"cpu": "lots"}}},
+            "steps.export.cpu=lots: must be a quantity, such as 8 or 500m",
+        ),
+        ({"steps": {"export": {"memory": "64 GB"}}}, "steps.export.memory=64 GB: must be a quantity"),
+        ({"shared_memory": "much"}, "shared_memory=much: must be a quantity, such as 64Gi"),
+        ({"mount_path": "rel"}, "mount_path=rel: must be an absolute path"),
+        (
+            tolerating(operator="Foo"),
+            r"steps.train.tolerations\[1\].operator=Foo: must be one of Exists, Equal",
+        ),
+        (tolerating(operator="Exists", value="a"), "value=a: needs operator=Equal"),
+        (tolerating(effect="Never"), r"steps.train.tolerations\[1\].effect=Never: must be one of NoSchedule"),
     ],
 )
 def test_a_mistake_in_the_cluster_file_is_named(change, message, tmp_path):
     path = tmp_path / "cluster.yaml"
     OmegaConf.save(OmegaConf.create(change), path)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"^{path}: .*{message}"):
         read_cluster(path)
 
 
 def test_a_missing_or_broken_cluster_file_ends_in_one_line(tmp_path):
     (tmp_path / "broken.yaml").write_text("steps: [}")
-    for name in ("gone.yaml", "broken.yaml"):
-        with pytest.raises(UserError, match=name):
+    (tmp_path / "number.yaml").write_text("3")
+    (tmp_path / "list.yaml").write_text("- steps")
+    for name in ("gone.yaml", "broken.yaml", "number.yaml", "list.yaml"):
+        with pytest.raises(UserError, match=rf"{name}: .*$"):
             read_cluster(tmp_path / name)
 
 
-def test_the_package_is_the_golden_one(tmp_path, monkeypatch):
+def test_the_package_is_the_golden_one(full_example, tmp_path):
     """What changes in the compiled pipeline changes before someone's eyes; WRITE_GOLDEN=1 writes it anew."""
     record = tmp_path / "images.json"
     steps = ("prepare", "train", "export", "evaluate")
     record.write_text(
         json.dumps({step: {"image": f"r.example/{step}:golden", "digest": None} for step in steps})
     )
-    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", str(EXAMPLE)]
+    command = [sys.executable, "-m", "pipelines.compile", str(tmp_path / "p.yaml"), "--cluster", full_example]
     environment = os.environ | {"DYNAMIC_TRANSFORMERS_IMAGES": str(record)}
     subprocess.run(command, env=environment, cwd=PROJECT_ROOT, check=True, capture_output=True)
     got = (tmp_path / "p.yaml").read_text()

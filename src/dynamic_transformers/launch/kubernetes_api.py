@@ -19,6 +19,7 @@ from dynamic_transformers.settings import UserError
 logger = logging.getLogger("dynamic_transformers")
 
 GROUP, VERSION = "trainer.kubeflow.org", "v1alpha1"
+LIMIT, LATE = "activeDeadlineSeconds", "DeadlineExceeded"
 POLL_SECONDS = 10.0
 REQUEST_SECONDS = 30.0
 OUTAGE_SECONDS = 600.0  # how long the API may be away
@@ -28,25 +29,22 @@ OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class TrainJobs:
-    """The TrainJobs of one namespace.
-
-    Args:
-        namespace: '' for the one that this pod, or else kubeconfig's context, is in.
+    """The TrainJobs of the namespace that this pod, or else kubeconfig's context, is in.
 
     Raises:
         UserError: neither in a pod nor with a kubeconfig.
     """
 
-    def __init__(self, namespace: str):
-        own = connect()
-        self.namespace = namespace or own
+    def __init__(self):
+        self.namespace = connect()
         self.jobs, self.pods = client.CustomObjectsApi(), client.CoreV1Api()
         self.place = (GROUP, VERSION, self.namespace, "trainjobs")
 
     def run(self, manifest: dict[str, Any]) -> None:
         """Create a job, or take up the one of its name that runs already, and follow it to its end.
 
-        A job of its name that has ended is deleted before: what it left on the volume is gone on with.
+        A job of its name that has ended is deleted before: what it left on the volume is gone on with. But
+        one that has used up its time has failed for good, unless the limit is another now.
 
         Raises:
             UserError: the API refuses something.
@@ -54,7 +52,7 @@ class TrainJobs:
         """
         name = manifest["metadata"]["name"]
         job = self.get(name)
-        if job is not None and (outcome(job) or "deletionTimestamp" in job["metadata"]):
+        if job is not None and is_replaced(job, manifest):
             logger.info("TrainJob %s has ended before: it is created again", name)
             self.delete(name)
         self.create(manifest)
@@ -118,10 +116,13 @@ class TrainJobs:
         if end["type"] == "Complete":
             return
         self.log_failed_pods(name)
-        reason = end["reason"]
-        if reason == "DeadlineExceeded":
-            reason += f", launch.timeout_seconds={job['spec'].get('activeDeadlineSeconds')}"
-        raise RuntimeError(f"TrainJob {name} failed ({reason}): {end['message']}")
+        reason, message = end["reason"], end["message"]
+        if reason == LATE:
+            reason += f", timeout_seconds={job['spec'].get(LIMIT)}"
+            message += (
+                "; a higher one, or the job's deletion, lets the training go on from its last checkpoint"
+            )
+        raise RuntimeError(f"TrainJob {name} failed ({reason}): {message}")
 
     def log_failed_pods(self, name: str) -> None:
         """Log the last lines that the failed nodes of a job printed, where they can be had."""
@@ -186,6 +187,16 @@ def outcome(job: dict[str, Any]) -> dict[str, Any] | None:
         if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
             return condition
     return None
+
+
+def is_replaced(job: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Whether a job that is there makes way for the one of a manifest."""
+    if "deletionTimestamp" in job["metadata"]:
+        return True
+    end = outcome(job)
+    if end is None:
+        return False
+    return end["reason"] != LATE or job["spec"].get(LIMIT) != manifest["spec"].get(LIMIT)
 
 
 def describe(job: dict[str, Any]) -> str:

@@ -12,6 +12,15 @@ from dynamic_transformers.settings import UserError
 
 
 @dataclass
+class SecretVariable:
+    """An environment variable whose value stays in a Kubernetes Secret."""
+
+    variable: str
+    secret: str
+    key: str
+
+
+@dataclass
 class Launch:
     """One process of this machine, several (torchrun), or, with a claim, a TrainJob of Kubeflow Trainer.
 
@@ -27,13 +36,14 @@ class Launch:
     image: str = ""
     claim: str = ""  # a PersistentVolumeClaim that this task and all nodes can write to at once
     mount_path: str = ""  # where it is mounted, in this task as on the nodes
-    namespace: str = ""  # '': the one that this task runs in
     runtime: str = "torch-distributed"  # a ClusterTrainingRuntime for torch
     resources: dict[str, str] = field(default_factory=dict)  # limits of one node
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
-    secret_environment: list[dict[str, str]] = field(default_factory=list)  # of name, secret, key
+    secrets: list[SecretVariable] = field(default_factory=list)
+    image_pull_secrets: list[str] = field(default_factory=list)
+    shared_memory: str | None = None  # size of /dev/shm; None: what a node's memory allows
     timeout_seconds: int = 0  # 0: no limit
 
     def __post_init__(self):
@@ -47,9 +57,6 @@ class Launch:
             raise UserError(f"launch.{job} needs launch.{' and launch.'.join(missing)}")
         if self.mount_path and not Path(self.mount_path).is_absolute():
             raise UserError(f"launch.mount_path={self.mount_path}: must be an absolute path")
-        for entry in self.secret_environment:
-            if entry.keys() != {"name", "secret", "key"}:
-                raise UserError(f"launch.secret_environment: {entry} must have name, secret and key")
 
     @property
     def world_size(self) -> int:
@@ -71,4 +78,8 @@ class Launch:
         unknown = sorted(values.keys() - {entry.name for entry in dataclasses.fields(cls)})
         if unknown:
             raise UserError(f"launch: no such key: {', '.join(unknown)}")
-        return cls(**values)
+        secrets = values.pop("secrets", [])
+        for entry in secrets:
+            if entry.keys() != {"variable", "secret", "key"}:
+                raise UserError(f"launch.secrets: {entry} must have variable, secret and key")
+        return cls(**values, secrets=[SecretVariable(**entry) for entry in secrets])

@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dynamic_transformers.launch.kubernetes_api import GROUP, VERSION, TrainJobs
 from dynamic_transformers.launch.settings import Launch
@@ -24,6 +25,14 @@ from dynamic_transformers.training.trainer import training_config
 
 logger = logging.getLogger("dynamic_transformers")
 
+# What says to which MLflow run a task logs, as KFP's plugin sets it. Credentials come from Secrets alone.
+PASSED_ON = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_AUTH",
+    "MLFLOW_WORKSPACE",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_RUN_ID",
+)
 VISIBLE_SECONDS = 120.0  # a network volume may show other machines' files late
 LOOK_SECONDS = 2.0
 
@@ -55,7 +64,7 @@ def train_on_nodes(settings: Settings, data_dir: Path, run_dir: Path, launch: La
         data = volume / f"data-{config['data_digest'][:16]}"
         share(data_dir, data)
         write_job(job / "job.json", settings, data, run)
-        TrainJobs(launch.namespace).run(train_job(name, launch, job / "job.json"))
+        TrainJobs().run(train_job(name, launch, job / "job.json"))
         wait_until_visible(name, run, config)
     with fresh_folder(run_dir, "train") as temporary:
         shutil.copytree(run, temporary, dirs_exist_ok=True)
@@ -99,6 +108,21 @@ def wait_until_visible(name: str, run: Path, config: dict) -> None:
         time.sleep(LOOK_SECONDS)
 
 
+def node_environment(launch: Launch) -> list[dict[str, Any]]:
+    """Variables of a node's container: this task's MLflow run, what `launch` says, secrets by reference."""
+    values = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)} | launch.environment
+    for entry in launch.secrets:
+        values.pop(entry.variable, None)
+    if "@" in urlsplit(values.get("MLFLOW_TRACKING_URI", "")).netloc:
+        del values["MLFLOW_TRACKING_URI"]
+        logger.warning("MLFLOW_TRACKING_URI holds a password: give it to the nodes by a Secret")
+    plain = [{"name": name, "value": value} for name, value in values.items()]
+    return plain + [
+        {"name": entry.variable, "valueFrom": {"secretKeyRef": {"name": entry.secret, "key": entry.key}}}
+        for entry in launch.secrets
+    ]
+
+
 def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
     """The TrainJob that runs one worker for each process on each node.
 
@@ -106,16 +130,6 @@ def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
     Trainer's torch runtime sets. Volumes, mounts and placement are patches of that runtime: its replicated
     job and its container are both called `node`.
     """
-    environment: list[dict[str, Any]] = [
-        {"name": key, "value": value} for key, value in launch.environment.items()
-    ]
-    environment += [
-        {
-            "name": entry["name"],
-            "valueFrom": {"secretKeyRef": {"name": entry["secret"], "key": entry["key"]}},
-        }
-        for entry in launch.secret_environment
-    ]
     trainer: dict[str, Any] = {
         "image": launch.image,
         "command": ["python", "-m", "torch.distributed.run"],
@@ -123,15 +137,18 @@ def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
         "numNodes": launch.nodes,
         "numProcPerNode": launch.processes,
     }
-    if environment:
-        trainer["env"] = environment
+    if variables := node_environment(launch):
+        trainer["env"] = variables
     if launch.resources:
         trainer["resourcesPerNode"] = {"limits": launch.resources}
+    shared_memory = {"medium": "Memory"}
+    if launch.shared_memory:
+        shared_memory["sizeLimit"] = launch.shared_memory
     pod: dict[str, Any] = {
         "volumes": [
             {"name": "shared", "persistentVolumeClaim": {"claimName": launch.claim}},
             # A pod's own /dev/shm is 64 MB: too little for NCCL and data loaders.
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            {"name": "shm", "emptyDir": shared_memory},
         ],
         "containers": [
             {
@@ -143,6 +160,8 @@ def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
             }
         ],
     }
+    if launch.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in launch.image_pull_secrets]
     if launch.node_selector:
         pod["nodeSelector"] = launch.node_selector
     if launch.tolerations:
