@@ -7,7 +7,6 @@ compiled afterwards names the images by it.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import subprocess
 from components import IMAGES
 from dynamic_transformers import __version__
 from dynamic_transformers.configure import run_command
-from dynamic_transformers.manifest import git, write_json
+from dynamic_transformers.manifest import digest, git, write_json
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 
 STEPS = ("prepare", "train", "export", "evaluate")
@@ -25,14 +24,24 @@ DOCKER = os.environ.get("DOCKER", "docker")
 
 
 def source_revision() -> str:
-    """Commit of the sources; changes that are not committed add a digest of themselves."""
-    revision = git("rev-parse", "HEAD") or "unversioned"
-    changes = git("diff", "HEAD") + git("status", "--porcelain")
-    return revision + (f"-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "")
+    """Commit of the sources; what an image holds and is not committed adds a digest of its contents."""
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return "unversioned"
+    ignore_file = (PROJECT_ROOT / ".dockerignore").read_text().splitlines()
+    sources = ["images", *(line[1:] for line in ignore_file if line.startswith("!"))]
+    changed = git("diff", "--name-only", "--relative", "-z", "HEAD", "--", *sources)
+    unknown = git("ls-files", "--others", "--exclude-standard", "-z", "--", *sources)
+    names = sorted({*changed.split("\0"), *unknown.split("\0")} - {""})
+    if not names:
+        return commit
+    paths = {name: PROJECT_ROOT / name for name in names}
+    contents = {name: path.read_bytes().hex() if path.is_file() else None for name, path in paths.items()}
+    return f"{commit}-dirty-{digest(contents)[:8]}"
 
 
 def default_tag(revision: str) -> str:
-    """Version and revision: two different programs never share a tag."""
+    """Version and revision: in a git repository, two different programs never share a tag."""
     commit, *changes = revision.split("-", 1)
     return "-".join([__version__, commit[:12], *changes])
 
