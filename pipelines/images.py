@@ -1,7 +1,7 @@
 """Builds and pushes the images: `python -m pipelines.images build|push`.
 
-`build/images.json` records for each the tag, the size and, once pushed, the digest. A pipeline that is
-compiled afterwards names the images by it.
+`build/images.json` records for each the tag, the revision, the size and, once pushed, the digest. A pipeline
+that is compiled afterwards names the images by it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 from components import IMAGES
 from dynamic_transformers import __version__
@@ -44,6 +45,23 @@ def default_tag(revision: str) -> str:
     """Version and revision: in a git repository, two different programs never share a tag."""
     commit, *changes = revision.split("-", 1)
     return "-".join([__version__, commit[:12], *changes])
+
+
+def revision_mismatch() -> str:
+    """Why the images that the pipeline names are not of these sources; empty if they are."""
+    if not IMAGES.is_file():
+        return f"{IMAGES}: no such file; `make build-images` builds the images that the pipeline names"
+    revision = source_revision()
+    for entry in json.loads(IMAGES.read_text()).values():
+        if (built := entry.get("revision", "an unknown revision")) != revision:
+            return f"{entry['image']} is of {built}, these sources are {revision}; run `make build-images`"
+    return ""
+
+
+def warn_of_revision_mismatch() -> None:
+    """Print it."""
+    if reason := revision_mismatch():
+        print(f"warning: {reason}", file=sys.stderr)
 
 
 def docker(*arguments: str, capture: bool = False) -> str:
@@ -81,7 +99,7 @@ def build(args: argparse.Namespace) -> None:
         arguments = [part for key, value in values.items() for part in ("--build-arg", f"{key}={value}")]
         docker("build", "--file", "images/Dockerfile", "--tag", name, *arguments, ".")
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name, capture=True))
-        images[step] = {"image": name, "digest": None, "bytes": size}
+        images[step] = {"image": name, "revision": revision, "digest": None, "bytes": size}
     IMAGES.parent.mkdir(parents=True, exist_ok=True)
     write_json(IMAGES, images)
     for entry in images.values():

@@ -28,7 +28,7 @@ from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
 from pipelines.docker_status import report_failures
-from pipelines.images import STEPS
+from pipelines.images import STEPS, warn_of_revision_mismatch
 
 PASSED_ON = ("MLFLOW_TRACKING_", "OMP_NUM_THREADS")  # beginnings of the variables that containers get too
 
@@ -90,6 +90,7 @@ def docker_runner(settings: Settings) -> local.DockerRunner:
             client.images.get(image_of(step))
         except ImageNotFound as error:
             raise UserError(f"{image_of(step)}: no such image; run `make build-images` first") from error
+    warn_of_revision_mismatch()
     report_failures()
     output_dir = settings.run.output_dir
     return local.DockerRunner(

@@ -1,13 +1,17 @@
 """What an image is called and recorded as. No Docker: test_docker.py has the images themselves."""
 
+import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from dynamic_transformers import manifest
+from pipelines import compile as compiling
 from pipelines import images
 from pipelines.images import source_revision
+from pipelines.run import docker_runner
 
 
 @pytest.fixture
@@ -79,3 +83,55 @@ def test_two_different_programs_have_two_revisions(repository):
     assert len(set(revisions)) == len(revisions)
     run_git(repository, "add", "--all")
     assert source_revision() == revisions[-1]  # staged or not, it is the same program
+
+
+@pytest.fixture
+def record(monkeypatch, tmp_path):
+    """Writes build/images.json as if the images were built of some sources, which are not those at hand."""
+    monkeypatch.setattr(images, "IMAGES", tmp_path / "images.json")
+    monkeypatch.setattr(images, "source_revision", lambda: "here")
+
+    def write_record(**fields):
+        entries = {
+            step: {"image": f"{step}:1", "digest": None, "bytes": 0, **fields} for step in images.STEPS
+        }
+        images.IMAGES.write_text(json.dumps(entries))
+
+    return write_record
+
+
+def test_compiling_tells_of_images_of_another_program(record, tmp_path, capsys):
+    package = tmp_path / "pipeline.yaml"
+
+    def warning():
+        with pytest.raises(SystemExit) as end:
+            compiling.main([str(package)])
+        output, errors = capsys.readouterr()
+        assert not end.value.code and output == f"{package}\n"
+        return errors
+
+    rebuild = "these sources are here; run `make build-images`\n"
+    assert warning().endswith(
+        "images.json: no such file; `make build-images` builds the images that the pipeline names\n"
+    )
+    record(revision="there")
+    assert warning() == f"warning: prepare:1 is of there, {rebuild}"
+    record()
+    assert warning() == f"warning: prepare:1 is of an unknown revision, {rebuild}"
+    record(revision="here")
+    assert warning() == ""
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A Docker engine that has every image."""
+    engine = SimpleNamespace(ping=lambda: True, images=SimpleNamespace(get=lambda name: name))
+    monkeypatch.setattr("docker.from_env", lambda: engine)
+    monkeypatch.setattr("pipelines.run.report_failures", lambda: None)
+    return engine
+
+
+def test_running_in_docker_tells_of_images_of_another_program(record, engine, make_settings, capsys):
+    record(revision="there")
+    docker_runner(make_settings())
+    assert capsys.readouterr().err.startswith("warning: prepare:1 is of there, these sources are here")
