@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +10,6 @@ from dynamic_transformers import manifest
 from pipelines import compile as compiling
 from pipelines import images
 from pipelines.images import source_revision
-from pipelines.run import docker_runner
 
 
 @pytest.fixture
@@ -120,18 +118,3 @@ def test_compiling_tells_of_images_of_another_program(record, tmp_path, capsys):
     assert warning() == f"warning: prepare:1 is of an unknown revision, {rebuild}"
     record(revision="here")
     assert warning() == ""
-
-
-@pytest.fixture
-def engine(monkeypatch):
-    """A Docker engine that has every image."""
-    engine = SimpleNamespace(ping=lambda: True, images=SimpleNamespace(get=lambda name: name))
-    monkeypatch.setattr("docker.from_env", lambda: engine)
-    monkeypatch.setattr("pipelines.run.report_failures", lambda: None)
-    return engine
-
-
-def test_running_in_docker_tells_of_images_of_another_program(record, engine, make_settings, capsys):
-    record(revision="there")
-    docker_runner(make_settings())
-    assert capsys.readouterr().err.startswith("warning: prepare:1 is of there, these sources are here")
