@@ -22,6 +22,7 @@ from dynamic_transformers.settings import PROJECT_ROOT, UserError
 STEPS = ("prepare", "train", "export", "evaluate")
 SERVER = "mlflow"  # the tracking server of cluster/
 DOCKER = os.environ.get("DOCKER", "docker")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
 def source_revision() -> str:
@@ -89,6 +90,8 @@ def build(args: argparse.Namespace) -> None:
     tag = args.tag or default_tag(revision)
     if tag == "latest" or not re.fullmatch(r"\w[\w.-]*", tag):
         raise UserError(f"tag {tag!r}: give one that names a version, without '/' and ':', and not 'latest'")
+    # By name only: docker takes their values, which may hold a password, from the environment.
+    proxies = [part for name in os.environ if name.upper() in PROXIES for part in ("--build-arg", name)]
     registry = f"{args.registry.rstrip('/')}/" if args.registry else ""
     images = {}
     for step in (*STEPS, SERVER):
@@ -97,7 +100,7 @@ def build(args: argparse.Namespace) -> None:
         values |= {"BASE_IMAGE": args.base_image} if args.base_image else {}
         values |= {"TORCH_INDEX_URL": args.torch_index_url} if args.torch_index_url else {}
         arguments = [part for key, value in values.items() for part in ("--build-arg", f"{key}={value}")]
-        docker("build", "--file", "images/Dockerfile", "--tag", name, *arguments, ".")
+        docker("build", "--file", "images/Dockerfile", "--tag", name, *arguments, *proxies, ".")
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name, capture=True))
         images[step] = {"image": name, "revision": revision, "digest": None, "bytes": size}
     IMAGES.parent.mkdir(parents=True, exist_ok=True)
@@ -116,10 +119,12 @@ def push(args: argparse.Namespace) -> None:
         docker("push", entry["image"])
         found = docker("image", "inspect", "--format", "{{json .RepoDigests}}", entry["image"], capture=True)
         repository = entry["image"].rpartition(":")[0]
-        digests = [digest for digest in json.loads(found) if digest.startswith(f"{repository}@")]
+        # Docker does not write the name of its own registry.
+        names = (f"{repository}@", f"{repository.removeprefix('docker.io/')}@")
+        digests = [text.partition("@")[2] for text in json.loads(found) if text.startswith(names)]
         if not digests:
             raise UserError(f"{entry['image']}: the registry gave no digest")
-        entry["digest"] = digests[0]
+        entry["digest"] = f"{repository}@{digests[0]}"
         print(entry["digest"])
     write_json(IMAGES, images)
 

@@ -2,11 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
+import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dynamic_transformers import manifest
+from dynamic_transformers.settings import PROJECT_ROOT
 from pipelines import compile as compiling
 from pipelines import images
 from pipelines.images import source_revision
@@ -118,3 +124,114 @@ def test_compiling_tells_of_images_of_another_program(record, tmp_path, capsys):
     assert warning() == f"warning: prepare:1 is of an unknown revision, {rebuild}"
     record(revision="here")
     assert warning() == ""
+
+
+DOCKERFILE = re.sub(r"\\\n\s*", "", (PROJECT_ROOT / "images" / "Dockerfile").read_text())
+INSTALLS = re.findall(r"^RUN (.*(?:install\.py|pip install).*)$", DOCKERFILE, re.MULTILINE)
+
+
+def test_whatever_the_images_install_is_found_beside_wheels_of_ones_own():
+    *parts, ours = INSTALLS
+    assert parts
+    for command in parts:
+        assert "--mount=type=bind,source=images/wheels,target=/build/images/wheels " in command
+        assert "pip install" not in command  # install.py names constraints and wheels
+    # Nothing is left to fetch.
+    assert "--no-deps --no-build-isolation --no-index " in ours
+
+
+def test_root_leaves_nothing_in_the_home_of_the_images():
+    # Where old Docker mounts a cache, it leaves folders of root's.
+    before, _, after = DOCKERFILE.partition(INSTALLS[-1])
+    assert "HOME=/tmp" not in before and "ENV HOME=/tmp" in after and "\nRUN" not in after
+    targets = re.findall(r"type=cache,target=(\S+)", DOCKERFILE)
+    assert set(targets) == {"/root/.cache/pip"}
+
+
+@pytest.mark.parametrize(
+    ("part", "package"),
+    [
+        ("build", "setuptools"),
+        ("core", "mlflow"),
+        ("torch", "torch"),
+        ("kfp", "kfp"),
+        ("evaluate", "lm-eval[hf]"),
+    ],
+)
+def test_whatever_the_images_install_is_constrained(part, package, tmp_path):
+    (tmp_path / "pip.py").write_text("import sys; print(*sys.argv[1:])")
+    command = [sys.executable, "images/install.py", part, "--quiet"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True)
+    options, _, requirements = result.stdout.partition(" --quiet ")
+    assert options.startswith(f"install --constraint {PROJECT_ROOT}/constraints.txt ")
+    assert f"--find-links {PROJECT_ROOT}/images/wheels" in options
+    # What comes as source is built with the setuptools that `build` installed, not with the newest.
+    assert ("--no-build-isolation" in options) == (part != "build")
+    assert package in re.split(r"[ =<>]+", requirements)
+
+
+def test_every_requirement_has_one_version():
+    pyproject = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())
+    project = pyproject["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    asked = [*pyproject["build-system"]["requires"], *project["dependencies"], *extras]
+    lines = (PROJECT_ROOT / "constraints.txt").read_text().split()
+    versions = dict(line.split("==") for line in lines)
+    assert len(versions) == len(lines)
+    names = {canonicalize_name(Requirement(line).name) for line in asked} - {project["name"]}
+    assert names <= {canonicalize_name(name) for name in versions}
+    # What torch's own requirements for CUDA leave open.
+    assert {"cuda-pathfinder", "nvidia-nvjitlink", "triton"} <= versions.keys()
+
+
+@pytest.fixture
+def docker(monkeypatch, tmp_path):
+    """A docker that does nothing; gives the command lines that it got."""
+    commands = []
+
+    def answer(*arguments, capture=False):
+        commands.append(arguments)
+        if "{{.Size}}" in arguments:
+            return "1000000"
+        repository = arguments[-1].rpartition(":")[0].removeprefix("docker.io/")
+        return json.dumps(["other.example/train@sha256:0", f"{repository}@sha256:1"])
+
+    monkeypatch.setattr(images, "docker", answer)
+    monkeypatch.setattr(images, "IMAGES", tmp_path / "images.json")
+    for name in [name for name in os.environ if name.upper() in images.PROXIES]:
+        monkeypatch.delenv(name)
+    return commands
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["pipelines.images", *arguments])
+    with pytest.raises(SystemExit) as end:
+        images.main()
+    assert not end.value.code
+    return json.loads(images.IMAGES.read_text())
+
+
+@pytest.mark.parametrize("registry", ["registry.example/team", "docker.io/team"])
+def test_images_are_recorded_with_revision_and_digest(registry, docker, monkeypatch):
+    built = call(monkeypatch, "build", "--registry", registry)
+    revision = source_revision()
+    assert built["train"] == {
+        "image": f"{registry}/dynamic-transformers-train:{images.default_tag(revision)}",
+        "revision": revision,
+        "digest": None,
+        "bytes": 1000000,
+    }
+    assert images.revision_mismatch() == ""
+    pushed = call(monkeypatch, "push")
+    assert pushed["train"]["digest"] == f"{registry}/dynamic-transformers-train@sha256:1"
+    assert images.revision_mismatch() == ""
+
+
+def test_a_build_goes_through_the_callers_proxy(docker, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://me:secret@proxy.example:3128")
+    call(monkeypatch, "build")
+    builds = [arguments for arguments in docker if arguments[0] == "build"]
+    assert len(builds) == 5
+    # Not its value, which others would see among the processes.
+    assert all(arguments[-3:] == ("--build-arg", "https_proxy", ".") for arguments in builds)
