@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import docker
 import pytest
+import real_docker
 import requests
 from docker.errors import APIError, DockerException, NotFound
 from kfp.local import config, docker_task_handler
+from real_docker import client_with_images
 
+import components
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 from pipelines import images
 from pipelines.run import docker_runner, main
@@ -109,3 +112,18 @@ def test_a_container_that_does_not_start(engine, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "build" / "pipeline.yaml").is_file() and SECRET not in output
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or SECRET not in path.read_text()
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
+def test_no_test_takes_images_of_another_program(ci, outcome, engine, monkeypatch):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(real_docker, "revision_mismatch", lambda: "train:1 is of another revision")
+    with pytest.raises(outcome, match="train:1 is of another revision"):
+        client_with_images("train")
+
+
+def test_an_image_that_was_never_built_is_a_reason_to_skip(engine, monkeypatch, tmp_path):
+    (tmp_path / "images.json").write_text("{}")
+    monkeypatch.setattr(components, "IMAGES", tmp_path / "images.json")
+    with pytest.raises(pytest.skip.Exception, match="has no image of 'mlflow'"):
+        client_with_images("mlflow")
