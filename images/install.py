@@ -1,7 +1,8 @@
 """Installs the requirements of one part of an image: `install.py PART [PIP-OPTION...]`.
 
-A part is `torch` (torch and what is built on it), `core` (the other dependencies), or an extra of
-pyproject.toml; versions are those of constraints.txt.
+A part is `build` (what builds our package, and those that come as source), `torch` (torch and what is built
+on it), `core` (the other dependencies), `kfp`, or an extra of pyproject.toml; versions are those of
+constraints.txt.
 """
 
 import re
@@ -14,24 +15,32 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCH = ("accelerate", "torch")
 
 
-def requirements(part: str, project: dict) -> list[str]:
+def requirements(part: str, pyproject: dict) -> list[str]:
     """Requirements of a part.
 
     Raises:
         KeyError: no such extra.
     """
-    if part not in ("core", "torch"):
-        return project["optional-dependencies"][part]
-    return [
-        line
-        for line in project["dependencies"]
-        if (re.split(r"[^\w-]", line)[0] in TORCH) == (part == "torch")
-    ]
+    project = pyproject["project"]
+    extras = project["optional-dependencies"]
+    if part == "build":
+        return pyproject["build-system"]["requires"]
+    if part == "kfp":
+        return [line for line in extras["pipeline"] if name(line) == "kfp"]
+    if part in ("core", "torch"):
+        return [line for line in project["dependencies"] if (name(line) in TORCH) == (part == "torch")]
+    return extras[part]
+
+
+def name(requirement: str) -> str:
+    """The package that a requirement is about."""
+    return re.split(r"[^\w-]", requirement)[0]
 
 
 if __name__ == "__main__":
     part, *options = sys.argv[1:]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    constraints = ("--constraint", str(ROOT / "constraints.txt"))
-    command = [sys.executable, "-m", "pip", "install", *constraints, *options, *requirements(part, project)]
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    common = ["--constraint", str(ROOT / "constraints.txt"), "--find-links", str(ROOT / "images" / "wheels")]
+    common += ["--no-build-isolation"] if part != "build" else []
+    command = [sys.executable, "-m", "pip", "install", *common, *options, *requirements(part, pyproject)]
     sys.exit(subprocess.run(command).returncode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from kfp import compiler
@@ -10,6 +11,7 @@ from kfp import compiler
 from dynamic_transformers.configure import run_command
 from pipelines.cluster import ClusterSettings, read_cluster
 from pipelines.comparison import comparison_pipeline
+from pipelines.images import warn_of_revision_mismatch
 
 DEFAULT_PACKAGE = Path("build/pipeline.yaml")
 
@@ -37,12 +39,18 @@ def cluster_of(args: argparse.Namespace) -> ClusterSettings:
     return read_cluster(Path(args.cluster)) if args.cluster else ClusterSettings()
 
 
-def main() -> None:
+def compile_command(args: argparse.Namespace) -> None:
+    """Compile as asked, and print where to."""
+    print(compile_pipeline(cluster_of(args), args.output))
+    warn_of_revision_mismatch()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of `python -m pipelines.compile`."""
     parser = argparse.ArgumentParser(prog="pipelines.compile", description=__doc__)
     parser.add_argument("output", nargs="?", type=Path, default=DEFAULT_PACKAGE)
     add_cluster_argument(parser)
-    run_command(lambda args: print(compile_pipeline(cluster_of(args), args.output)), parser)
+    run_command(compile_command, parser, arguments)
 
 
 if __name__ == "__main__":

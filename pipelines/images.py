@@ -1,40 +1,68 @@
 """Builds and pushes the images: `python -m pipelines.images build|push`.
 
-`build/images.json` records for each the tag, the size and, once pushed, the digest. A pipeline that is
-compiled afterwards names the images by it.
+`build/images.json` records for each the tag, the revision, the size and, once pushed, the digest. A pipeline
+that is compiled afterwards names the images by it.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import subprocess
+import sys
 
 from components import IMAGES
 from dynamic_transformers import __version__
 from dynamic_transformers.configure import run_command
-from dynamic_transformers.manifest import git, write_json
+from dynamic_transformers.manifest import digest, git, write_json
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 
 STEPS = ("prepare", "train", "export", "evaluate")
 SERVER = "mlflow"  # the tracking server of cluster/
 DOCKER = os.environ.get("DOCKER", "docker")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
 def source_revision() -> str:
-    """Commit of the sources; changes that are not committed add a digest of themselves."""
-    revision = git("rev-parse", "HEAD") or "unversioned"
-    changes = git("diff", "HEAD") + git("status", "--porcelain")
-    return revision + (f"-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "")
+    """Commit of the sources; what an image holds and is not committed adds a digest of its contents."""
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return "unversioned"
+    ignore_file = (PROJECT_ROOT / ".dockerignore").read_text().splitlines()
+    sources = ["images", *(line[1:] for line in ignore_file if line.startswith("!"))]
+    changed = git("diff", "--name-only", "--relative", "-z", "HEAD", "--", *sources)
+    unknown = git("ls-files", "--others", "--exclude-standard", "-z", "--", *sources)
+    names = sorted({*changed.split("\0"), *unknown.split("\0")} - {""})
+    if not names:
+        return commit
+    paths = {name: PROJECT_ROOT / name for name in names}
+    contents = {name: path.read_bytes().hex() if path.is_file() else None for name, path in paths.items()}
+    return f"{commit}-dirty-{digest(contents)[:8]}"
 
 
 def default_tag(revision: str) -> str:
-    """Version and revision: two different programs never share a tag."""
+    """Version and revision: in a git repository, two different programs never share a tag."""
     commit, *changes = revision.split("-", 1)
     return "-".join([__version__, commit[:12], *changes])
+
+
+def revision_mismatch() -> str:
+    """Why the images that the pipeline names are not of these sources; empty if they are."""
+    if not IMAGES.is_file():
+        return f"{IMAGES}: no such file; `make build-images` builds the images that the pipeline names"
+    revision = source_revision()
+    for entry in json.loads(IMAGES.read_text()).values():
+        if (built := entry.get("revision", "an unknown revision")) != revision:
+            return f"{entry['image']} is of {built}, these sources are {revision}; run `make build-images`"
+    return ""
+
+
+def warn_of_revision_mismatch() -> None:
+    """Print it."""
+    if reason := revision_mismatch():
+        print(f"warning: {reason}", file=sys.stderr)
 
 
 def docker(*arguments: str, capture: bool = False) -> str:
@@ -62,6 +90,8 @@ def build(args: argparse.Namespace) -> None:
     tag = args.tag or default_tag(revision)
     if tag == "latest" or not re.fullmatch(r"\w[\w.-]*", tag):
         raise UserError(f"tag {tag!r}: give one that names a version, without '/' and ':', and not 'latest'")
+    # By name only: docker takes their values, which may hold a password, from the environment.
+    proxies = [part for name in os.environ if name.upper() in PROXIES for part in ("--build-arg", name)]
     registry = f"{args.registry.rstrip('/')}/" if args.registry else ""
     images = {}
     for step in (*STEPS, SERVER):
@@ -70,9 +100,9 @@ def build(args: argparse.Namespace) -> None:
         values |= {"BASE_IMAGE": args.base_image} if args.base_image else {}
         values |= {"TORCH_INDEX_URL": args.torch_index_url} if args.torch_index_url else {}
         arguments = [part for key, value in values.items() for part in ("--build-arg", f"{key}={value}")]
-        docker("build", "--file", "images/Dockerfile", "--tag", name, *arguments, ".")
+        docker("build", "--file", "images/Dockerfile", "--tag", name, *arguments, *proxies, ".")
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name, capture=True))
-        images[step] = {"image": name, "digest": None, "bytes": size}
+        images[step] = {"image": name, "revision": revision, "digest": None, "bytes": size}
     IMAGES.parent.mkdir(parents=True, exist_ok=True)
     write_json(IMAGES, images)
     for entry in images.values():
@@ -89,10 +119,12 @@ def push(args: argparse.Namespace) -> None:
         docker("push", entry["image"])
         found = docker("image", "inspect", "--format", "{{json .RepoDigests}}", entry["image"], capture=True)
         repository = entry["image"].rpartition(":")[0]
-        digests = [digest for digest in json.loads(found) if digest.startswith(f"{repository}@")]
+        # Docker does not write the name of its own registry.
+        names = (f"{repository}@", f"{repository.removeprefix('docker.io/')}@")
+        digests = [text.partition("@")[2] for text in json.loads(found) if text.startswith(names)]
         if not digests:
             raise UserError(f"{entry['image']}: the registry gave no digest")
-        entry["digest"] = digests[0]
+        entry["digest"] = f"{repository}@{digests[0]}"
         print(entry["digest"])
     write_json(IMAGES, images)
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shutil
 import sys
 import time
 from pathlib import Path
 
 import docker
-from docker.errors import DockerException, ImageNotFound
+from docker.errors import DockerException, NotFound
 from docker.types import Mount
 from kfp import local
 from kfp.components import load_component_from_file
+from requests.exceptions import RequestException
 
 from components import image_of
 from dynamic_transformers.configure import run_command, run_names
@@ -28,9 +30,15 @@ from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
 from pipelines.docker_status import report_failures
-from pipelines.images import STEPS
+from pipelines.images import STEPS, warn_of_revision_mismatch
 
-PASSED_ON = ("MLFLOW_TRACKING_", "OMP_NUM_THREADS")  # beginnings of the variables that containers get too
+# Variables of the caller that containers get too; not those that name files of this machine.
+PASSED_ON = re.compile(
+    r"MLFLOW_TRACKING_\w+|HF_(TOKEN|ENDPOINT)|WANDB_(API_KEY|BASE_URL)|(HTTPS?|NO)_PROXY|OMP_NUM_THREADS",
+    re.IGNORECASE,  # proxies are often in small letters
+)
+# requests' own errors come through docker's client too.
+DOCKER_ERRORS = (DockerException, RequestException)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         with quiet_console(logs / "pipeline.log"):
             pipeline(settings=settings.to_json(), **parameters)
-    except RuntimeError as error:  # how the runner tells that a task failed
+    except (RuntimeError, *DOCKER_ERRORS) as error:  # RuntimeError: how the runner tells that a task failed
         failure = str(error).splitlines()[0]
     finally:
         execution = newest(root, start)
@@ -78,18 +86,19 @@ def docker_runner(settings: Settings) -> local.DockerRunner:
     """Containers that see `run.output_dir` and the host's network, and whose files belong to the caller.
 
     Raises:
-        UserError: no Docker engine, or an image of the pipeline is missing.
+        UserError: Docker cannot be used, or an image of the pipeline is missing.
     """
     try:
         client = docker.from_env()
-        client.ping()
-    except DockerException as error:
-        raise UserError(f"no Docker engine answers ({str(error).splitlines()[0]})") from error
-    for step in STEPS:
-        try:
-            client.images.get(image_of(step))
-        except ImageNotFound as error:
-            raise UserError(f"{image_of(step)}: no such image; run `make build-images` first") from error
+        for image in map(image_of, STEPS):
+            try:
+                client.images.get(image)
+            except NotFound as error:
+                raise UserError(f"{image}: no such image; run `make build-images` first") from error
+    except DOCKER_ERRORS as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Docker cannot be used ({reason}): is it running, and may you use it?") from error
+    warn_of_revision_mismatch()
     report_failures()
     output_dir = settings.run.output_dir
     return local.DockerRunner(
@@ -97,7 +106,7 @@ def docker_runner(settings: Settings) -> local.DockerRunner:
         user=f"{os.getuid()}:{os.getgid()}",
         network_mode="host",  # a tracking server on localhost is the same for steps as for people
         shm_size="2g",  # Docker's 64 MB are too few for data loaders and gloo
-        environment={name: os.environ[name] for name in os.environ if name.startswith(PASSED_ON)},
+        environment={name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)},
     )
 
 

@@ -41,6 +41,7 @@ from dynamic_transformers.manifest import digest
 from dynamic_transformers.settings import UserError
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
 from pipelines.compile import add_cluster_argument, cluster_of, compile_pipeline
+from pipelines.images import warn_of_revision_mismatch
 
 INPUTS = ("settings", "architectures", "seeds")
 REQUEST_TIMEOUT = (3, 10)  # seconds to connect, which urllib3 tries four times, and to answer
@@ -51,11 +52,12 @@ ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
 
 @dataclass
 class Package:
-    """A compiled pipeline: its file, its name, and the name of the version that holds its content."""
+    """A compiled pipeline: its file, its name, the name of the version that holds its content, its images."""
 
     path: Path
     name: str
     version: str
+    images: list[str]
 
 
 class Client(kfp.Client):
@@ -96,6 +98,10 @@ def submit(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, plain_errors(host, token):
         compiled = Path(folder) / "pipeline.yaml"
         package = read_package(args.package or compile_pipeline(cluster_of(args), compiled))
+        if not args.local_images:
+            check_pushed(package)
+        if not args.package:
+            warn_of_revision_mismatch()
         client = connect(host, token_file, token)
         namespace = args.namespace or client.get_user_namespace() or None
         with redirect_stdout(None):  # kfp prints links of its own
@@ -140,6 +146,8 @@ def read_package(path: Path) -> Package:
         documents = list(yaml.safe_load_all(path.read_text()))
         name = documents[0]["pipelineInfo"]["name"]
         inputs = documents[0]["root"].get("inputDefinitions", {}).get("parameters", {})
+        executors = documents[0]["deploymentSpec"]["executors"].values()
+        images = [executor["container"]["image"] for executor in executors if "container" in executor]
         version = f"{__version__}-{digest(documents)[:12]}"
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
@@ -147,7 +155,21 @@ def read_package(path: Path) -> Package:
         raise UserError(f"{path}: no compiled pipeline; `make pipeline` writes one") from error
     if missing := [name for name in INPUTS if name not in inputs]:
         raise UserError(f"{path}: pipeline {name} has no parameter {', '.join(missing)}")
-    return Package(path, name, version)
+    return Package(path, name, version, images)
+
+
+def check_pushed(package: Package) -> None:
+    """Refuse images that no registry has given a digest: a cluster would try to pull them for ever.
+
+    Raises:
+        UserError: names the first.
+    """
+    for image in package.images:
+        if "@sha256:" not in image:
+            raise UserError(
+                f"{image} was not pushed: run `make build-images push-images REGISTRY=...`,"
+                " or give --local-images if the cluster has this machine's images"
+            )
 
 
 def token_place(token_file: Path | None) -> Path | None:
@@ -312,6 +334,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=math.inf, metavar="SECONDS", help="of --wait")
     parser.add_argument("--token-file", type=Path, help="holds the bearer token (default: KFP_TOKEN)")
     parser.add_argument("--package", type=Path, help="a compiled pipeline (default: compile it now)")
+    parser.add_argument(
+        "--local-images",
+        action="store_true",
+        help="take images that were not pushed: the cluster has this machine's (kind load docker-image)",
+    )
     add_cluster_argument(parser)
     add_pipeline_arguments(parser)
     run_command(submit, parser, arguments)

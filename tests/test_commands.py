@@ -58,5 +58,12 @@ def test_every_test_file_is_collected(request):
         pytest.skip("only part of the suite was asked for")
     collected = {item.path for item in request.session.items}
     files = set((PROJECT_ROOT / "tests").rglob("*.py"))
-    helpers = {"conftest.py", "fake_kfp.py", "fake_kubernetes.py", "synthetic_evaluations.py", "tiny.py"}
+    helpers = {
+        "conftest.py",
+        "fake_kfp.py",
+        "fake_kubernetes.py",
+        "real_docker.py",
+        "synthetic_evaluations.py",
+        "tiny.py",
+    }
     assert {path.name for path in files - collected} == helpers

@@ -1,4 +1,4 @@
-"""Real containers. Skipped, loudly in CI (see .ci/run), where no engine or no image is at hand."""
+"""Real containers. Skipped, loudly in CI (see .ci/run), without an engine or the images of these sources."""
 
 import contextlib
 import json
@@ -10,12 +10,11 @@ import sys
 import time
 import urllib.request
 
-import docker
 import mlflow
 import pytest
-from docker.errors import DockerException
 from docker.models.containers import Container
 from kfp.local import docker_task_handler
+from real_docker import client_with_images
 
 from components import image_of
 from dynamic_transformers.settings import PROJECT_ROOT
@@ -25,13 +24,7 @@ from pipelines.images import SERVER, STEPS
 
 @pytest.fixture(scope="module")
 def client():
-    try:
-        client = docker.from_env()
-        for step in (*STEPS, SERVER):
-            client.images.get(image_of(step))
-    except DockerException as error:
-        pytest.skip(f"needs a Docker engine and `make build-images`: {str(error).splitlines()[0]}")
-    return client
+    return client_with_images(*STEPS, SERVER)
 
 
 def in_container(client, step, *command):
@@ -54,6 +47,15 @@ def test_images_are_labelled_and_have_no_entrypoint_and_no_root(client, step):
     assert labels["org.opencontainers.image.version"] == "0.1.0"
     assert f"DYNAMIC_TRANSFORMERS_REVISION={labels['org.opencontainers.image.revision']}" in config["Env"]
     assert len(labels["org.opencontainers.image.revision"]) >= 40 or "unversioned" in str(labels)
+
+
+@pytest.mark.parametrize("step", (*STEPS, SERVER))
+@pytest.mark.parametrize("user", ["1000:1000", "4321:4321"])
+def test_whoever_runs_an_image_can_write_caches_and_read_the_code(client, step, user):
+    write = "mkdir -p ~/.cache/huggingface && touch ~/.cache/huggingface/hub"
+    read = "find /app ! -readable"
+    seen = client.containers.run(image_of(step), ["sh", "-c", f"{write} && {read}"], user=user, remove=True)
+    assert seen == b""
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,10 @@
 import os
 import uuid
 
-import docker
 import pytest
 import torch
-from docker.errors import DockerException
 from docker.types import Mount
+from real_docker import client_with_images
 from safetensors.torch import load_file
 
 from components import image_of
@@ -66,12 +65,7 @@ class Containers:
 
 @pytest.fixture
 def client():
-    try:
-        client = docker.from_env()
-        client.images.get(image_of("train"))
-    except DockerException as error:
-        pytest.skip(f"needs a Docker engine and `make build-images`: {str(error).splitlines()[0]}")
-    return client
+    return client_with_images("train")
 
 
 @pytest.fixture

@@ -16,17 +16,17 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 import boto3
-import docker
 import mlflow
 import psycopg2
 import pytest
 import yaml
-from docker.errors import DockerException
 from moto.server import ThreadedMotoServer
+from real_docker import client_with_images
 
 from components import image_of
 from dynamic_transformers.settings import PROJECT_ROOT, TrackingSettings
 from dynamic_transformers.tracking import RunTracker, find_evaluated, track_comparison
+from pipelines.images import SERVER
 
 MARK = "5gq7x2"  # found also in a password that was quoted for a URI
 WEIGHTS = bytes(range(256)) * 5000
@@ -149,12 +149,8 @@ class Image:
     """The image, with no more rights than a cluster gives it."""
 
     def __init__(self, environment, folder):
-        try:
-            self.client = docker.from_env()
-            image = self.client.images.get(image_of("mlflow"))
-        except (DockerException, KeyError) as error:
-            pytest.skip(f"needs a Docker engine and `make build-images`: {str(error).splitlines()[0]}")
-        self.image, self.environment = image, environment
+        self.client = client_with_images(SERVER)
+        self.image, self.environment = self.client.images.get(image_of(SERVER)), environment
 
     def start(self, *options):
         self.container = self.client.containers.run(

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from hashlib import sha256
 from typing import List  # noqa: UP035  (kfp reads the annotation)
 
 import kfp
@@ -17,12 +19,21 @@ from dynamic_transformers import __version__
 from dynamic_transformers.configure import settings_from_json
 from dynamic_transformers.settings import PROJECT_ROOT
 from pipelines import submit
+from pipelines.images import SERVER, STEPS, source_revision
 
 TOKEN = "a-secret-that-nobody-may-see"
 VARIABLES = ("KFP_HOST", "KFP_TOKEN", "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH")
 
 
-def write_package(path, image="python:3.11", pull_policy=None, needs_more=False):
+def pushed(image):
+    """An image as a registry names it."""
+    return f"{image}@sha256:{sha256(image.encode()).hexdigest()}"
+
+
+PUSHED = pushed("registry.example/train:1")
+
+
+def write_package(path, image=PUSHED, pull_policy=None, needs_more=False):
     """A pipeline that takes what ours takes."""
 
     @dsl.component(base_image=image, install_kfp_package=False)
@@ -127,20 +138,56 @@ def test_a_user_sees_what_was_submitted_and_nothing_else(guarded, package):
     ]
 
 
+def write_record(path, **fields):
+    """What `make build-images` records, pushed, with `fields` in the place of some."""
+    entry = {"revision": source_revision(), "bytes": 0} | fields
+    names = {step: f"registry.example/{step}:1" for step in (*STEPS, SERVER)}
+    images = {step: {"image": name, "digest": pushed(name), **entry} for step, name in names.items()}
+    path.write_text(json.dumps(images))
+    return str(path)
+
+
 def test_our_own_pipeline_is_compiled_for_the_cluster_and_accepted(fake, refused, tmp_path):
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("image_pull_secrets: [registry-of-ours]")
-    result = command("--host", fake.url, "--cluster", cluster)
-    assert result.returncode == 0, result.stderr
+    record = write_record(tmp_path / "images.json")
+    result = command("--host", fake.url, "--cluster", cluster, DYNAMIC_TRANSFORMERS_IMAGES=record)
+    assert (result.returncode, result.stderr) == (0, "")
     assert fake.pipelines[0]["display_name"] == "dynamic-transformers-comparison"
-    assert "registry-of-ours" in json.dumps(fake.versions[0]["pipeline_spec"]["platform_spec"])
+    spec = json.dumps(fake.versions[0]["pipeline_spec"])
+    assert "registry-of-ours" in spec and PUSHED in spec
     assert refused(fake.url, "--cluster", cluster).startswith("--cluster is for a pipeline that is compiled")
+
+
+def test_images_of_another_program_are_told(fake, tmp_path):
+    record = write_record(tmp_path / "images.json", revision="0123abc")
+    result = command("--host", fake.url, DYNAMIC_TRANSFORMERS_IMAGES=record)
+    assert result.returncode == 0 and len(fake.runs) == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: registry.example/prepare:1 is of 0123abc, these sources are ")
+
+
+@pytest.mark.parametrize("record", ["unpushed.json", "gone.json"])
+def test_images_that_no_cluster_can_pull_are_refused(record, fake, tmp_path):
+    write_record(tmp_path / "unpushed.json", digest=None)
+    result = command("--host", fake.url, DYNAMIC_TRANSFORMERS_IMAGES=str(tmp_path / record))
+    assert result.returncode == 2 and not fake.requests
+    (line,) = result.stderr.splitlines()
+    assert re.match(r"error: \S+ was not pushed: run `make build-images push-images REGISTRY=...`", line)
+
+
+def test_images_of_this_machine_are_for_a_cluster_on_it(fake, run, refused, tmp_path):
+    package = write_package(tmp_path / "pipeline.yaml", image="train:1")
+    assert refused(fake.url, "--package", package).startswith("train:1 was not pushed")
+    code, _, errors = run(fake.url, "--package", package, "--local-images")
+    assert (code, errors, len(fake.runs)) == (0, "", 1)
 
 
 def test_the_same_content_is_uploaded_once(fake, run, tmp_path):
     package = tmp_path / "pipeline.yaml"
     uploads = []
-    contents = [{}, {}, {"image": "python:3.12"}, {"image": "python:3.12"}, {"pull_policy": "Always"}, {}]
+    other = {"image": pushed("registry.example/train:2")}
+    contents = [{}, {}, other, other, {"pull_policy": "Always"}, {}]
     for content in contents:
         write_package(package, **content)
         code, output, errors = run(fake.url, "--package", package)
