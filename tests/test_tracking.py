@@ -2,12 +2,15 @@
 
 import json
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import mlflow
 import pytest
 
 from dynamic_transformers.settings import TrackingSettings, UserError
+from dynamic_transformers.step_log import step_log
 from dynamic_transformers.tracking import (
     RunTracker,
     download,
@@ -22,6 +25,43 @@ from dynamic_transformers.tracking import (
 def store(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return TrackingSettings(experiment="test"), tmp_path / "outputs"
+
+
+class Server(BaseHTTPRequestHandler):
+    """The one run of an MLflow server that takes its time to store an artifact."""
+
+    def answer(self):
+        length = int(self.headers["Content-Length"] or 0)
+        self.rfile.read(length)
+        if self.command == "PUT":
+            time.sleep(2)
+        info = {"run_id": "one", "experiment_id": "1", "artifact_uri": "mlflow-artifacts:/1/one/artifacts"}
+        answer = {"experiment": {"experiment_id": "1"}, "run": {"info": info}, "run_info": info}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    do_GET = do_POST = do_PUT = answer  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def address():
+    """Of a `Server`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def nowhere():
+    """Address at which nothing answers."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{closed.getsockname()[1]}"
 
 
 def client(settings, output_dir):
@@ -128,12 +168,9 @@ def test_lines_are_sent_once_also_by_a_later_step(store, tmp_path):
     assert [m.step for m in history] == [100, 200, 300]
 
 
-def test_an_outage_neither_stops_nor_slows_and_is_made_up_for(store, tmp_path, caplog):
+def test_an_outage_neither_stops_nor_slows_and_is_made_up_for(store, nowhere, tmp_path, caplog):
     settings, output_dir = store
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        away = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    gone = TrackingSettings(experiment="test", mlflow_uri=away)
+    gone = TrackingSettings(experiment="test", mlflow_uri=f"http://{nowhere}")
     track_comparison(gone, output_dir, "comparison", [], report_in(tmp_path))
     assert "the report was not logged" in caplog.text
     with pytest.raises(UserError, match="MLflow"):
@@ -149,6 +186,26 @@ def test_an_outage_neither_stops_nor_slows_and_is_made_up_for(store, tmp_path, c
     assert back.sync()
     history = client(*store).get_metric_history(back.run_id, "train/loss")
     assert len(history) == 50
+
+
+def test_a_password_in_the_uri_is_shown_nowhere(
+    store, address, nowhere, tmp_path, monkeypatch, capfd, caplog
+):
+    settings, output_dir = store
+    log = tmp_path / "step"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:sesame@tulip@{nowhere}")
+    with pytest.raises(UserError, match=r"http://\*\*\*@127") as wrong, step_log(log):
+        track_comparison(settings, output_dir, "comparison", [], report_in(tmp_path))
+        assert not RunTracker(tmp_path, settings, output_dir, "a").sync()
+        with pytest.raises(UserError, match="MLflow: model of run one"):
+            download(settings, output_dir, "one", "model", tmp_path)
+        find_evaluated(settings, output_dir, "any")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:sesame@{address}")
+    RunTracker(tmp_path, settings, output_dir, "a").close(finished=True)
+    shown = "".join(
+        [str(wrong.value), caplog.text, log.with_name("step.log").read_text(), *capfd.readouterr()]
+    )
+    assert "http://***@127" in shown and "sesame" not in shown and "tulip" not in shown
 
 
 def test_switched_off_nothing_is_made(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -102,7 +103,8 @@ def find_evaluated(settings: TrackingSettings, output_dir: str | Path, compariso
             tags = run.data.tags
             found.setdefault(f"{tags['architecture']}:{tags['seed']}", run.info.run_id)
     except Exception as error:
-        raise UserError(f"MLflow: {_first_line(error)}") from error
+        # Not `from error`: a traceback would show the server's address, and with it a password.
+        raise UserError(f"MLflow: {_first_line(error)}") from None
     return found
 
 
@@ -117,7 +119,7 @@ def download(settings: TrackingSettings, output_dir: str | Path, run_id: str, pa
         client = _client(tracking_uri(settings, output_dir))
         return Path(client.download_artifacts(run_id, path, str(to)))
     except Exception as error:
-        raise UserError(f"MLflow: {path} of run {run_id}: {_first_line(error)}") from error
+        raise UserError(f"MLflow: {path} of run {run_id}: {_first_line(error)}") from None
 
 
 def forget_after(run_dir: Path, step: int) -> None:
@@ -341,6 +343,8 @@ def _client(uri: str):
     # Short, since an outage must not hold a run up.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # The addresses that MLflow prints hold whatever password MLFLOW_TRACKING_URI holds.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -369,4 +373,6 @@ def _wandb_run(settings: TrackingSettings, name: str, params: dict[str, Any] | N
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    """Of the error's message, without the user and password of an address."""
+    line = re.sub(r"//\S*@", "//***@", (str(error).splitlines() or [""])[0])
+    return f"{type(error).__name__}: {line[:200]}"
