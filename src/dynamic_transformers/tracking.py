@@ -31,9 +31,8 @@ PARENT_NOTE = (
     "`progress/training_flops` is the x axis for equal work. The report is among the artifacts."
 )
 RESERVED = ("step", "time")
-COMPARISON_TAG = (
-    "comparison"  # digest of the settings that an evaluated run shares with those it is compared to
-)
+COMPARISON_TAG = "comparison"  # what an evaluated run shares with those it is compared to
+REPORT_TAG = "report"  # of a compared run: id of the run that holds the report
 
 
 def tracking_uri(settings: TrackingSettings, output_dir: str | Path) -> str:
@@ -63,22 +62,25 @@ def track_comparison(
     """Log a comparison's report folder to a run of its own, under which the compared runs then hang.
 
     In a task that has been given an MLflow run (MLFLOW_RUN_ID) that one takes the report, and the compared
-    runs stay where whoever gave it has hung them.
+    runs stay where whoever gave it has hung them. Either way their tag `report` names that run.
     """
     if not settings.mlflow:
         return
     try:
+        from mlflow.entities import RunTag
+
         client = _client(tracking_uri(settings, output_dir))
         given = os.environ.get("MLFLOW_RUN_ID")
         if given:
             run_id = given
         else:
             experiment = _experiment_id(client, settings.experiment, output_dir)
-            tags = {"mlflow.note.content": PARENT_NOTE}
-            run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-            for child in run_ids:
-                client.set_tag(child, "mlflow.parentRunId", run_id)
+            note = {"mlflow.note.content": PARENT_NOTE}
+            run_id = client.create_run(experiment, run_name=name, tags=note).info.run_id
         client.log_artifacts(run_id, str(report), "report")
+        names = [REPORT_TAG] if given else [REPORT_TAG, "mlflow.parentRunId"]
+        for child in run_ids:
+            client.log_batch(child, tags=[RunTag(name, run_id) for name in names])
         if not given:
             client.set_terminated(run_id)
     except Exception as error:
@@ -89,11 +91,12 @@ def find_evaluated(settings: TrackingSettings, output_dir: str | Path, compariso
     """`architecture:seed` → id of the newest run that was evaluated with this `comparison` tag.
 
     Raises:
-        UserError: tracking is off, or the server cannot be reached.
+        UserError: the server cannot be reached.
     """
-    if not settings.mlflow:
-        raise UserError("tracking.mlflow=false: nothing is known of what has finished")
     found: dict[str, str] = {}
+    if not settings.mlflow:
+        logger.warning("tracking.mlflow=false: nothing is known of what has finished")
+        return found
     try:
         client = _client(tracking_uri(settings, output_dir))
         experiment = client.get_experiment_by_name(settings.experiment)
@@ -106,6 +109,20 @@ def find_evaluated(settings: TrackingSettings, output_dir: str | Path, compariso
         # Not `from error`: a traceback would show the server's address, and with it a password.
         raise UserError(f"MLflow: {_first_line(error)}") from None
     return found
+
+
+def report_of(settings: TrackingSettings, output_dir: str | Path, run_ids: Sequence[str]) -> str | None:
+    """Id of the run that holds one report of all these runs; None where they were not compared together.
+
+    Raises:
+        UserError: the server cannot be reached.
+    """
+    try:
+        client = _client(tracking_uri(settings, output_dir))
+        reports = {client.get_run(run_id).data.tags.get(REPORT_TAG) for run_id in run_ids}
+    except Exception as error:
+        raise UserError(f"MLflow: {_first_line(error)}") from None
+    return reports.pop() if len(reports) == 1 else None
 
 
 def download(settings: TrackingSettings, output_dir: str | Path, run_id: str, path: str, to: Path) -> Path:

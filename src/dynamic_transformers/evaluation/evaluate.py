@@ -17,6 +17,7 @@ from dynamic_transformers.manifest import (
     digest,
     finished,
     fresh_folder,
+    git_revision,
     read_manifest,
     write_json,
     write_manifest,
@@ -124,8 +125,13 @@ def evaluate(
             ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
             write_routing(trace_routing(model, load_tokenizer(data_dir), ids), temporary)
         write_manifest(temporary, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
-    track(tracker, model_dir, output_dir, result, comparison=digest(settings.to_dict()))
+    track(tracker, model_dir, output_dir, result, comparison_of(settings))
     return output_dir
+
+
+def comparison_of(settings: Settings) -> str:
+    """Digest of what evaluated runs must share to be compared: settings and the program's revision."""
+    return digest({"settings": settings.to_dict(), "revision": git_revision()})
 
 
 def variant(run_config: dict[str, Any]) -> dict[str, Any]:
