@@ -1,6 +1,7 @@
 """MLflow as it really is: a SQLite store, and a server that is away."""
 
 import json
+import os
 import socket
 import threading
 import time
@@ -9,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import mlflow
 import pytest
 
+from dynamic_transformers.evaluation.evaluate import track
 from dynamic_transformers.settings import TrackingSettings, UserError
 from dynamic_transformers.step_log import step_log
 from dynamic_transformers.tracking import (
@@ -28,12 +30,12 @@ def store(tmp_path, monkeypatch):
 
 
 class Server(BaseHTTPRequestHandler):
-    """The one run of an MLflow server that takes its time to store an artifact."""
+    """The one run of an MLflow server that takes its time to store and to fetch a model."""
 
     def answer(self):
         length = int(self.headers["Content-Length"] or 0)
         self.rfile.read(length)
-        if self.command == "PUT":
+        if "artifacts/model" in self.path:
             time.sleep(2)
         info = {"run_id": "one", "experiment_id": "1", "artifact_uri": "mlflow-artifacts:/1/one/artifacts"}
         answer = {"experiment": {"experiment_id": "1"}, "run": {"info": info}, "run_info": info}
@@ -153,6 +155,34 @@ def test_what_was_evaluated_is_found_again_by_its_comparison(store, tmp_path):
     assert (copied / "report.html").read_text() == "<p>"
     with pytest.raises(UserError, match="MLflow: nothing of run"):
         download(settings, output_dir, found["mod:1"], "nothing", tmp_path / "copies")
+
+
+def test_a_model_may_take_longer_to_store_than_a_metric(address, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    settings = TrackingSettings(mlflow_uri=f"http://{address}")
+    tracker = RunTracker(tmp_path, settings, tmp_path, "a")
+    assert tracker.log_artifacts(report_in(tmp_path), "model")
+    assert download(settings, tmp_path, "one", "model/report.html", tmp_path / "copies").is_file()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
+
+
+@pytest.mark.parametrize("lost", ["evaluation", "model", None])
+def test_only_what_has_arrived_can_be_found(store, tmp_path, monkeypatch, lost):
+    def log_artifacts(self, run_id, local_dir, artifact_path):
+        if artifact_path == lost:
+            raise ConnectionError("away")
+
+    settings, output_dir = store
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", log_artifacts)
+    for name in ("run", "model", "evaluation"):
+        (tmp_path / name).mkdir()
+    tags = {"architecture": "mod", "seed": "0"}
+    tracker = RunTracker(tmp_path / "run", settings, output_dir, "a", tags=tags)
+    result = {"training_tokens": 1, "eval": {"loss": 1.0, "bits_per_byte": 1.0}, "bench": {}}
+    result["efficiency"] = {"forward_flops_per_token": 1}
+    track(tracker, tmp_path / "model", tmp_path / "evaluation", result, "this")
+    assert client(*store).get_run(tracker.run_id).data.metrics["test/loss"] == 1.0
+    assert set(find_evaluated(settings, output_dir, "this")) == (set() if lost else {"mod:0"})
 
 
 def test_lines_are_sent_once_also_by_a_later_step(store, tmp_path):

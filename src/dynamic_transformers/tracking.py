@@ -13,7 +13,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ STATE = "tracking.json"
 METRICS = "metrics.jsonl"
 CHUNK = 200  # lines of metrics.jsonl in one request
 MAX_PARAM_LENGTH = 500
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # which MLflow reads for each request
+REQUEST_TIMEOUT = 10  # seconds; short, since an outage must not hold a run up
+# A server answers to a file when its object store has all of it, and begins to send one when it has it: time
+# for 6 GB at 10 MB/s.
+FILE_TIMEOUT = 600
 PARENT_NOTE = (
     "One comparison: its runs hang below, one for each architecture and seed. Select them and compare "
     "`test/loss`, `bench/…` and `efficiency/…`; the step axis of the curves is training tokens, and "
@@ -77,7 +83,8 @@ def track_comparison(
             experiment = _experiment_id(client, settings.experiment, output_dir)
             note = {"mlflow.note.content": PARENT_NOTE}
             run_id = client.create_run(experiment, run_name=name, tags=note).info.run_id
-        client.log_artifacts(run_id, str(report), "report")
+        with _time_for_files():
+            client.log_artifacts(run_id, str(report), "report")
         names = [REPORT_TAG] if given else [REPORT_TAG, "mlflow.parentRunId"]
         for child in run_ids:
             client.log_batch(child, tags=[RunTag(name, run_id) for name in names])
@@ -134,7 +141,8 @@ def download(settings: TrackingSettings, output_dir: str | Path, run_id: str, pa
     try:
         to.mkdir(parents=True, exist_ok=True)
         client = _client(tracking_uri(settings, output_dir))
-        return Path(client.download_artifacts(run_id, path, str(to)))
+        with _time_for_files():
+            return Path(client.download_artifacts(run_id, path, str(to)))
     except Exception as error:
         raise UserError(f"MLflow: {path} of run {run_id}: {_first_line(error)}") from None
 
@@ -232,12 +240,12 @@ class RunTracker:
                 logger.warning("MLflow: will be synced later (%s)", _first_line(error))
                 return False
 
-    def log_final(self, axis: int, metrics: dict[str, float], comparison: str) -> None:
+    def log_final(self, axis: int, metrics: dict[str, float], comparison: str | None) -> None:
         """Send figures of a finished model, which are kept in the step's own output.
 
         Args:
             axis: the run's training tokens.
-            comparison: what the run can be found by afterwards.
+            comparison: what the run can be found by afterwards; None where it lacks what one would look for.
         """
         if self.enabled and self.sync() and self.run_id:
             try:
@@ -245,20 +253,24 @@ class RunTracker:
 
                 stamp = int(time.time() * 1000)
                 entries = [Metric(key, float(value), stamp, axis) for key, value in metrics.items()]
-                tags = [RunTag(COMPARISON_TAG, comparison)]
+                tags = [RunTag(COMPARISON_TAG, comparison)] if comparison else []
                 _client(self._uri()).log_batch(self.run_id, metrics=entries, tags=tags)
             except Exception as error:
                 logger.warning("MLflow: figures were not logged (%s)", _first_line(error))
 
-    def log_artifacts(self, path: Path, artifact_path: str) -> None:
-        """Copy a file or folder to the run's artifacts."""
-        if self.enabled and self.sync() and self.run_id:
-            try:
-                client = _client(self._uri())
-                send = client.log_artifacts if path.is_dir() else client.log_artifact
+    def log_artifacts(self, path: Path, artifact_path: str) -> bool:
+        """Copy a file or folder to the run's artifacts; whether it has arrived."""
+        if not (self.enabled and self.sync() and self.run_id):
+            return False
+        try:
+            client = _client(self._uri())
+            send = client.log_artifacts if path.is_dir() else client.log_artifact
+            with _time_for_files():
                 send(self.run_id, str(path), artifact_path)
-            except Exception as error:
-                logger.warning("MLflow: %s was not logged (%s)", path.name, _first_line(error))
+            return True
+        except Exception as error:
+            logger.warning("MLflow: %s was not logged (%s)", path.name, _first_line(error))
+            return False
 
     def log_data(self, data_dir: Path, manifest: dict[str, Any]) -> None:
         """Record the data folder as the run's input."""
@@ -357,8 +369,7 @@ class RunTracker:
 
 
 def _client(uri: str):
-    # Short, since an outage must not hold a run up.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault(TIMEOUT, str(REQUEST_TIMEOUT))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     # The addresses that MLflow prints hold whatever password MLFLOW_TRACKING_URI holds.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -366,6 +377,17 @@ def _client(uri: str):
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return mlflow.MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _time_for_files() -> Iterator[None]:
+    """Requests within wait as long as files may take, or longer where the environment says so."""
+    given = os.environ[TIMEOUT]
+    os.environ[TIMEOUT] = str(max(FILE_TIMEOUT, int(given)))
+    try:
+        yield
+    finally:
+        os.environ[TIMEOUT] = given
 
 
 def _experiment_id(client, name: str, output_dir: str | Path) -> str:
