@@ -103,21 +103,46 @@ def test_a_run_hangs_under_its_parent_with_both_axes(store, tmp_path):
 
 def test_a_run_that_a_task_was_given_is_used(store, tmp_path, monkeypatch):
     settings, output_dir = store
-    RunTracker(tmp_path / "other", settings, output_dir, "makes the experiment").sync()
-    experiment = client(*store).get_experiment_by_name("test").experiment_id
+    experiment = client(*store).create_experiment("of KFP", artifact_location=tmp_path.as_uri())
     given = [client(*store).create_run(experiment, run_name=name).info.run_id for name in ("task", "compare")]
     monkeypatch.setenv("MLFLOW_RUN_ID", given[0])
-    tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", {"a": 1}, {"seed": "0"})
+    tags = {"architecture": "mod", "seed": "0"}
+    tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", {"a": 1}, tags)
     write_metrics(tracker, [1])
+    tracker.log_final(100, {"test/loss": 1.0}, "this")
     tracker.close(finished=False)
     assert tracker.run_id == given[0]
     assert client(*store).get_run(given[0]).data.params == {"a": "1"}
     monkeypatch.setenv("MLFLOW_RUN_ID", given[1])
     assert RunTracker(tmp_path, settings, output_dir).run_id == given[0]  # a later step stays with the run
+    assert find_evaluated(settings, output_dir, "this") == {"mod:0": given[0]}
     track_comparison(settings, output_dir, "comparison", [given[0]], report_in(tmp_path))
     assert [a.path for a in client(*store).list_artifacts(given[1], "report")] == ["report/report.html"]
     assert client(*store).get_run(given[1]).info.status == "RUNNING"  # its owner ends it
     assert "mlflow.parentRunId" not in client(*store).get_run(given[0]).data.tags
+
+
+def test_a_run_that_could_not_be_described_is_not_made_again(store, tmp_path, monkeypatch):
+    settings, output_dir = store
+    log_batch = mlflow.MlflowClient.log_batch
+    calls = []
+
+    def fail_at_first(self, *arguments, **values):
+        calls.append(values)
+        if len(calls) == 1:
+            raise ConnectionError("away")
+        log_batch(self, *arguments, **values)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", fail_at_first)
+    first = RunTracker(tmp_path, settings, output_dir, "a", {"x": 1}, {"seed": "0"})
+    assert not first.sync()
+    later = RunTracker(tmp_path, settings, output_dir)
+    assert later.sync() and later.run_id == first.run_id
+    experiment = client(*store).get_experiment_by_name("test").experiment_id
+    (run,) = client(*store).search_runs([experiment])
+    assert run.data.params == {"x": "1"} and run.data.tags["seed"] == "0"
+    described = len(calls)
+    assert later.sync() and len(calls) == described
 
 
 def test_an_interrupted_run_does_not_repeat_itself_in_the_run_it_was_given(store, tmp_path, monkeypatch):

@@ -97,6 +97,8 @@ def track_comparison(
 def find_evaluated(settings: TrackingSettings, output_dir: str | Path, comparison: str) -> dict[str, str]:
     """`architecture:seed` → id of the newest run that was evaluated with this `comparison` tag.
 
+    Where a task has been given an MLflow run (MLFLOW_RUN_ID) others have been too: its experiment counts.
+
     Raises:
         UserError: the server cannot be reached.
     """
@@ -107,9 +109,11 @@ def find_evaluated(settings: TrackingSettings, output_dir: str | Path, compariso
     try:
         client = _client(tracking_uri(settings, output_dir))
         experiment = client.get_experiment_by_name(settings.experiment)
-        experiments = [experiment.experiment_id] if experiment else []
+        experiments = {experiment.experiment_id} if experiment else set()
+        if given := os.environ.get("MLFLOW_RUN_ID"):
+            experiments.add(client.get_run(given).info.experiment_id)
         query = f"tags.{COMPARISON_TAG} = '{comparison}'"
-        for run in client.search_runs(experiments, query, order_by=["start_time DESC"]):
+        for run in client.search_runs(list(experiments), query, order_by=["start_time DESC"]):
             tags = run.data.tags
             found.setdefault(f"{tags['architecture']}:{tags['seed']}", run.info.run_id)
     except Exception as error:
@@ -160,7 +164,7 @@ def forget_after(run_dir: Path, step: int) -> None:
     path.write_text("".join(kept))
     state = json.loads(state_path.read_text()) if state_path.is_file() else {"synced_lines": 0}
     if state["synced_lines"] > len(kept):
-        changed = {"run_id": None, "attach": False, "synced_lines": 0}
+        changed = {"run_id": None, "described": False, "attach": False, "synced_lines": 0}
         state_path.write_text(json.dumps(state | changed, indent=2))
 
 
@@ -200,6 +204,7 @@ class RunTracker:
         else:
             self.state = {
                 "run_id": None,
+                "described": False,
                 "name": name,
                 "params": flatten(params or {}),
                 "tags": tags or {},
@@ -209,7 +214,7 @@ class RunTracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None until a server has been reached."""
+        """MLflow's id of the run; None until one has been given or made."""
         return self.state["run_id"]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -320,10 +325,10 @@ class RunTracker:
 
         path = self.run_dir / METRICS
         lines = path.read_text().splitlines()[self.state["synced_lines"] :] if path.is_file() else []
-        if self.run_id and not lines:
+        if self.state["described"] and not lines:
             return
-        run_id = self.run_id or self._create_run()
         client = _client(self._uri())
+        run_id = self._described_run(client)
         for first in range(0, len(lines), CHUNK):
             chunk = lines[first : first + CHUNK]
             metrics = []
@@ -345,20 +350,23 @@ class RunTracker:
             self.state["synced_lines"] += len(chunk)
             self._save()
 
-    def _create_run(self) -> str:
+    def _described_run(self, client) -> str:
+        """Id of the run, with its parameters and tags; made where none has been given."""
         from mlflow.entities import Param, RunTag
 
-        client = _client(self._uri())
-        run_id = os.environ.get("MLFLOW_RUN_ID") if self.state["attach"] else None
+        run_id = self.run_id or (os.environ.get("MLFLOW_RUN_ID") if self.state["attach"] else None)
         if not run_id:
             experiment = _experiment_id(client, self.settings.experiment, self.output_dir)
             run_id = client.create_run(experiment, run_name=self.state["name"]).info.run_id
-        params = [Param(key, value) for key, value in self.state["params"].items()]
-        for first in range(0, len(params), 100):
-            client.log_batch(run_id, params=params[first : first + 100])
-        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in self.state["tags"].items()])
-        self.state["run_id"] = run_id
-        self._save()
+        if not self.state["described"]:
+            self.state["run_id"] = run_id
+            self._save()  # at once: when the rest fails the next attempt must not make another run
+            params = [Param(key, value) for key, value in self.state["params"].items()]
+            for first in range(0, len(params), 100):
+                client.log_batch(run_id, params=params[first : first + 100])
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in self.state["tags"].items()])
+            self.state["described"] = True
+            self._save()
         return run_id
 
     def _save(self) -> None:
