@@ -26,7 +26,7 @@ def report_finished(
         status: how the pipeline ended; nothing is done after a success.
         settings, architectures, seeds, overrides, dataset_configs, max_flops, mlflow_uri,
             mlflow_experiment: the pipeline's parameters, as `configure` takes them.
-        report: the comparison; missing when nothing has finished.
+        report: the comparison; missing when nothing has finished, or MLflow has it already.
     """
     from pathlib import Path
 
@@ -34,7 +34,9 @@ def report_finished(
     from dynamic_transformers.configure import run_names, settings_from_parameters
     from dynamic_transformers.step_log import step_log
 
-    if status.state == "SUCCEEDED":
+    # Servers name a success differently, and some say RUNNING when a loop has ended (kubeflow/pipelines
+    # #13321): then MLflow tells whether there is anything left to do.
+    if status.state in ("SUCCEEDED", "COMPLETE", "CACHED"):
         return
     with step_log(Path(report.path)):
         values = settings_from_parameters(

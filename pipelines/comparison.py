@@ -71,6 +71,8 @@ def comparison_pipeline(cluster: ClusterSettings):
         place(configured, "configure", cluster)
         merged = configured.outputs["merged"]
         last = report_finished(**parameters)
+        # What it reports is in MLflow, which no cache key knows.
+        last.set_caching_options(False)
         place(last, "report_finished", cluster)
         with dsl.ExitHandler(last, name="comparison"):
             prepared = prepare_data(settings=merged)

@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> None:
             collect_logs(execution, runs, logs)
     step = "report-finished" if failure else "compare"
     report = execution / step / "report" if execution else None
-    shutil.rmtree(folder / "report", ignore_errors=True)
     if report is not None and (report / "comparison.json").is_file():
+        shutil.rmtree(folder / "report", ignore_errors=True)
         shutil.copytree(report, folder / "report")
         show(settings, time.time() - start)
     elif not failure:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from dynamic_transformers.configure import compose_settings, settings_from_dict, settings_from_json
-from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.configure import check, compose_settings, settings_from_dict, settings_from_json
+from dynamic_transformers.settings import ARCHITECTURES, SELECTION_RULES, UserError
+from dynamic_transformers.training.build import model_config
 
 
 @pytest.mark.parametrize("name", ["default", "laptop", "paper", "quickstart"])
@@ -56,6 +57,24 @@ def test_mistakes_are_told_in_one_line(override, words):
     with pytest.raises(UserError) as error:
         compose_settings("default", [override])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rule", SELECTION_RULES)
+@pytest.mark.parametrize(
+    ("architecture", "predictor_weight", "aux_weight"),
+    [("mod", 0, 0), ("mod", 0.01, 0), ("mod", 0, 0.01), ("sdt", 0, 0.01), ("sdt", 0.01, 0), ("stt", 0, 0.01)],
+)
+def test_a_selection_rule_is_refused_where_the_model_would_refuse_it(
+    architecture, predictor_weight, aux_weight, rule
+):
+    overrides = [f"model.type={architecture}", f"model.predictor_weight={predictor_weight}"]
+    settings = compose_settings("default", [*overrides, f"model.mod.aux_weight={aux_weight}"])
+    settings.model.selection_rule = rule
+    if rule in model_config(settings.model, vocab_size=300).available_rules:
+        check(settings)
+    else:
+        with pytest.raises(UserError, match=f"model.selection_rule={rule} needs"):
+            check(settings)
 
 
 def test_unknown_configuration_names_those_that_exist():

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dynamic_transformers.settings import (
@@ -75,20 +76,18 @@ POSITIVE = (
 )
 
 
-def settings_from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> Settings:
+def settings_from_dict(*values: dict[str, Any], overrides: Sequence[str] = ()) -> Settings:
     """Build and check `Settings`.
 
     Args:
-        values: nested dictionary; missing keys take the defaults of the dataclasses.
+        values: nested dictionaries, each over those before; missing keys take the dataclasses' defaults.
         overrides: `key=value` strings, as on the command line.
 
     Raises:
         UserError: unknown key, wrong type, or an impossible combination.
     """
     try:
-        config = OmegaConf.merge(
-            OmegaConf.structured(Settings), values, OmegaConf.from_dotlist(list(overrides))
-        )
+        config = OmegaConf.merge(OmegaConf.structured(Settings), *values, *map(_parsed, overrides))
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(omegaconf_line(error)) from error
@@ -99,7 +98,7 @@ def settings_from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) ->
 
 def settings_from_json(text: str, overrides: Sequence[str] = ()) -> Settings:
     """Inverse of `Settings.to_json`, with overrides."""
-    return settings_from_dict(json.loads(text), overrides)
+    return settings_from_dict(json.loads(text), overrides=overrides)
 
 
 def settings_from_parameters(
@@ -123,26 +122,19 @@ def settings_from_parameters(
         mlflow_uri, mlflow_experiment: '' leaves those of `settings`.
 
     Raises:
-        UserError: as `settings_from_dict`, or JSON that is none.
+        UserError: as `settings_from_dict`, or not the JSON that is asked for.
     """
-    values = {"settings": settings, "dataset_configs": dataset_configs or "null"}
-    for name, text in values.items():
-        try:
-            values[name] = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{name}: not JSON: {error}") from error
+    values = _json("settings", settings, dict)
     changes: dict[str, Any] = {"data": {}, "training": {}, "tracking": {}}
-    if values["dataset_configs"] is not None:
-        changes["data"]["dataset_configs"] = values["dataset_configs"]
+    if dataset_configs:
+        changes["data"]["dataset_configs"] = _json("dataset_configs", dataset_configs, list)
     if max_flops:
         changes["training"] = {"max_steps": None, "max_tokens": None, "max_flops": max_flops}
     if mlflow_uri:
         changes["tracking"]["mlflow_uri"] = mlflow_uri
     if mlflow_experiment:
         changes["tracking"]["experiment"] = mlflow_experiment
-    merged = OmegaConf.to_container(OmegaConf.merge(values["settings"], changes))
-    assert isinstance(merged, dict)
-    result = settings_from_dict({str(key): value for key, value in merged.items()}, overrides)
+    result = settings_from_dict(values, changes, overrides=overrides)
     if not (result.tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         result.tracking.mlflow = False
     return result
@@ -157,7 +149,7 @@ def run_names(architectures: Sequence[str], seeds: Sequence[int | float]) -> lis
     for name in architectures:
         _one_of("architectures", name, ARCHITECTURES)
     for seed in seeds:
-        if seed != int(seed) or seed < 0:
+        if not isinstance(seed, int | float) or seed < 0 or not float(seed).is_integer():
             raise UserError(f"seeds: {seed} must be a whole number, at least 0")
     names = [f"{architecture}:{int(seed)}" for seed in seeds for architecture in architectures]
     if not names or len(set(names)) < len(names):
@@ -287,8 +279,11 @@ def check(settings: Settings) -> None:
         )
     if data.validation_split_percentage + data.test_split_percentage >= 100:
         raise UserError("data.validation_split_percentage + data.test_split_percentage must be below 100")
-    uri = settings.tracking.mlflow_uri
-    if uri and urlsplit(uri).password:
+    try:
+        password = urlsplit(settings.tracking.mlflow_uri or "").password
+    except ValueError as error:
+        raise UserError(f"tracking.mlflow_uri: {error}") from error
+    if password:
         raise UserError(
             "tracking.mlflow_uri holds a password; give it in MLFLOW_TRACKING_USERNAME and _PASSWORD instead"
         )
@@ -331,6 +326,24 @@ def run_command(
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _json(name: str, text: str, kind: type) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name}: not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{name}: must be a JSON {'object' if kind is dict else 'list'}, not {text:.40}")
+    return value
+
+
+def _parsed(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{override}: {reason}") from error
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:

@@ -61,7 +61,7 @@ def write_manifest(
             for role, path in inputs.items()
         },
         "package_version": __version__,
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "packages": _package_versions(),
         **facts,
     }
@@ -143,7 +143,8 @@ def git(*arguments: str) -> str:
     return answer.stdout.strip()
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """The program's revision: DYNAMIC_TRANSFORMERS_REVISION, as images set it, else what git knows."""
     if revision := os.environ.get("DYNAMIC_TRANSFORMERS_REVISION"):
         return revision
     return git("describe", "--always", "--dirty", "--abbrev=40") or None

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,19 @@ STATE = "tracking.json"
 METRICS = "metrics.jsonl"
 CHUNK = 200  # lines of metrics.jsonl in one request
 MAX_PARAM_LENGTH = 500
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # which MLflow reads for each request
+REQUEST_TIMEOUT = 10  # seconds; short, since an outage must not hold a run up
+# A server answers to a file when its object store has all of it, and begins to send one when it has it: time
+# for 6 GB at 10 MB/s.
+FILE_TIMEOUT = 600
 PARENT_NOTE = (
     "One comparison: its runs hang below, one for each architecture and seed. Select them and compare "
     "`test/loss`, `bench/…` and `efficiency/…`; the step axis of the curves is training tokens, and "
     "`progress/training_flops` is the x axis for equal work. The report is among the artifacts."
 )
 RESERVED = ("step", "time")
-COMPARISON_TAG = (
-    "comparison"  # digest of the settings that an evaluated run shares with those it is compared to
-)
+COMPARISON_TAG = "comparison"  # what an evaluated run shares with those it is compared to
+REPORT_TAG = "report"  # of a compared run: id of the run that holds the report
 
 
 def tracking_uri(settings: TrackingSettings, output_dir: str | Path) -> str:
@@ -62,22 +68,26 @@ def track_comparison(
     """Log a comparison's report folder to a run of its own, under which the compared runs then hang.
 
     In a task that has been given an MLflow run (MLFLOW_RUN_ID) that one takes the report, and the compared
-    runs stay where whoever gave it has hung them.
+    runs stay where whoever gave it has hung them. Either way their tag `report` names that run.
     """
     if not settings.mlflow:
         return
     try:
+        from mlflow.entities import RunTag
+
         client = _client(tracking_uri(settings, output_dir))
         given = os.environ.get("MLFLOW_RUN_ID")
         if given:
             run_id = given
         else:
             experiment = _experiment_id(client, settings.experiment, output_dir)
-            tags = {"mlflow.note.content": PARENT_NOTE}
-            run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-            for child in run_ids:
-                client.set_tag(child, "mlflow.parentRunId", run_id)
-        client.log_artifacts(run_id, str(report), "report")
+            note = {"mlflow.note.content": PARENT_NOTE}
+            run_id = client.create_run(experiment, run_name=name, tags=note).info.run_id
+        with _time_for_files():
+            client.log_artifacts(run_id, str(report), "report")
+        names = [REPORT_TAG] if given else [REPORT_TAG, "mlflow.parentRunId"]
+        for child in run_ids:
+            client.log_batch(child, tags=[RunTag(name, run_id) for name in names])
         if not given:
             client.set_terminated(run_id)
     except Exception as error:
@@ -87,23 +97,43 @@ def track_comparison(
 def find_evaluated(settings: TrackingSettings, output_dir: str | Path, comparison: str) -> dict[str, str]:
     """`architecture:seed` → id of the newest run that was evaluated with this `comparison` tag.
 
+    Where a task has been given an MLflow run (MLFLOW_RUN_ID) others have been too: its experiment counts.
+
     Raises:
-        UserError: tracking is off, or the server cannot be reached.
+        UserError: the server cannot be reached.
     """
-    if not settings.mlflow:
-        raise UserError("tracking.mlflow=false: nothing is known of what has finished")
     found: dict[str, str] = {}
+    if not settings.mlflow:
+        logger.warning("tracking.mlflow=false: nothing is known of what has finished")
+        return found
     try:
         client = _client(tracking_uri(settings, output_dir))
         experiment = client.get_experiment_by_name(settings.experiment)
-        experiments = [experiment.experiment_id] if experiment else []
+        experiments = {experiment.experiment_id} if experiment else set()
+        if given := os.environ.get("MLFLOW_RUN_ID"):
+            experiments.add(client.get_run(given).info.experiment_id)
         query = f"tags.{COMPARISON_TAG} = '{comparison}'"
-        for run in client.search_runs(experiments, query, order_by=["start_time DESC"]):
+        for run in client.search_runs(list(experiments), query, order_by=["start_time DESC"]):
             tags = run.data.tags
             found.setdefault(f"{tags['architecture']}:{tags['seed']}", run.info.run_id)
     except Exception as error:
-        raise UserError(f"MLflow: {_first_line(error)}") from error
+        # Not `from error`: a traceback would show the server's address, and with it a password.
+        raise UserError(f"MLflow: {_first_line(error)}") from None
     return found
+
+
+def report_of(settings: TrackingSettings, output_dir: str | Path, run_ids: Sequence[str]) -> str | None:
+    """Id of the run that holds one report of all these runs; None where they were not compared together.
+
+    Raises:
+        UserError: the server cannot be reached.
+    """
+    try:
+        client = _client(tracking_uri(settings, output_dir))
+        reports = {client.get_run(run_id).data.tags.get(REPORT_TAG) for run_id in run_ids}
+    except Exception as error:
+        raise UserError(f"MLflow: {_first_line(error)}") from None
+    return reports.pop() if len(reports) == 1 else None
 
 
 def download(settings: TrackingSettings, output_dir: str | Path, run_id: str, path: str, to: Path) -> Path:
@@ -115,9 +145,10 @@ def download(settings: TrackingSettings, output_dir: str | Path, run_id: str, pa
     try:
         to.mkdir(parents=True, exist_ok=True)
         client = _client(tracking_uri(settings, output_dir))
-        return Path(client.download_artifacts(run_id, path, str(to)))
+        with _time_for_files():
+            return Path(client.download_artifacts(run_id, path, str(to)))
     except Exception as error:
-        raise UserError(f"MLflow: {path} of run {run_id}: {_first_line(error)}") from error
+        raise UserError(f"MLflow: {path} of run {run_id}: {_first_line(error)}") from None
 
 
 def forget_after(run_dir: Path, step: int) -> None:
@@ -133,7 +164,7 @@ def forget_after(run_dir: Path, step: int) -> None:
     path.write_text("".join(kept))
     state = json.loads(state_path.read_text()) if state_path.is_file() else {"synced_lines": 0}
     if state["synced_lines"] > len(kept):
-        changed = {"run_id": None, "attach": False, "synced_lines": 0}
+        changed = {"run_id": None, "described": False, "attach": False, "synced_lines": 0}
         state_path.write_text(json.dumps(state | changed, indent=2))
 
 
@@ -173,6 +204,7 @@ class RunTracker:
         else:
             self.state = {
                 "run_id": None,
+                "described": False,
                 "name": name,
                 "params": flatten(params or {}),
                 "tags": tags or {},
@@ -182,7 +214,7 @@ class RunTracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None until a server has been reached."""
+        """MLflow's id of the run; None until one has been given or made."""
         return self.state["run_id"]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -213,12 +245,12 @@ class RunTracker:
                 logger.warning("MLflow: will be synced later (%s)", _first_line(error))
                 return False
 
-    def log_final(self, axis: int, metrics: dict[str, float], comparison: str) -> None:
+    def log_final(self, axis: int, metrics: dict[str, float], comparison: str | None) -> None:
         """Send figures of a finished model, which are kept in the step's own output.
 
         Args:
             axis: the run's training tokens.
-            comparison: what the run can be found by afterwards.
+            comparison: what the run can be found by afterwards; None where it lacks what one would look for.
         """
         if self.enabled and self.sync() and self.run_id:
             try:
@@ -226,20 +258,24 @@ class RunTracker:
 
                 stamp = int(time.time() * 1000)
                 entries = [Metric(key, float(value), stamp, axis) for key, value in metrics.items()]
-                tags = [RunTag(COMPARISON_TAG, comparison)]
+                tags = [RunTag(COMPARISON_TAG, comparison)] if comparison else []
                 _client(self._uri()).log_batch(self.run_id, metrics=entries, tags=tags)
             except Exception as error:
                 logger.warning("MLflow: figures were not logged (%s)", _first_line(error))
 
-    def log_artifacts(self, path: Path, artifact_path: str) -> None:
-        """Copy a file or folder to the run's artifacts."""
-        if self.enabled and self.sync() and self.run_id:
-            try:
-                client = _client(self._uri())
-                send = client.log_artifacts if path.is_dir() else client.log_artifact
+    def log_artifacts(self, path: Path, artifact_path: str) -> bool:
+        """Copy a file or folder to the run's artifacts; whether it has arrived."""
+        if not (self.enabled and self.sync() and self.run_id):
+            return False
+        try:
+            client = _client(self._uri())
+            send = client.log_artifacts if path.is_dir() else client.log_artifact
+            with _time_for_files():
                 send(self.run_id, str(path), artifact_path)
-            except Exception as error:
-                logger.warning("MLflow: %s was not logged (%s)", path.name, _first_line(error))
+            return True
+        except Exception as error:
+            logger.warning("MLflow: %s was not logged (%s)", path.name, _first_line(error))
+            return False
 
     def log_data(self, data_dir: Path, manifest: dict[str, Any]) -> None:
         """Record the data folder as the run's input."""
@@ -289,10 +325,10 @@ class RunTracker:
 
         path = self.run_dir / METRICS
         lines = path.read_text().splitlines()[self.state["synced_lines"] :] if path.is_file() else []
-        if self.run_id and not lines:
+        if self.state["described"] and not lines:
             return
-        run_id = self.run_id or self._create_run()
         client = _client(self._uri())
+        run_id = self._described_run(client)
         for first in range(0, len(lines), CHUNK):
             chunk = lines[first : first + CHUNK]
             metrics = []
@@ -314,20 +350,23 @@ class RunTracker:
             self.state["synced_lines"] += len(chunk)
             self._save()
 
-    def _create_run(self) -> str:
+    def _described_run(self, client) -> str:
+        """Id of the run, with its parameters and tags; made where none has been given."""
         from mlflow.entities import Param, RunTag
 
-        client = _client(self._uri())
-        run_id = os.environ.get("MLFLOW_RUN_ID") if self.state["attach"] else None
+        run_id = self.run_id or (os.environ.get("MLFLOW_RUN_ID") if self.state["attach"] else None)
         if not run_id:
             experiment = _experiment_id(client, self.settings.experiment, self.output_dir)
             run_id = client.create_run(experiment, run_name=self.state["name"]).info.run_id
-        params = [Param(key, value) for key, value in self.state["params"].items()]
-        for first in range(0, len(params), 100):
-            client.log_batch(run_id, params=params[first : first + 100])
-        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in self.state["tags"].items()])
-        self.state["run_id"] = run_id
-        self._save()
+        if not self.state["described"]:
+            self.state["run_id"] = run_id
+            self._save()  # at once: when the rest fails the next attempt must not make another run
+            params = [Param(key, value) for key, value in self.state["params"].items()]
+            for first in range(0, len(params), 100):
+                client.log_batch(run_id, params=params[first : first + 100])
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in self.state["tags"].items()])
+            self.state["described"] = True
+            self._save()
         return run_id
 
     def _save(self) -> None:
@@ -338,13 +377,25 @@ class RunTracker:
 
 
 def _client(uri: str):
-    # Short, since an outage must not hold a run up.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault(TIMEOUT, str(REQUEST_TIMEOUT))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # The addresses that MLflow prints hold whatever password MLFLOW_TRACKING_URI holds.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return mlflow.MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _time_for_files() -> Iterator[None]:
+    """Requests within wait as long as files may take, or longer where the environment says so."""
+    given = os.environ[TIMEOUT]
+    os.environ[TIMEOUT] = str(max(FILE_TIMEOUT, int(given)))
+    try:
+        yield
+    finally:
+        os.environ[TIMEOUT] = given
 
 
 def _experiment_id(client, name: str, output_dir: str | Path) -> str:
@@ -369,4 +420,6 @@ def _wandb_run(settings: TrackingSettings, name: str, params: dict[str, Any] | N
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    """Of the error's message, without the user and password of an address."""
+    line = re.sub(r"//\S*@", "//***@", (str(error).splitlines() or [""])[0])
+    return f"{type(error).__name__}: {line[:200]}"

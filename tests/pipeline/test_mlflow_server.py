@@ -232,11 +232,11 @@ def run_id(server, tmp_path):
     tracker = RunTracker(tmp_path, settings, tmp_path, "mod-seed0", {"model": {"type": "mod"}}, tags)
     for step in (1, 2):
         tracker.log(step, {"tokens": step * 100, "train/loss": 1 / step})
-    tracker.log_final(200, {"test/loss": 0.25}, tmp_path.name)
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights.bin").write_bytes(WEIGHTS)
-    tracker.log_artifacts(model, "model")
+    assert tracker.log_artifacts(model, "model")
+    tracker.log_final(200, {"test/loss": 0.25}, tmp_path.name)
     tracker.close(finished=True)
     report = tmp_path / "report"
     report.mkdir()

@@ -118,7 +118,7 @@ def test_runs_are_looped_over_and_whatever_happens_something_is_reported(package
     assert loop["export"]["dependentTasks"] == ["train"]
     assert task["iteratorPolicy"]["parallelismLimit"] == 4
     assert root["report-finished"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
-    anew = (root["configure"], handled["compare"])
+    anew = (root["configure"], handled["compare"], root["report-finished"])
     assert not any(entry["cachingOptions"].get("enableCache") for entry in anew)
     kept = (handled["prepare-data"], *loop.values())
     assert all(entry["cachingOptions"]["enableCache"] for entry in kept)
@@ -330,7 +330,7 @@ def merged(**parameters):
         "data": {"dataset_configs": [{"name": "math", "type": "embedded"}]},
         "training": {"max_steps": 3},
     }
-    return settings_from_parameters(json.dumps(settings), **QUICK | parameters)
+    return settings_from_parameters(**{"settings": json.dumps(settings)} | QUICK | parameters)
 
 
 def test_parameters_go_over_the_settings(monkeypatch):
@@ -352,11 +352,34 @@ def test_parameters_go_over_the_settings(monkeypatch):
     assert merged().tracking.mlflow
 
 
-def test_wrong_parameters_end_in_one_line():
-    with pytest.raises(UserError, match="dataset_configs: not JSON"):
-        merged(dataset_configs="[{]")
-    with pytest.raises(UserError, match="nonsense"):
-        merged(overrides=["model.nonsense=1"])
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"settings": "{"}, "settings: not JSON"),
+        ({"settings": "3"}, "settings: must be a JSON object, not 3"),
+        ({"settings": "null"}, "settings: must be a JSON object"),
+        ({"settings": "[]"}, "settings: must be a JSON object"),
+        ({"settings": '{"training": []}'}, "list is not a subclass of TrainingSettings"),
+        ({"settings": '{"data": 3}'}, "int is not a subclass of DataSettings"),
+        ({"settings": '{"run": {"name": "${x"}}'}, "run.name: "),
+        ({"dataset_configs": "[{]"}, "dataset_configs: not JSON"),
+        ({"dataset_configs": "{}"}, "dataset_configs: must be a JSON list, not {}"),
+        ({"dataset_configs": "[1]"}, "data.dataset_configs[0]: "),
+        ({"overrides": ["model.nonsense=1"]}, "nonsense"),
+        ({"overrides": ["a=["]}, "a=[: expected the node content"),
+        ({"overrides": ["run.name=@"]}, "run.name=@: found character '@'"),
+        ({"overrides": [3]}, "3: "),
+        ({"mlflow_uri": "http://["}, "tracking.mlflow_uri: Invalid IPv6 URL"),
+        ({"mlflow_experiment": "${"}, "tracking.experiment: "),
+    ],
+)
+def test_wrong_parameters_end_in_one_line(parameters, words):
+    with pytest.raises(UserError) as error:
+        merged(**parameters)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_runs_are_named_by_architecture_and_seed():
     assert run_names(["mod", "stt"], [0.0, 1.0]) == ["mod:0", "stt:0", "mod:1", "stt:1"]
     for architectures, seeds in (
         (["transformer"], [0]),
@@ -364,6 +387,10 @@ def test_wrong_parameters_end_in_one_line():
         (["mod"], [-1]),
         (["mod"], []),
         (["mod"], [1, 1]),
+        (["mod"], ["x"]),
+        (["mod"], [None]),
+        (["mod"], [float("inf")]),
+        ([None], [0]),
     ):
         with pytest.raises(UserError, match=r"architectures|seeds"):
             run_names(architectures, seeds)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynamic_transformers.comparison.compare import compare, tracked_runs
-from dynamic_transformers.manifest import digest
-from dynamic_transformers.settings import Settings
-from dynamic_transformers.tracking import download, find_evaluated, track_comparison
+from dynamic_transformers.evaluation.evaluate import comparison_of
+from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.tracking import download, find_evaluated, report_of, track_comparison
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -18,7 +18,8 @@ logger = logging.getLogger("dynamic_transformers")
 def compare_finished(settings: Settings, runs: Sequence[str], output_dir: Path) -> list[str]:
     """Compare those of `runs` that MLflow knows as evaluated with these settings; says what is missing.
 
-    MLflow, since what a failed pipeline leaves elsewhere cannot be found by a step that runs after it.
+    MLflow, since what a failed pipeline leaves elsewhere cannot be found by a step that runs after it. Where
+    it has a report of all of them already, as after a pipeline that ended well, nothing is done.
 
     Args:
         runs: `architecture:seed` each.
@@ -28,37 +29,40 @@ def compare_finished(settings: Settings, runs: Sequence[str], output_dir: Path) 
         The runs that were compared.
 
     Raises:
-        UserError: MLflow is off or cannot be reached.
+        UserError: MLflow cannot be reached.
     """
-    evaluated = find_evaluated(settings.tracking, settings.run.output_dir, digest(settings.to_dict()))
-    found = [run for run in runs if run in evaluated]
-    missing = [run for run in runs if run not in evaluated]
-    logger.warning("finished: %s; not: %s", ", ".join(found) or "none", ", ".join(missing) or "none")
-    if not found:
+    tracking, outputs = settings.tracking, settings.run.output_dir
+    evaluated = find_evaluated(tracking, outputs, comparison_of(settings))
+    finished = {run: evaluated[run] for run in runs if run in evaluated}
+    if finished and (report := report_of(tracking, outputs, list(finished.values()))):
+        logger.info("%s: compared already, MLflow has the report in run %s", ", ".join(finished), report)
         return []
+    copies: dict[str, tuple[Path, Path]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        evaluations, models = (
-            [
-                download(
-                    settings.tracking,
-                    settings.run.output_dir,
-                    evaluated[run],
-                    artifact,
-                    Path(folder) / run.replace(":", "-seed"),
+        for run, run_id in finished.items():
+            place = Path(folder) / run.replace(":", "-seed")
+            try:
+                evaluation, model = (
+                    download(tracking, outputs, run_id, artifact, place)
+                    for artifact in ("evaluation", "model")
                 )
-                for run in found
-            ]
-            for artifact in ("evaluation", "model")
+            except UserError as error:
+                logger.warning("%s: cannot be compared (%s)", run, error)
+            else:
+                copies[run] = (evaluation, model)
+        missing = [run for run in runs if run not in copies]
+        logger.warning("finished: %s; not: %s", ", ".join(copies) or "none", ", ".join(missing) or "none")
+        if not copies:
+            return []
+        which = f"without {', '.join(missing)}" if missing else "all runs"
+        evaluations, models = zip(*copies.values(), strict=True)
+        compare(
+            evaluations,
+            output_dir,
+            models=models,
+            title=f"Dynamic Transformers: what finished of a pipeline that failed ({which})",
         )
-        title = (
-            f"Dynamic Transformers: what finished of a pipeline that failed (without {', '.join(missing)})"
-        )
-        compare(evaluations, output_dir, models=models, title=title)
     track_comparison(
-        settings.tracking,
-        settings.run.output_dir,
-        f"{settings.run.name}-unfinished",
-        tracked_runs(output_dir),
-        output_dir,
+        tracking, outputs, f"{settings.run.name}-unfinished", tracked_runs(output_dir), output_dir
     )
-    return found
+    return list(copies)

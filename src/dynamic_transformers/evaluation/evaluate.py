@@ -17,6 +17,7 @@ from dynamic_transformers.manifest import (
     digest,
     finished,
     fresh_folder,
+    git_revision,
     read_manifest,
     write_json,
     write_manifest,
@@ -123,8 +124,13 @@ def evaluate(
             ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
             write_routing(trace_routing(model, load_tokenizer(data_dir), ids), temporary)
         write_manifest(temporary, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
-    track(tracker, model_dir, output_dir, result, comparison=digest(settings.to_dict()))
+    track(tracker, model_dir, output_dir, result, comparison_of(settings))
     return output_dir
+
+
+def comparison_of(settings: Settings) -> str:
+    """Digest of what evaluated runs must share to be compared: settings and the program's revision."""
+    return digest({"settings": settings.to_dict(), "revision": git_revision()})
 
 
 def variant(run_config: dict[str, Any]) -> dict[str, Any]:
@@ -149,14 +155,16 @@ def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:
 
 
 def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict, comparison: str) -> None:
-    """Attach the evaluation, the model and, last, the test figures to the training run."""
+    """Attach the evaluation, the model and, last, the test figures to the training run.
+
+    It can be found by its `comparison` only if evaluation and model have arrived.
+    """
     figures = {"test/loss": result["eval"]["loss"], "test/bits_per_byte": result["eval"]["bits_per_byte"]}
     for task, metrics in result["bench"].items():
         figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
     figures["efficiency/forward_flops_per_token"] = result["efficiency"]["forward_flops_per_token"]
-    tracker.log_artifacts(output_dir, "evaluation")
+    arrived = tracker.log_artifacts(output_dir, "evaluation") and tracker.log_artifacts(model_dir, "model")
     tracker.log_artifacts(tracker.run_dir / "config.yaml", "config")
     tracker.log_artifacts(tracker.run_dir / "manifest.json", "config")
-    tracker.log_artifacts(model_dir, "model")
-    tracker.log_final(result["training_tokens"], figures, comparison)
+    tracker.log_final(result["training_tokens"], figures, comparison if arrived else None)
     tracker.close(finished=True)

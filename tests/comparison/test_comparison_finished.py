@@ -1,0 +1,157 @@
+"""The exit handler's step after every kind of end. MLflow and the report are real; speed is not measured."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+from kfp.dsl import PipelineTaskFinalStatus
+from synthetic_evaluations import make_run, write_run
+
+from components.report_finished import report_finished
+from dynamic_transformers.comparison.compare import compare, tracked_runs
+from dynamic_transformers.evaluation.evaluate import comparison_of
+from dynamic_transformers.settings import TrackingSettings
+from dynamic_transformers.tracking import RunTracker, track_comparison
+
+RUNS = ("mod:0", "stt:0")
+
+
+@pytest.fixture(autouse=True)
+def no_measurement(monkeypatch):
+    # The evaluations hold made-up speeds, the models are none.
+    monkeypatch.setattr("dynamic_transformers.comparison.compare.measure", lambda loaded, models: None)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class Pipeline:
+    """What a pipeline of `RUNS` leaves in MLflow."""
+
+    def __init__(self, settings, folder, uri):
+        settings.tracking = TrackingSettings(mlflow_uri=uri, experiment=folder.name)
+        settings.run.output_dir, settings.run.name = str(folder), "pipeline"
+        self.settings, self.folder = settings, folder
+        self.client = mlflow.MlflowClient(settings.tracking.mlflow_uri)
+
+    def evaluate(self, name, artifacts=("evaluation", "model")):
+        """Id of a run that evaluate has seen."""
+        architecture, seed = name.split(":")
+        run_dir = self.folder / architecture
+        run_dir.mkdir()
+        tags = {"architecture": architecture, "seed": seed}
+        tracker = RunTracker(run_dir, self.settings.tracking, self.folder, name, tags=tags)
+        tracker.sync()
+        run = make_run(architecture, int(seed)) | {"mlflow_run_id": tracker.run_id}
+        write_run(run_dir / "evaluation", run)
+        (run_dir / "model").mkdir()
+        (run_dir / "model" / "weights").write_text("none")
+        for artifact in artifacts:
+            tracker.log_artifacts(run_dir / artifact, artifact)
+        tracker.log_final(1, {"test/loss": 1.0}, comparison_of(self.settings))
+        return tracker.run_id
+
+    def compare(self):
+        report = self.folder / "compare" / "report"
+        compare([self.folder / run.split(":")[0] / "evaluation" for run in RUNS], report)
+        track_comparison(self.settings.tracking, self.folder, "pipeline", tracked_runs(report), report)
+
+    def end(self, state):
+        """The report of the exit handler's step."""
+        report = self.folder / "report-finished" / "report"
+        report_finished.python_func(
+            status=PipelineTaskFinalStatus(state, "pipeline", "comparison", None, None),
+            settings=self.settings.to_json(),
+            architectures=[run.split(":")[0] for run in RUNS],
+            seeds=[0.0],
+            overrides=[],
+            dataset_configs="",
+            max_flops=0.0,
+            mlflow_uri="",
+            mlflow_experiment="",
+            report=SimpleNamespace(path=str(report)),
+        )
+        return report
+
+    def parents(self):
+        experiment = self.client.get_experiment_by_name(self.settings.tracking.experiment)
+        runs = self.client.search_runs([experiment.experiment_id])
+        return {run.info.run_name: run.data.tags.get("mlflow.parentRunId") for run in runs}
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def pipeline(make_settings, tmp_path, uri):
+    return Pipeline(make_settings(), tmp_path, uri)
+
+
+def compared(report):
+    return [run["architecture"] for run in json.loads((report / "comparison.json").read_text())["runs"]]
+
+
+@pytest.mark.parametrize("state", ["SUCCEEDED", "COMPLETE", "CACHED"])
+def test_after_a_success_nothing_is_done(pipeline, state):
+    pipeline.evaluate("mod:0")
+    assert not pipeline.end(state).exists()
+    assert pipeline.parents() == {"mod:0": None}
+
+
+@pytest.mark.parametrize("state", ["FAILED", "RUNNING"])
+def test_what_finished_is_compared_whatever_the_failure_is_called(pipeline, state):
+    run_id = pipeline.evaluate("mod:0")
+    report = pipeline.end(state)
+    assert compared(report) == ["mod"]
+    assert "(without stt:0)" in (report / "report.html").read_text()
+    assert set(pipeline.parents()) == {"mod:0", "pipeline-unfinished"}
+    parent = pipeline.parents()["mod:0"]
+    assert pipeline.client.get_run(run_id).data.tags["report"] == parent
+    assert pipeline.client.list_artifacts(parent, "report")
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_success_that_is_not_told_changes_nothing(pipeline, monkeypatch, given):
+    for run in RUNS:
+        pipeline.evaluate(run)
+    if given:
+        experiment = pipeline.client.create_experiment(f"{pipeline.folder.name} in KFP")
+        task = pipeline.client.create_run(experiment).info.run_id
+        monkeypatch.setenv("MLFLOW_RUN_ID", task)
+    pipeline.compare()
+    before = pipeline.parents()
+    assert not pipeline.end("RUNNING").exists()
+    assert pipeline.parents() == before
+
+
+def test_when_only_the_comparison_failed_its_report_has_all_runs(pipeline):
+    for run in RUNS:
+        pipeline.evaluate(run)
+    report = pipeline.end("FAILED")
+    assert compared(report) == ["mod", "stt"]
+    assert "(all runs)" in (report / "report.html").read_text()
+
+
+def test_a_run_that_lacks_an_artifact_is_missing_alone(pipeline, caplog):
+    pipeline.evaluate("mod:0", artifacts=["evaluation"])
+    pipeline.evaluate("stt:0")
+    with caplog.at_level(logging.WARNING):
+        report = pipeline.end("FAILED")
+    assert compared(report) == ["stt"]
+    assert "(without mod:0)" in (report / "report.html").read_text()
+    assert "mod:0: cannot be compared (MLflow: model of run" in caplog.text
+
+
+def test_runs_of_another_revision_are_not_of_this_pipeline(pipeline, monkeypatch):
+    monkeypatch.setenv("DYNAMIC_TRANSFORMERS_REVISION", "older")
+    pipeline.evaluate("mod:0")
+    monkeypatch.setenv("DYNAMIC_TRANSFORMERS_REVISION", "this")
+    assert not pipeline.end("FAILED").exists()
+
+
+def test_without_tracking_it_ends_in_peace(pipeline):
+    pipeline.settings.tracking.mlflow = False
+    assert not pipeline.end("RUNNING").exists()
