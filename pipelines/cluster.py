@@ -165,12 +165,16 @@ def quantity(key: str, value: str | None, pattern: str, example: str) -> None:
 def launch_of(cluster: ClusterSettings) -> Launch:
     """How the train step starts its processes."""
     step = cluster.steps.get("train", StepSettings())
+    processes = max(1, step.accelerators)
+    if cluster.nodes == 1 and not cluster.volume_claim:
+        # No more than that: where and how long the task runs is not the cache's business.
+        return Launch(processes=processes)
     limits = {"cpu": step.cpu, "memory": step.memory}
     resources = {name: value for name, value in limits.items() if value}
     if step.accelerators:
         resources[step.accelerator] = str(step.accelerators)
     return Launch(
-        processes=max(1, step.accelerators),
+        processes=processes,
         nodes=cluster.nodes,
         image=image_of("train"),
         claim=cluster.volume_claim,

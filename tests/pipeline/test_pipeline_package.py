@@ -394,3 +394,11 @@ def test_runs_are_named_by_architecture_and_seed():
     ):
         with pytest.raises(UserError, match=r"architectures|seeds"):
             run_names(architectures, seeds)
+
+
+def test_what_only_says_where_a_step_runs_is_not_in_the_cache_key_of_training(full_example, tmp_path):
+    cluster = read_cluster(full_example)
+    cluster.volume_claim, cluster.nodes = "", 1
+    cluster.steps["train"].accelerators = 4
+    _, spec, _ = compiled(cluster, tmp_path)
+    assert launch_of_package(spec) == Launch(processes=4)
