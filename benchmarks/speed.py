@@ -116,11 +116,15 @@ def side_by_side(names: list[str], work: Callable[[str], float], seconds: float)
 
 
 def saved_bytes(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes that a training forward keeps for its backward; on a GPU the peak of allocated memory."""
+    """Bytes that a training forward keeps for its backward; on a GPU its peak, gradients included."""
     if batch["input_ids"].is_cuda:
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         model.train()(**batch, use_cache=False).loss.backward()
-        return torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - before
+        model.zero_grad()
+        return peak
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

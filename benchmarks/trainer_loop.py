@@ -77,7 +77,6 @@ def loop_ratios(size: str, rows: int, length: int, steps: int, turns: int) -> li
             adam_beta2=optimizer.betas[1],
             weight_decay=optimizer.weight_decay,
             max_grad_norm=optimizer.max_grad_norm,
-            optim="adamw_torch",
             logging_steps=steps,
             save_strategy="no",
             report_to=[],
@@ -102,5 +101,11 @@ def loop_ratios(size: str, rows: int, length: int, steps: int, turns: int) -> li
             run.fit()
             return run.ended - start
 
-        pairs = [(huggingface(turn), ours(turn)) for turn in range(turns + 1)][1:]
-    return [mine / theirs for theirs, mine in pairs]
+        ratios = []
+        for turn in range(turns + 1):
+            if turn % 2:
+                mine, theirs = ours(turn), huggingface(turn)
+            else:
+                theirs, mine = huggingface(turn), ours(turn)
+            ratios.append(mine / theirs)
+    return ratios[1:]

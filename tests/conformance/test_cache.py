@@ -120,6 +120,24 @@ def test_a_cached_step_runs_a_block_on_the_rows_that_selected_their_token(archit
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_rows_that_end_with_as_many_tokens_but_began_with_others(architecture, cut, given_selection):
+    # Cut at 2, both rows end with as many tokens as the first brings: no key is missing, but queries are.
+    model, ids = calibrated(architecture), tokens(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 0, 1, 1]], dtype=torch.bool)
+    given_selection(model, {layer: mask for layer in model.config.routed_layers})
+    close(cached_logits(model, ids, [cut])[0], logits(model, ids))
+
+
+@torch.no_grad()
+def test_a_cache_made_in_inference_mode_goes_on_without_it():
+    model, ids = calibrated("mod"), tokens(3, LENGTH)
+    with torch.inference_mode():
+        cache = model(input_ids=ids[:, :10], use_cache=True).past_key_values
+    close(model(input_ids=ids[:, 10:11], past_key_values=cache).logits, logits(model, ids)[:, 10:11])
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
 @pytest.mark.parametrize("change", ["reorder", "select", "repeat", "row 0", "row 1", "row 2"])
 def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, change):
     model = calibrated(architecture)

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dynamic_transformers.data.loading import load_split, load_tokenizer
+from dynamic_transformers.data.loading import collate, load_split, load_tokenizer
 from dynamic_transformers.export import load_run
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import ARCHITECTURES, UserError
@@ -17,6 +17,7 @@ from dynamic_transformers.training import trainer
 from dynamic_transformers.training.batches import BlockOrder, MicroBatches
 from dynamic_transformers.training.budget import Budget
 from dynamic_transformers.training.build import build_model
+from dynamic_transformers.training.calibration import calibrate
 from dynamic_transformers.training.checkpoint import checkpoints
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
@@ -185,9 +186,12 @@ def test_order_is_a_permutation_each_epoch_and_does_not_depend_on_ranks():
 def test_a_run_that_diverges_ends_in_one_line_and_updates_nothing(
     make_settings, data_dir, tmp_path, monkeypatch
 ):
+    models = []
+
     def with_an_endless_gradient(*args):
         model = build_model(*args)
         model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+        models.append((model, {name: value.clone() for name, value in model.named_parameters()}))
         return model
 
     monkeypatch.setattr(trainer, "build_model", with_an_endless_gradient)
@@ -195,6 +199,8 @@ def test_a_run_that_diverges_ends_in_one_line_and_updates_nothing(
     with pytest.raises(UserError, match=r"diverged at step 0 \(train/grad_norm=(inf|nan)\)"):
         train(settings, data_dir, tmp_path / "run")
     assert not checkpoints(tmp_path / "run")
+    ((model, before),) = models
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
 def test_steps_to_come_are_expected_to_cost_what_the_schedule_says(
@@ -252,5 +258,25 @@ def test_thresholds_are_set_by_the_validation_split_at_the_end(
     assert fractions and all(
         value == pytest.approx(trained.config.capacity, abs=2e-3) for value in fractions.values()
     )
-    last = metrics(run)[-1]
-    assert {last[f"routing/layer_{layer}/eval_fraction"] for layer in fractions} == set(fractions.values())
+
+
+def test_a_run_that_has_nothing_left_to_do_is_calibrated_too(make_settings, data_dir, tmp_path):
+    run = train(
+        make_settings("sdt", training={"max_steps": 8, "checkpoint_every": 4}), data_dir, tmp_path / "run"
+    )
+    shutil.rmtree(checkpoints(run)[-1])
+    train(make_settings("sdt", training={"max_steps": 4, "checkpoint_every": 4}), data_dir, run)
+    fractions = evaluate_heldout(load_run(run), load_split(data_dir, "validation"), 4).routed_fraction
+    assert list(fractions.values()) == pytest.approx([0.5] * len(fractions), abs=2e-3)
+
+
+def test_calibration_leaves_the_random_state(make_settings, data_dir):
+    settings = make_settings("mod", model={"mod": {"routing": "random", "aux_weight": 0.0}})
+    model = build_model(settings, read_manifest(data_dir)["vocab_size"], None)
+    rows = load_split(data_dir, "validation")
+    batch = collate([rows[0], rows[1]])
+    before = torch.get_rng_state()
+    calibrate(model, [batch])
+    assert torch.equal(torch.get_rng_state(), before)
+    fractions = [r.selected.float().mean().item() for r in model(**batch, use_cache=False).routing.values()]
+    assert fractions != [0.0] * len(fractions)

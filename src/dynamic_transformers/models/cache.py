@@ -49,6 +49,7 @@ class RoutedCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = self.places = self.slots = self.counts = self.state = None
+        self._arriving = self._read = None
         self.is_initialized = False
         self.seen_tokens = 0
 
@@ -74,7 +75,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         used = slots != EMPTY
         before = self.counts[rows]
         after = before + used.sum(1)
-        self.counts[rows] = after
+        self.counts = self.counts.index_copy(0, rows, after)
         least, width = torch.stack(after.aminmax()).tolist()
         more = max(0, width - self.slots.shape[1])
         self.slots, self.places = (

@@ -167,7 +167,8 @@ def selected_mask(
     if context.cache is not None:
         cached = context.cache.routed(layer)
         key_slots, full = cached.append(slots, selection.rows, len(selection.mask))
-    plain = full and (key_slots.shape == slots.shape or slots.shape[1] == 1)
+    # Keys that are the queries' own, or all of each query's row; places without a token are neither.
+    plain = full and selection.valid is None and (key_slots.shape == slots.shape or slots.shape[1] == 1)
     if plain and context.segments is None and not context.eager:
         return None
     segments = context.segments

@@ -103,15 +103,17 @@ def select_mask(mask: Tensor) -> Selection:
     """The tokens of a membership mask (B, T); rows without any are left out."""
     if len(mask) == 1:
         return Selection(mask.nonzero()[:, 1].unsqueeze(0), None, mask)
-    counts: list[int] = mask.sum(1).tolist()
-    width = max(counts)
+    counts = mask.sum(1)
+    some = counts > 0
+    most = counts.amax()
+    fewest = torch.where(some, counts, most).amin()
+    rows_used, least, width = torch.stack([some.sum(), fewest, most]).tolist()  # one transfer from a GPU
     members, rows = mask, None
-    if not all(counts):
-        some = [row for row, count in enumerate(counts) if count]
-        rows = torch.tensor(some, dtype=torch.long, device=mask.device)
+    if rows_used < len(mask):
+        rows = some.nonzero().squeeze(1)
         members = mask[rows]
     indices = members.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    if all(count in (0, width) for count in counts):
+    if least == width:
         return Selection(indices, None, mask, rows)
     return Selection(indices, members.gather(1, indices), mask, rows)
 

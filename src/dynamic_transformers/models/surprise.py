@@ -88,8 +88,8 @@ class SurpriseGate(Fp32Scalars):
         multiplier_cu = F.softplus(self.raw_multiplier_cu.float())
         expected = static - change + offset_ce.log()
         unexpected = static - multiplier_cu * average
-        terms = torch.stack([expected, unexpected, expected + unexpected])
-        return ((self.beta * terms).logsumexp(0) - math.log(3)) / self.beta
+        u, v = self.beta * expected, self.beta * unexpected
+        return (torch.logaddexp(torch.logaddexp(u, v), u + v) - math.log(3)) / self.beta
 
     def gate(self, score: Tensor) -> Tensor:
         """g in (0, 1) of the scores that `score` gives, (B, T)."""

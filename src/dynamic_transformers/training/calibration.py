@@ -7,6 +7,7 @@ the quantile of evaluation lies. A few documents are too few: they differ in how
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,22 +15,31 @@ from torch import nn
 
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.models.routing import Router
-from dynamic_transformers.models.selection import score_quantile
+from dynamic_transformers.models.selection import CalibratedThreshold, score_quantile
 from dynamic_transformers.training.flops import target_fraction
+from dynamic_transformers.training.heldout import fixed_randomness
+
+MOST_SCORES = 2**24  # that torch finds a quantile of
 
 Batches = Iterable[dict[str, torch.Tensor]]
+
+
+class EnoughSeenError(Exception):
+    """Ends a forward whose later layers nobody needs."""
 
 
 @torch.no_grad()
 def calibrate(model: RoutedForCausalLM, batches: Batches) -> None:
     """Make the threshold of the model's selection rule, if it has one, select the fraction γ of these tokens.
 
-    Layer by layer from the first, since a layer's scores depend on what the layers below select. Nothing is
-    done where the number of selected tokens is not meant to be γ (STT with `targets: threshold`).
+    Layer by layer from the first, since a layer's scores depend on what the layers below select; in the
+    precision of the weights, as exported models are evaluated. Nothing is done where the number of selected
+    tokens is not meant to be γ (STT with `targets: threshold`).
 
     Args:
         model: in eval mode afterwards.
-        batches: `input_ids` and `position_ids`, (B, T) each; read once for each routed layer.
+        batches: `input_ids` and `position_ids`, (B, T) each; gone through once for each routed layer. With
+            several ranks, all of them on every rank.
     """
     model.eval()
     capacity, rule = target_fraction(model.config), model.config.selection_rule
@@ -39,11 +49,11 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> None:
         assert isinstance(router, Router)
         if rule == "threshold":
             scores = watch(model, batches, router, lambda output: output[1].score)
-            router.threshold.value.copy_(score_quantile(scores, capacity, None))
+            set_threshold(router.threshold, scores, capacity)
         else:
             assert router.predictor is not None
             logits = watch(model, batches, router.predictor, lambda output: output)
-            router.predictor.threshold.value.copy_(score_quantile(logits, capacity, None))
+            set_threshold(router.predictor.threshold, logits, capacity)
 
 
 def watch(
@@ -51,9 +61,25 @@ def watch(
 ) -> torch.Tensor:
     """What `take` makes of the module's output, (B, T) for each batch, for all batches."""
     seen: list[torch.Tensor] = []
-    hook = module.register_forward_hook(lambda _, inputs, output: seen.append(take(output)))
-    for batch in batches:
-        ids, positions = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
-        model.model(ids, position_ids=positions, use_cache=False)
-    hook.remove()
+
+    def note(_, inputs, output) -> None:
+        seen.append(take(output))
+        raise EnoughSeenError
+
+    hook = module.register_forward_hook(note)
+    try:
+        with fixed_randomness(model.device):
+            for batch in batches:
+                ids, positions = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
+                with contextlib.suppress(EnoughSeenError):
+                    model.model(ids, position_ids=positions, use_cache=False)
+    finally:
+        hook.remove()
     return torch.cat(seen)
+
+
+def set_threshold(threshold: CalibratedThreshold, scores: torch.Tensor, fraction: float) -> None:
+    """Let `fraction` of the scores lie above the threshold; training, if it goes on, averages anew."""
+    every = -(-scores.numel() // MOST_SCORES)
+    threshold.value.copy_(score_quantile(scores.flatten()[::every], fraction, None))
+    threshold.weight.zero_()

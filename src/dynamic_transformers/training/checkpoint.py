@@ -54,7 +54,7 @@ def load_checkpoint(
     for name, parameter in model.named_parameters():
         if f"{name}/step" in tensors:
             optimizer.state[parameter] = {
-                key: tensors[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
+                key: tensors[f"{name}/{key}"].to(parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
     for name, value in load_file(folder / "random.safetensors").items():

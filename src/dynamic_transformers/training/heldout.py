@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import datasets
@@ -38,13 +40,19 @@ def evaluate_heldout(model: PreTrainedModel, split: datasets.Dataset, batch_size
 
     Random routing, the control, draws the same noise each time.
     """
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with fixed_randomness(model.device):
         was_training = model.training
         result = measure(model.eval(), split, batch_size)
         model.train(was_training)
     return result
+
+
+@contextlib.contextmanager
+def fixed_randomness(device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers in the body each time, and leave the random state as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def measure(model: PreTrainedModel, split: datasets.Dataset, batch_size: int) -> HeldoutResult:

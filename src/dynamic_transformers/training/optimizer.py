@@ -40,6 +40,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
         ],
         betas=settings.betas,
         eps=settings.eps,
+        fused=True,
     )
 
 

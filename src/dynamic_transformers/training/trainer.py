@@ -188,7 +188,6 @@ class TrainingRun:
         main = self.accelerator.is_main_process
         display = TrainingDisplay(self.tracker.state["name"], self.progress.step, main)
         interval = Interval()
-        checkpoint = None
         self.model.train()
         try:
             while self.progress.step < total:
@@ -219,21 +218,18 @@ class TrainingRun:
                     speed = metrics["train/tokens_per_second"]
                     display.update(self.progress.step, total, speed, metrics["train/loss"])
                     interval = Interval()
-                if last:
-                    with interval.paused():
-                        self.calibrate()
                 every = self.training.checkpoint_every
                 if last or (every and self.progress.step % every == 0):
                     with interval.paused():
-                        checkpoint = self.checkpoint()
+                        self.checkpoint()
                 if last or (self.training.eval_every and self.progress.step % self.training.eval_every == 0):
                     with interval.paused():
                         self.evaluate()
         finally:
             display.close()
             self.tracker.close(finished=False)
-        if checkpoint is None:  # nothing was left to do
-            checkpoint = self.checkpoint()
+        self.calibrate()
+        checkpoint = self.checkpoint()
         return {
             "seed": self.settings.run.seed,
             "architecture": self.settings.model.type,
