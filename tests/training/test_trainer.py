@@ -264,7 +264,9 @@ def test_a_run_that_has_nothing_left_to_do_is_calibrated_too(make_settings, data
     run = train(
         make_settings("sdt", training={"max_steps": 8, "checkpoint_every": 4}), data_dir, tmp_path / "run"
     )
+    # As if it had been killed after its first checkpoint.
     shutil.rmtree(checkpoints(run)[-1])
+    (run / "manifest.json").unlink()
     train(make_settings("sdt", training={"max_steps": 4, "checkpoint_every": 4}), data_dir, run)
     fractions = evaluate_heldout(load_run(run), load_split(data_dir, "validation"), 4).routed_fraction
     assert list(fractions.values()) == pytest.approx([0.5] * len(fractions), abs=2e-3)
