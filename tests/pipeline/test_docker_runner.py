@@ -46,7 +46,12 @@ def raising(error):
 def test_containers_get_what_steps_read_of_the_callers_environment(engine, make_settings, monkeypatch):
     passed_on = {
         "MLFLOW_TRACKING_URI": "https://mlflow.example",
+        "MLFLOW_TRACKING_USERNAME": "me",
         "MLFLOW_TRACKING_PASSWORD": SECRET,
+        "MLFLOW_TRACKING_TOKEN": SECRET,
+        "MLFLOW_TRACKING_INSECURE_TLS": "true",
+        "MLFLOW_TRACKING_AUTH": "kubernetes",
+        "MLFLOW_TRACKING_AWS_SIGV4": "true",
         "HF_TOKEN": SECRET,
         "HF_ENDPOINT": "https://hub.example",
         "WANDB_API_KEY": SECRET,
@@ -55,7 +60,14 @@ def test_containers_get_what_steps_read_of_the_callers_environment(engine, make_
         "OMP_NUM_THREADS": "1",
     }
     # Of this machine alone.
-    kept = {"HF_HOME": "/home/me/hub", "HF_TOKEN_PATH": "/home/me/token", "AWS_SECRET_ACCESS_KEY": SECRET}
+    kept = {
+        "MLFLOW_TRACKING_SERVER_CERT_PATH": "/home/me/ca.pem",
+        "MLFLOW_TRACKING_CLIENT_CERT_PATH": "/home/me/client.pem",
+        "MLFLOW_TRACKING_DIR": "/home/me/mlruns",
+        "HF_HOME": "/home/me/hub",
+        "HF_TOKEN_PATH": "/home/me/token",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]} | passed_on | kept)
     assert docker_runner(make_settings()).container_run_args["environment"] == passed_on
 
