@@ -8,6 +8,7 @@ import yaml
 from mlflow.server.security_utils import get_allowed_hosts_from_env, is_allowed_host_header
 
 from dynamic_transformers.settings import PROJECT_ROOT
+from pipelines.images import default_tag
 
 CLUSTER = PROJECT_ROOT / "cluster"
 MANIFESTS = (CLUSTER / "mlflow.yaml").read_text()
@@ -34,6 +35,13 @@ def environment(workload):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
 def test_kubernetes_takes_it(document):
     kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_a_registry_that_asks_who_pulls_needs_one_comment_less():
+    server = next(yaml.safe_load_all(MANIFESTS.replace("#imagePullSecrets", "imagePullSecrets")))
+    kubernetes_validate.validate(server, kubernetes_validate.latest_version(), strict=True)
+    (reference,) = pod(server)["imagePullSecrets"]
+    assert f"kubectl create secret generic {reference['name']} --namespace mlflow" in MANIFESTS
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=named)
@@ -65,6 +73,7 @@ def test_every_image_has_a_version():
     (ours,) = yaml.safe_load((CLUSTER / "kustomization.yaml").read_text())["images"]
     images = [container["image"] for workload in WORKLOADS for container in pod(workload)["containers"]]
     assert ours["name"] in [image.rpartition(":")[0] for image in images]
+    assert ours["newTag"] == default_tag("COMMIT")  # a person fills in what `make build-images` printed
     images += [service["image"] for service in SERVICES.values() if "${" not in service["image"]]
     images.append(f"{ours['newName']}:{ours['newTag']}")
     assert len(images) == 4
