@@ -44,7 +44,7 @@ def source_revision() -> str:
 
 
 def default_tag(revision: str) -> str:
-    """Version and revision: in a git repository, two different programs never share a tag."""
+    """Version and revision of the sources; not what else goes into a build, such as the base image."""
     commit, *changes = revision.split("-", 1)
     return "-".join([__version__, commit[:12], *changes])
 
