@@ -39,7 +39,7 @@ build-images: $(INSTALLED)  ## the images of the steps and of the MLflow server;
 	$(BIN)/python -m pipelines.images build --registry "$(REGISTRY)" --tag "$(TAG)" \
 		--base-image "$(BASE_IMAGE)" --torch-index-url "$(TORCH_INDEX_URL)"
 
-push-images: $(INSTALLED)  ## push them, and record their digests for `make pipeline`
+push-images: $(INSTALLED)  ## push them to the REGISTRY that they were built with, and record their digests for `make pipeline`
 	$(BIN)/python -m pipelines.images push
 
 run-docker: $(INSTALLED)  ## the pipeline of `quickstart`, each step in its container; ARGS="key=value ..."

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from urllib.parse import urlsplit
 
 from components import IMAGES
 from dynamic_transformers import __version__
@@ -43,7 +44,7 @@ def source_revision() -> str:
 
 
 def default_tag(revision: str) -> str:
-    """Version and revision: in a git repository, two different programs never share a tag."""
+    """Version and revision of the sources; not what else goes into a build, such as the base image."""
     commit, *changes = revision.split("-", 1)
     return "-".join([__version__, commit[:12], *changes])
 
@@ -90,6 +91,11 @@ def build(args: argparse.Namespace) -> None:
     tag = args.tag or default_tag(revision)
     if tag == "latest" or not re.fullmatch(r"\w[\w.-]*", tag):
         raise UserError(f"tag {tag!r}: give one that names a version, without '/' and ':', and not 'latest'")
+    if "@" in urlsplit(args.torch_index_url).netloc:
+        raise UserError(
+            "TORCH_INDEX_URL holds credentials, which `docker history` would show; "
+            "put the wheels into images/wheels/"
+        )
     # By name only: docker takes their values, which may hold a password, from the environment.
     proxies = [part for name in os.environ if name.upper() in PROXIES for part in ("--build-arg", name)]
     registry = f"{args.registry.rstrip('/')}/" if args.registry else ""
@@ -116,6 +122,10 @@ def push(args: argparse.Namespace) -> None:
         raise UserError(f"{IMAGES}: no such file; build the images first, with REGISTRY=...")
     images = json.loads(IMAGES.read_text())
     for entry in images.values():
+        if "/" not in entry["image"]:  # Docker would send it to Docker Hub
+            raise UserError(
+                f"{entry['image']} names no registry; build the images with `make build-images REGISTRY=...`"
+            )
         docker("push", entry["image"])
         found = docker("image", "inspect", "--format", "{{json .RepoDigests}}", entry["image"], capture=True)
         repository = entry["image"].rpartition(":")[0]
@@ -129,14 +139,20 @@ def push(args: argparse.Namespace) -> None:
     write_json(IMAGES, images)
 
 
-def main() -> None:
-    """Entry of `python -m pipelines.images`."""
-    parser = argparse.ArgumentParser(prog="pipelines.images", description=__doc__)
-    parser.add_argument("command", choices=("build", "push"))
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the images are called, and what they are built on."""
     parser.add_argument("--registry", default="", help="what stands before the images' names")
     parser.add_argument("--tag", default="", help="default: version and git revision")
     parser.add_argument("--base-image", default="", help="an image with Python (default: the Dockerfile's)")
     parser.add_argument("--torch-index-url", default="", help="pip's extra index for torch, for a CPU build")
+
+
+def main() -> None:
+    """Entry of `python -m pipelines.images`."""
+    parser = argparse.ArgumentParser(prog="pipelines.images", description=__doc__)
+    parser.add_argument("command", choices=("build", "push"))
+    if sys.argv[1:2] != ["push"]:  # which takes the images as they were built
+        add_build_arguments(parser)
     run_command(lambda args: {"build": build, "push": push}[args.command](args), parser)
 
 

@@ -34,7 +34,8 @@ from pipelines.images import STEPS, warn_of_revision_mismatch
 
 # Variables of the caller that containers get too; not those that name files of this machine.
 PASSED_ON = re.compile(
-    r"MLFLOW_TRACKING_\w+|HF_(TOKEN|ENDPOINT)|WANDB_(API_KEY|BASE_URL)|(HTTPS?|NO)_PROXY|OMP_NUM_THREADS",
+    r"MLFLOW_TRACKING_(URI|USERNAME|PASSWORD|TOKEN|AUTH|AWS_SIGV4|INSECURE_TLS)"
+    r"|HF_(TOKEN|ENDPOINT)|WANDB_(API_KEY|BASE_URL)|(HTTPS?|NO)_PROXY|OMP_NUM_THREADS",
     re.IGNORECASE,  # proxies are often in small letters
 )
 # requests' own errors come through docker's client too.

@@ -107,6 +107,7 @@ class FakeKubernetes:
         outages: this many requests are answered by 503, and the last eight of them not at all.
         on_create: called in a thread with the name of a job that has been created; runs its nodes.
         denial: what an admission webhook says against every job; '' for nothing.
+        unknown_fields: of a job's `spec`, those that this Trainer does not have.
     """
 
     def __init__(self, folder, claims):
@@ -117,6 +118,7 @@ class FakeKubernetes:
         self.rules = next(yaml.safe_load_all(RBAC.read_text()))["rules"]
         self.outages = 0
         self.denial = ""
+        self.unknown_fields = set()
         self.on_create = self.run_nodes
         self.start_node = LocalNode
         self.threads = []
@@ -213,12 +215,21 @@ class FakeKubernetes:
             assert query["container"] == "node"
             return "\n".join(self.logs[route["name"]].splitlines()[-int(query["tailLines"]) :])
         if verb == "create":
-            return self.create(body)
+            return self.create(body, query)
         return getattr(self, verb)(route["name"], query)
 
-    def create(self, job):
+    def create(self, job, query):
         """Store a job that the API's schema and the Trainer's webhook accept."""
         name = job["metadata"]["name"]
+        unknown = [f'unknown field "spec.{field}"' for field in job["spec"] if field in self.unknown_fields]
+        if unknown and query.get("fieldValidation") == "Strict":
+            raise RefusedError(
+                400,
+                'TrainJob in version "v1alpha1" cannot be handled as a TrainJob: '
+                f"strict decoding error: {', '.join(unknown)}",
+            )
+        spec = {key: value for key, value in job["spec"].items() if key not in self.unknown_fields}
+        job = job | {"spec": spec}
         if TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job:
             raise RefusedError(400, "strict decoding error: unknown field")
         if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > 63:

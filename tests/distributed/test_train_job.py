@@ -410,6 +410,17 @@ def test_a_job_that_a_webhook_refuses_is_not_taken_for_a_missing_right(
         launch_training(settings, data_dir, tmp_path / "run", launch)
 
 
+def test_a_trainer_that_would_drop_the_claim_refuses_the_job(cluster, launch, settings, data_dir, tmp_path):
+    cluster.unknown_fields = {"runtimePatches"}  # as before 2.2
+    message = (
+        r'^the Kubernetes API refuses to create a TrainJob: .*unknown field "spec.runtimePatches"; '
+        r"Kubeflow Trainer 2.2 or newer is needed$"
+    )
+    with pytest.raises(UserError, match=message):
+        launch_training(settings, data_dir, tmp_path / "run", launch)
+    assert not cluster.jobs
+
+
 def test_logs_that_may_not_be_read_do_not_hide_the_failure(
     cluster, launch, settings, data_dir, tmp_path, lines
 ):

@@ -8,6 +8,7 @@ import yaml
 from mlflow.server.security_utils import get_allowed_hosts_from_env, is_allowed_host_header
 
 from dynamic_transformers.settings import PROJECT_ROOT
+from pipelines.images import default_tag
 
 CLUSTER = PROJECT_ROOT / "cluster"
 MANIFESTS = (CLUSTER / "mlflow.yaml").read_text()
@@ -16,6 +17,8 @@ WORKLOADS = [document for document in DOCUMENTS if document["kind"] in ("Deploym
 COMPOSE = (CLUSTER / "mlflow-compose.yaml").read_text()
 SERVICES = yaml.safe_load(COMPOSE)["services"]
 EXAMPLE = (CLUSTER / "mlflow.env.example").read_text()
+CLUSTER_DOCS = (PROJECT_ROOT / "docs" / "cluster.md").read_text()
+(IMAGE_USER,) = re.findall(r"^USER (\S+)$", (PROJECT_ROOT / "images" / "Dockerfile").read_text(), re.M)
 SECRET = re.compile("PASSWORD|SECRET|ACCESS_KEY")
 
 
@@ -34,6 +37,13 @@ def environment(workload):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
 def test_kubernetes_takes_it(document):
     kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_a_registry_that_asks_who_pulls_needs_one_comment_less():
+    server = next(yaml.safe_load_all(MANIFESTS.replace("#imagePullSecrets", "imagePullSecrets")))
+    kubernetes_validate.validate(server, kubernetes_validate.latest_version(), strict=True)
+    (reference,) = pod(server)["imagePullSecrets"]
+    assert f"kubectl create secret generic {reference['name']} --namespace mlflow" in MANIFESTS
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=named)
@@ -65,6 +75,7 @@ def test_every_image_has_a_version():
     (ours,) = yaml.safe_load((CLUSTER / "kustomization.yaml").read_text())["images"]
     images = [container["image"] for workload in WORKLOADS for container in pod(workload)["containers"]]
     assert ours["name"] in [image.rpartition(":")[0] for image in images]
+    assert ours["newTag"] == default_tag("COMMIT")  # a person fills in what `make build-images` printed
     images += [service["image"] for service in SERVICES.values() if "${" not in service["image"]]
     images.append(f"{ours['newName']}:{ours['newTag']}")
     assert len(images) == 4
@@ -161,3 +172,18 @@ def test_on_a_lab_machine_what_is_waited_for_tells_its_health_and_what_is_kept_h
     assert all("healthcheck" in SERVICES[name] for name in (*waited, "mlflow"))
     kept = {SERVICES[name]["volumes"][0].partition(":")[0] for name in waited}
     assert kept == yaml.safe_load(COMPOSE)["volumes"].keys()
+
+
+def test_the_claim_of_the_docs_is_the_one_that_the_example_names():
+    (text,) = re.findall(r"^```yaml\n(apiVersion.*?)^```", CLUSTER_DOCS, re.M | re.S)
+    claim = yaml.safe_load(text)
+    kubernetes_validate.validate(claim, kubernetes_validate.latest_version(), strict=True)
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert f"#volume_claim: {claim['metadata']['name']}\n" in (CLUSTER / "example.yaml").read_text()
+    # Whom the volume must let write.
+    assert f"`{IMAGE_USER}`" in CLUSTER_DOCS and f"chown {IMAGE_USER} " in CLUSTER_DOCS
+
+
+def test_nobody_is_told_to_put_a_secret_on_a_command_line():
+    for text in (CLUSTER_DOCS, MANIFESTS, COMPOSE, (PROJECT_ROOT / "README.md").read_text()):
+        assert not re.search("--from-literal|--docker-password", text)

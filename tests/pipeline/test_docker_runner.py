@@ -46,7 +46,12 @@ def raising(error):
 def test_containers_get_what_steps_read_of_the_callers_environment(engine, make_settings, monkeypatch):
     passed_on = {
         "MLFLOW_TRACKING_URI": "https://mlflow.example",
+        "MLFLOW_TRACKING_USERNAME": "me",
         "MLFLOW_TRACKING_PASSWORD": SECRET,
+        "MLFLOW_TRACKING_TOKEN": SECRET,
+        "MLFLOW_TRACKING_INSECURE_TLS": "true",
+        "MLFLOW_TRACKING_AUTH": "kubernetes",
+        "MLFLOW_TRACKING_AWS_SIGV4": "true",
         "HF_TOKEN": SECRET,
         "HF_ENDPOINT": "https://hub.example",
         "WANDB_API_KEY": SECRET,
@@ -55,7 +60,14 @@ def test_containers_get_what_steps_read_of_the_callers_environment(engine, make_
         "OMP_NUM_THREADS": "1",
     }
     # Of this machine alone.
-    kept = {"HF_HOME": "/home/me/hub", "HF_TOKEN_PATH": "/home/me/token", "AWS_SECRET_ACCESS_KEY": SECRET}
+    kept = {
+        "MLFLOW_TRACKING_SERVER_CERT_PATH": "/home/me/ca.pem",
+        "MLFLOW_TRACKING_CLIENT_CERT_PATH": "/home/me/client.pem",
+        "MLFLOW_TRACKING_DIR": "/home/me/mlruns",
+        "HF_HOME": "/home/me/hub",
+        "HF_TOKEN_PATH": "/home/me/token",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]} | passed_on | kept)
     assert docker_runner(make_settings()).container_run_args["environment"] == passed_on
 
@@ -114,16 +126,36 @@ def test_a_container_that_does_not_start(engine, tmp_path, monkeypatch, capsys):
         assert path.is_dir() or SECRET not in path.read_text()
 
 
-@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
+ENDS = (pytest.skip.Exception, pytest.fail.Exception)
+OUTCOMES = pytest.mark.parametrize(("ci", "outcome"), [("", ENDS[0]), ("1", ENDS[1])])
+
+
+@OUTCOMES
 def test_no_test_takes_images_of_another_program(ci, outcome, engine, monkeypatch):
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr(real_docker, "revision_mismatch", lambda: "train:1 is of another revision")
-    with pytest.raises(outcome, match="train:1 is of another revision"):
+    with pytest.raises(ENDS, match="train:1 is of another revision") as end:
         client_with_images("train")
+    assert end.type is outcome
 
 
-def test_an_image_that_was_never_built_is_a_reason_to_skip(engine, monkeypatch, tmp_path):
+@OUTCOMES
+def test_no_test_takes_an_image_that_was_never_built(ci, outcome, engine, monkeypatch, tmp_path):
+    monkeypatch.setenv("CI", ci)
     (tmp_path / "images.json").write_text("{}")
     monkeypatch.setattr(components, "IMAGES", tmp_path / "images.json")
-    with pytest.raises(pytest.skip.Exception, match="has no image of 'mlflow'"):
+    with pytest.raises(ENDS, match="has no image of 'mlflow'") as end:
         client_with_images("mlflow")
+    assert end.type is outcome
+
+
+@OUTCOMES
+@pytest.mark.parametrize(
+    "error", [NotFound("404 Client Error"), DockerException("away"), requests.ConnectionError("aborted")]
+)
+def test_no_test_takes_an_engine_that_does_not_do_its_part(error, ci, outcome, engine, monkeypatch):
+    monkeypatch.setenv("CI", ci)
+    engine.images.get = raising(error)
+    with pytest.raises(ENDS, match=f"`make build-images`: {error}") as end:
+        client_with_images("train")
+    assert end.type is outcome

@@ -228,6 +228,41 @@ def test_images_are_recorded_with_revision_and_digest(registry, docker, monkeypa
     assert images.revision_mismatch() == ""
 
 
+def refusal(monkeypatch, capsys, *arguments):
+    """What `python -m pipelines.images` says of a mistake."""
+    monkeypatch.setattr(sys, "argv", ["pipelines.images", *arguments])
+    with pytest.raises(SystemExit) as end:
+        images.main()
+    assert end.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_password_does_not_get_into_an_images_history(docker, monkeypatch, capsys):
+    url = "https://me:s3cret@wheels.example/cpu"
+    line = refusal(monkeypatch, capsys, "build", "--torch-index-url", url)
+    assert line.startswith("error: TORCH_INDEX_URL holds credentials") and "s3cret" not in line
+    assert not docker
+    call(monkeypatch, "build", "--torch-index-url", "https://wheels.example/cpu@1")
+
+
+def test_images_without_a_registry_are_not_pushed(docker, monkeypatch, capsys):
+    call(monkeypatch, "build")
+    docker.clear()
+    line = refusal(monkeypatch, capsys, "push")
+    assert re.fullmatch(
+        r"error: dynamic-transformers-prepare:\S+ names no registry; "
+        r"build the images with `make build-images REGISTRY=...`",
+        line,
+    )
+    assert not docker
+
+
+def test_a_push_takes_the_images_as_they_were_built(docker, monkeypatch, capsys):
+    call(monkeypatch, "build", "--registry", "registry.example/team")
+    line = refusal(monkeypatch, capsys, "push", "--registry", "registry.example/other")
+    assert line.endswith("unrecognized arguments: --registry registry.example/other")
+
+
 def test_a_build_goes_through_the_callers_proxy(docker, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://me:secret@proxy.example:3128")
     call(monkeypatch, "build")

@@ -69,8 +69,10 @@ class TrainJobs:
 
     def create(self, manifest: dict[str, Any]) -> None:
         """Create the job, unless there is one of its name."""
+        create = self.jobs.create_namespaced_custom_object
         try:
-            self.request(self.jobs.create_namespaced_custom_object, *self.place, manifest)
+            # Else an API that does not know a field drops it, and the job starts without its claim.
+            self.request(create, *self.place, manifest, field_validation="Strict")
         except ApiException as error:
             if error.status != 409:
                 raise refusal("create", error) from error
@@ -217,6 +219,8 @@ def refusal(verb: str, error: ApiException) -> UserError:
     except (ValueError, KeyError, TypeError):
         message = f"{error.status} {error.reason}"
     text = f"the Kubernetes API refuses to {verb} a TrainJob: {message}"
+    if "unknown field" in message:
+        text += "; Kubeflow Trainer 2.2 or newer is needed"
     if error.status == 404:
         text += "; is Kubeflow Trainer v2 installed, and is there such a namespace?"
     # Admission webhooks, too, answer 403: then it is the job, not the account.
