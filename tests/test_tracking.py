@@ -122,6 +122,23 @@ def test_a_run_that_a_task_was_given_is_used(store, tmp_path, monkeypatch):
     assert "mlflow.parentRunId" not in client(*store).get_run(given[0]).data.tags
 
 
+def test_a_run_that_another_server_gave_is_not_used(store, tmp_path, monkeypatch):
+    settings, output_dir = store
+    settings.mlflow_uri = f"sqlite:///{tmp_path}/ours.db"
+    theirs = f"sqlite:///{tmp_path}/theirs.db"
+    given = mlflow.MlflowClient(theirs).create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs)
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    tags = {"architecture": "mod", "seed": "0"}
+    tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", tags=tags)
+    tracker.log_final(100, {"test/loss": 1.0}, "this")
+    assert tracker.run_id not in (None, given)
+    assert find_evaluated(settings, output_dir, "this") == {"mod:0": tracker.run_id}
+    track_comparison(settings, output_dir, "comparison", [tracker.run_id], report_in(tmp_path))
+    parent = client(*store).get_run(tracker.run_id).data.tags["mlflow.parentRunId"]
+    assert [a.path for a in client(*store).list_artifacts(parent, "report")] == ["report/report.html"]
+
+
 def test_a_run_that_could_not_be_described_is_not_made_again(store, tmp_path, monkeypatch):
     settings, output_dir = store
     log_batch = mlflow.MlflowClient.log_batch
