@@ -17,8 +17,8 @@ from dynamic_transformers.manifest import (
     digest,
     finished,
     fresh_folder,
-    git_revision,
     read_manifest,
+    revision,
     write_json,
     write_manifest,
 )
@@ -130,7 +130,7 @@ def evaluate(
 
 def comparison_of(settings: Settings) -> str:
     """Digest of what evaluated runs must share to be compared: settings and the program's revision."""
-    return digest({"settings": settings.to_dict(), "revision": git_revision()})
+    return digest({"settings": settings.to_dict(), "revision": revision()})
 
 
 def variant(run_config: dict[str, Any]) -> dict[str, Any]:
