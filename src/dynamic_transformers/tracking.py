@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -263,14 +263,18 @@ class RunTracker:
             except Exception as error:
                 logger.warning("MLflow: figures were not logged (%s)", _first_line(error))
 
-    def log_artifacts(self, path: Path, artifact_path: str) -> bool:
-        """Copy a file or folder to the run's artifacts; whether it has arrived."""
+    def log_artifacts(self, path: Path, artifact_path: str, large: bool = False) -> bool:
+        """Copy a file or folder to the run's artifacts; whether it has arrived.
+
+        Args:
+            large: it holds files that may take FILE_TIMEOUT each.
+        """
         if not (self.enabled and self.sync() and self.run_id):
             return False
         try:
             client = _client(self._uri())
             send = client.log_artifacts if path.is_dir() else client.log_artifact
-            with _time_for_files():
+            with _time_for_files() if large else nullcontext():
                 send(self.run_id, str(path), artifact_path)
             return True
         except Exception as error:
