@@ -30,9 +30,9 @@ def compare(
     from dynamic_transformers.step_log import step_log
     from dynamic_transformers.tracking import track_comparison
 
-    values = settings_from_json(settings)
     output = Path(report.path)
     with step_log(output):
+        values = settings_from_json(settings)
         compare_step(
             [Path(evaluation.path) for evaluation in evaluations],
             output,

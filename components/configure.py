@@ -33,9 +33,11 @@ def configure(
     from pathlib import Path
 
     from dynamic_transformers.configure import run_names, settings_from_parameters
+    from dynamic_transformers.step_log import step_log
 
-    values = settings_from_parameters(
-        settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
-    )
-    Path(runs).write_text(json.dumps(run_names(architectures, seeds)))
-    Path(merged).write_text(values.to_json())
+    with step_log(Path(merged)):
+        values = settings_from_parameters(
+            settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
+        )
+        Path(runs).write_text(json.dumps(run_names(architectures, seeds)))
+        Path(merged).write_text(values.to_json())

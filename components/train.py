@@ -29,7 +29,7 @@ def train(
     from dynamic_transformers.launch.settings import Launch
     from dynamic_transformers.step_log import step_log
 
-    architecture, _, seed = run.partition(":")
-    values = settings_from_json(settings, [f"model.type={architecture}", f"run.seed={int(seed or 0)}"])
     with step_log(Path(run_folder.path)):
+        architecture, _, seed = run.partition(":")
+        values = settings_from_json(settings, [f"model.type={architecture}", f"run.seed={int(seed or 0)}"])
         launch_training(values, Path(data.path), Path(run_folder.path), Launch.from_json(launch))

@@ -17,30 +17,13 @@ from urllib.parse import urlsplit
 from components import IMAGES
 from dynamic_transformers import __version__
 from dynamic_transformers.configure import run_command
-from dynamic_transformers.manifest import digest, git, write_json
+from dynamic_transformers.manifest import source_revision, write_json
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 
 STEPS = ("prepare", "train", "export", "evaluate")
 SERVER = "mlflow"  # the tracking server of cluster/
 DOCKER = os.environ.get("DOCKER", "docker")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-
-
-def source_revision() -> str:
-    """Commit of the sources; what an image holds and is not committed adds a digest of its contents."""
-    commit = git("rev-parse", "HEAD")
-    if not commit:
-        return "unversioned"
-    ignore_file = (PROJECT_ROOT / ".dockerignore").read_text().splitlines()
-    sources = ["images", *(line[1:] for line in ignore_file if line.startswith("!"))]
-    changed = git("diff", "--name-only", "--relative", "-z", "HEAD", "--", *sources)
-    unknown = git("ls-files", "--others", "--exclude-standard", "-z", "--", *sources)
-    names = sorted({*changed.split("\0"), *unknown.split("\0")} - {""})
-    if not names:
-        return commit
-    paths = {name: PROJECT_ROOT / name for name in names}
-    contents = {name: path.read_bytes().hex() if path.is_file() else None for name, path in paths.items()}
-    return f"{commit}-dirty-{digest(contents)[:8]}"
 
 
 def default_tag(revision: str) -> str:

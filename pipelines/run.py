@@ -23,6 +23,7 @@ from requests.exceptions import RequestException
 
 from components import image_of
 from dynamic_transformers.configure import run_command, run_names
+from dynamic_transformers.manifest import revision
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import tracking_uri
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
@@ -48,9 +49,10 @@ def run(args: argparse.Namespace) -> None:
     runs = run_names(**parameters)
     # Steps run in folders of their own: places must not depend on where they are.
     settings.run.output_dir = str(Path(settings.run.output_dir).resolve())
-    if "MLFLOW_TRACKING_URI" not in os.environ:  # the steps inherit it, with whatever secret it holds
+    if not os.environ.get("MLFLOW_TRACKING_URI"):  # the steps inherit it, with whatever secret it holds
         settings.tracking.mlflow_uri = tracking_uri(settings.tracking, settings.run.output_dir)
     os.environ.pop("MLFLOW_RUN_ID", None)  # it would be that of every step here
+    os.environ["DYNAMIC_TRANSFORMERS_REVISION"] = revision()  # that of all steps, however long they take
     folder = settings.run_dir
     root = folder / "pipeline"
     package = compile_pipeline(LOCAL)

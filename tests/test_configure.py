@@ -1,9 +1,11 @@
 """Hydra files and overrides → settings; mistakes in one line."""
 
+import dataclasses
+
 import pytest
 
 from dynamic_transformers.configure import check, compose_settings, settings_from_dict, settings_from_json
-from dynamic_transformers.settings import ARCHITECTURES, SELECTION_RULES, UserError
+from dynamic_transformers.settings import ARCHITECTURES, SELECTION_RULES, SIZES, Dimensions, UserError
 from dynamic_transformers.training.build import model_config
 
 
@@ -50,6 +52,11 @@ def test_an_experiment_is_a_difference_to_the_default(tmp_path):
         ("data.dataset_configs=[{name: a/b}]", "becomes part of file names"),
         ("data.dataset_configs=[{name: a, weight: 0}]", "must be positive"),
         ("data=nope", "data/nope"),
+        ("training.optimizer.lr=nan", "training.optimizer.lr=nan: must be finite"),
+        ("training.optimizer.router_lr_multiplier=-inf", "router_lr_multiplier=-inf: must be finite"),
+        ("data.dataset_configs=[{name: a, weight: nan}]", "must be positive and finite"),
+        ("tracking.mlflow_uri=https://token@host", "MLFLOW_TRACKING_TOKEN"),
+        ("tracking.mlflow_uri=https://user:sesame@host", "MLFLOW_TRACKING_USERNAME"),
         ("nonsense", "not of the form key=value"),
     ],
 )
@@ -57,6 +64,21 @@ def test_mistakes_are_told_in_one_line(override, words):
     with pytest.raises(UserError) as error:
         compose_settings("default", [override])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("budget", ["max_steps=-1", "max_tokens=nan", "max_flops=inf"])
+def test_a_budget_is_positive_and_finite(budget):
+    with pytest.raises(UserError, match=r"training.max_\w+=.*: must be (positive|finite)"):
+        compose_settings("default", ["training.max_steps=null", f"training.{budget}"])
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Dimensions)][:5])
+@pytest.mark.parametrize("number", [0, -1])
+def test_dimensions_are_at_least_one(name, number):
+    values = compose_settings("default").to_dict()
+    values["model"]["dimensions"] = dataclasses.asdict(SIZES["tiny"]) | {name: number}
+    with pytest.raises(UserError, match=f"model.dimensions.{name}={number}: must be at least 1"):
+        settings_from_dict(values)
 
 
 @pytest.mark.parametrize("rule", SELECTION_RULES)

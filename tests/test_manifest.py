@@ -51,6 +51,14 @@ def test_manifest_names_inputs_by_digest(tmp_path):
     assert not finished(tmp_path / "run", "export", {"y": 2})
 
 
+def test_manifest_names_the_revision_of_the_image_or_else_of_the_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynamic_transformers.manifest.source_revision", lambda: "c0ffee-dirty-1")
+    monkeypatch.delenv("DYNAMIC_TRANSFORMERS_REVISION", raising=False)
+    assert write_manifest(tmp_path, "train", {}, {})["git_revision"] == "c0ffee-dirty-1"
+    monkeypatch.setenv("DYNAMIC_TRANSFORMERS_REVISION", "of the image")
+    assert write_manifest(tmp_path, "train", {}, {})["git_revision"] == "of the image"
+
+
 def test_folders_without_a_manifest_are_unfinished(tmp_path):
     with pytest.raises(UserError, match="unfinished"):
         read_manifest(tmp_path)

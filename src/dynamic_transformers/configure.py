@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -14,7 +15,6 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -32,6 +32,7 @@ from dynamic_transformers.settings import (
     SIZES,
     Settings,
     UserError,
+    holds_credentials,
 )
 
 CONFIG_DIR = PROJECT_ROOT / "config"
@@ -73,6 +74,14 @@ POSITIVE = (
     ("model.surprise", "prior_factor"),
     ("data", "validation_split_percentage"),
     ("data", "test_split_percentage"),
+)
+DIMENSIONS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_theta",
 )
 
 
@@ -254,8 +263,10 @@ def check(settings: Settings) -> None:
                 "use only letters, digits and _ . -"
             )
         _one_of(f"data.dataset_configs.{source.name}.type", source.type, ("embedded", "hub"))
-        if source.weight <= 0:
-            raise UserError(f"data.dataset_configs.{source.name}.weight={source.weight}: must be positive")
+        if not 0 < source.weight < math.inf:
+            raise UserError(
+                f"data.dataset_configs.{source.name}.weight={source.weight}: must be positive and finite"
+            )
     check_ranges(settings)
     backbone = model.backbone
     if data.block_size > backbone.max_position_embeddings:
@@ -280,12 +291,13 @@ def check(settings: Settings) -> None:
     if data.validation_split_percentage + data.test_split_percentage >= 100:
         raise UserError("data.validation_split_percentage + data.test_split_percentage must be below 100")
     try:
-        password = urlsplit(settings.tracking.mlflow_uri or "").password
+        secret = holds_credentials(settings.tracking.mlflow_uri or "")
     except ValueError as error:
         raise UserError(f"tracking.mlflow_uri: {error}") from error
-    if password:
+    if secret:
         raise UserError(
-            "tracking.mlflow_uri holds a password; give it in MLFLOW_TRACKING_USERNAME and _PASSWORD instead"
+            "tracking.mlflow_uri holds a user, password or token, and manifests hold the settings; give them "
+            "in MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
 
 
@@ -295,6 +307,10 @@ def check_ranges(settings: Settings) -> None:
     Raises:
         UserError: names the key, the value and the bound.
     """
+    for key in _keys(settings.to_dict()):
+        value = attrgetter(key)(settings)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value}: must be finite")
     for group, name, least in LEAST:
         value = attrgetter(f"{group}.{name}")(settings)
         if value is not None and value < least:
@@ -303,6 +319,9 @@ def check_ranges(settings: Settings) -> None:
         value = attrgetter(f"{group}.{name}")(settings)
         if value <= 0:
             raise UserError(f"{group}.{name}={value}: must be positive")
+    for name in DIMENSIONS:
+        if (value := getattr(settings.model.backbone, name)) < 1:
+            raise UserError(f"model.dimensions.{name}={value}: must be at least 1")
     betas = settings.training.optimizer.betas
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"training.optimizer.betas={betas}: both must lie in [0, 1)")

@@ -61,7 +61,7 @@ def write_manifest(
             for role, path in inputs.items()
         },
         "package_version": __version__,
-        "git_revision": git_revision(),
+        "git_revision": revision(),
         "packages": _package_versions(),
         **facts,
     }
@@ -143,11 +143,27 @@ def git(*arguments: str) -> str:
     return answer.stdout.strip()
 
 
-def git_revision() -> str | None:
-    """The program's revision: DYNAMIC_TRANSFORMERS_REVISION, as images set it, else what git knows."""
-    if revision := os.environ.get("DYNAMIC_TRANSFORMERS_REVISION"):
-        return revision
-    return git("describe", "--always", "--dirty", "--abbrev=40") or None
+def revision() -> str:
+    """The program's revision: DYNAMIC_TRANSFORMERS_REVISION, as images set it, else that of the sources."""
+    return os.environ.get("DYNAMIC_TRANSFORMERS_REVISION") or source_revision()
+
+
+def source_revision() -> str:
+    """Commit of the sources; what an image holds and is not committed adds a digest of its contents."""
+    commit = git("rev-parse", "HEAD")
+    ignore_file = PROJECT_ROOT / ".dockerignore"
+    if not commit or not ignore_file.is_file():  # an installed package may lie in somebody else's repository
+        return "unversioned"
+    kept = [line[1:] for line in ignore_file.read_text().splitlines() if line.startswith("!")]
+    sources = ["images", *kept]
+    changed = git("diff", "--name-only", "--relative", "-z", "HEAD", "--", *sources)
+    unknown = git("ls-files", "--others", "--exclude-standard", "-z", "--", *sources)
+    names = sorted({*changed.split("\0"), *unknown.split("\0")} - {""})
+    if not names:
+        return commit
+    paths = {name: PROJECT_ROOT / name for name in names}
+    contents = {name: path.read_bytes().hex() if path.is_file() else None for name, path in paths.items()}
+    return f"{commit}-dirty-{digest(contents)[:8]}"
 
 
 def _package_versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +21,15 @@ SELECTION_RULES = ("threshold", "predictor", "calibrated_predictor", "aux", "top
 
 class UserError(ValueError):
     """A user's mistake: reported in one line, exit code 2."""
+
+
+def holds_credentials(address: str) -> bool:
+    """Whether a URL holds a user, a password or a token.
+
+    Raises:
+        ValueError: it is no URL.
+    """
+    return "@" in urlsplit(address).netloc
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.display import configure_logging
 
 logger = logging.getLogger("dynamic_transformers")
@@ -17,7 +18,8 @@ logger = logging.getLogger("dynamic_transformers")
 def step_log(output: Path) -> Iterator[None]:
     """Copy what a step logs to `<output>.log`, while it still reaches the console.
 
-    A failing step leaves its traceback there.
+    A failing step leaves its traceback there; a `UserError` becomes one line and exit code 2, which every
+    runner of pipelines counts as a failure.
     """
     configure_logging()
     logging.captureWarnings(True)
@@ -31,6 +33,9 @@ def step_log(output: Path) -> Iterator[None]:
     try:
         yield
         logger.info("finished in %.1f s", time.perf_counter() - start)
+    except UserError as error:
+        logger.error("failed after %.1f s: %s", time.perf_counter() - start, error)
+        raise SystemExit(2) from None
     except BaseException:
         logger.exception("failed after %.1f s", time.perf_counter() - start)
         raise

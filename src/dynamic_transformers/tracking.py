@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def track_comparison(
         from mlflow.entities import RunTag
 
         client = _client(tracking_uri(settings, output_dir))
-        given = os.environ.get("MLFLOW_RUN_ID")
+        given = _given_run(settings)
         if given:
             run_id = given
         else:
@@ -110,7 +110,7 @@ def find_evaluated(settings: TrackingSettings, output_dir: str | Path, compariso
         client = _client(tracking_uri(settings, output_dir))
         experiment = client.get_experiment_by_name(settings.experiment)
         experiments = {experiment.experiment_id} if experiment else set()
-        if given := os.environ.get("MLFLOW_RUN_ID"):
+        if given := _given_run(settings):
             experiments.add(client.get_run(given).info.experiment_id)
         query = f"tags.{COMPARISON_TAG} = '{comparison}'"
         for run in client.search_runs(list(experiments), query, order_by=["start_time DESC"]):
@@ -263,14 +263,18 @@ class RunTracker:
             except Exception as error:
                 logger.warning("MLflow: figures were not logged (%s)", _first_line(error))
 
-    def log_artifacts(self, path: Path, artifact_path: str) -> bool:
-        """Copy a file or folder to the run's artifacts; whether it has arrived."""
+    def log_artifacts(self, path: Path, artifact_path: str, large: bool = False) -> bool:
+        """Copy a file or folder to the run's artifacts; whether it has arrived.
+
+        Args:
+            large: it holds files that may take FILE_TIMEOUT each.
+        """
         if not (self.enabled and self.sync() and self.run_id):
             return False
         try:
             client = _client(self._uri())
             send = client.log_artifacts if path.is_dir() else client.log_artifact
-            with _time_for_files():
+            with _time_for_files() if large else nullcontext():
                 send(self.run_id, str(path), artifact_path)
             return True
         except Exception as error:
@@ -354,7 +358,7 @@ class RunTracker:
         """Id of the run, with its parameters and tags; made where none has been given."""
         from mlflow.entities import Param, RunTag
 
-        run_id = self.run_id or (os.environ.get("MLFLOW_RUN_ID") if self.state["attach"] else None)
+        run_id = self.run_id or (_given_run(self.settings) if self.state["attach"] else None)
         if not run_id:
             experiment = _experiment_id(client, self.settings.experiment, self.output_dir)
             run_id = client.create_run(experiment, run_name=self.state["name"]).info.run_id
@@ -374,6 +378,12 @@ class RunTracker:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.state, indent=2))
         temporary.replace(path)
+
+
+def _given_run(settings: TrackingSettings) -> str | None:
+    """MLFLOW_RUN_ID, where the settings name no other server than the one that it came with."""
+    same_server = not settings.mlflow_uri or settings.mlflow_uri == os.environ.get("MLFLOW_TRACKING_URI")
+    return os.environ.get("MLFLOW_RUN_ID") if same_server else None
 
 
 def _client(uri: str):

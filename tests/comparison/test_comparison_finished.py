@@ -120,6 +120,7 @@ def test_a_success_that_is_not_told_changes_nothing(pipeline, monkeypatch, given
     if given:
         experiment = pipeline.client.create_experiment(f"{pipeline.folder.name} in KFP")
         task = pipeline.client.create_run(experiment).info.run_id
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", pipeline.settings.tracking.mlflow_uri)
         monkeypatch.setenv("MLFLOW_RUN_ID", task)
     pipeline.compare()
     before = pipeline.parents()

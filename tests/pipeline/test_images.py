@@ -89,6 +89,11 @@ def test_two_different_programs_have_two_revisions(repository):
     assert source_revision() == revisions[-1]  # staged or not, it is the same program
 
 
+def test_a_package_in_somebody_elses_repository_has_no_revision(repository):
+    (repository / ".dockerignore").unlink()
+    assert source_revision() == "unversioned"
+
+
 @pytest.fixture
 def record(monkeypatch, tmp_path):
     """Writes build/images.json as if the images were built of some sources, which are not those at hand."""

@@ -235,7 +235,7 @@ def run_id(server, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights.bin").write_bytes(WEIGHTS)
-    assert tracker.log_artifacts(model, "model")
+    assert tracker.log_artifacts(model, "model", large=True)
     tracker.log_final(200, {"test/loss": 0.25}, tmp_path.name)
     tracker.close(finished=True)
     report = tmp_path / "report"

@@ -369,6 +369,8 @@ def test_parameters_go_over_the_settings(monkeypatch):
         ({"overrides": ["a=["]}, "a=[: expected the node content"),
         ({"overrides": ["run.name=@"]}, "run.name=@: found character '@'"),
         ({"overrides": [3]}, "3: "),
+        ({"overrides": ["training.optimizer.lr=.inf"]}, "training.optimizer.lr=inf: must be finite"),
+        ({"max_flops": float("nan")}, "training.max_flops=nan: must be finite"),
         ({"mlflow_uri": "http://["}, "tracking.mlflow_uri: Invalid IPv6 URL"),
         ({"mlflow_experiment": "${"}, "tracking.experiment: "),
     ],

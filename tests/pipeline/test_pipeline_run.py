@@ -11,14 +11,14 @@ import pytest
 from dynamic_transformers.settings import PROJECT_ROOT
 
 
-def run_pipeline(output_dir, architectures, *arguments):
+def run_pipeline(output_dir, architectures, *arguments, **variables):
     command = [sys.executable, "-m", "pipelines.run", f"run.output_dir={output_dir}"]
     command += ["--architectures", architectures]
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     return subprocess.run(
         [*command, "training.max_flops=2.0e9", *arguments],
         cwd=PROJECT_ROOT,
-        env=environment,
+        env=environment | variables,
         capture_output=True,
         text=True,
     )
@@ -27,7 +27,11 @@ def run_pipeline(output_dir, architectures, *arguments):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, micro_overrides):
     output_dir = tmp_path_factory.mktemp("outputs")
-    result = run_pipeline(output_dir, "sdt", "--seeds", "1", *micro_overrides)
+    commits = tmp_path_factory.mktemp("commits")
+    (commits / "git").write_text("#!/bin/sh\ndate +%s%N\n")  # somebody commits all the time
+    (commits / "git").chmod(0o755)
+    variables = {"PATH": f"{commits}:{os.environ['PATH']}", "MLFLOW_TRACKING_URI": ""}
+    result = run_pipeline(output_dir, "sdt", "--seeds", "1", *micro_overrides, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return output_dir, result.stdout
 
@@ -58,8 +62,14 @@ def test_every_step_leaves_its_log(finished):
     logs = finished[0] / "quickstart" / "logs"
     names = {path.stem for path in logs.glob("*.log")}
     loop = {f"{step}-sdt-seed1" for step in ("train", "export", "evaluate")}
-    assert names == loop | {"prepare-data", "compare", "pipeline"}
+    assert names == loop | {"configure", "prepare-data", "compare", "pipeline"}
     assert "step" in (logs / "train-sdt-seed1.log").read_text()
+
+
+def test_all_steps_are_of_one_revision(finished):
+    manifests = [json.loads(path.read_text()) for path in finished[0].rglob("manifest.json")]
+    assert {manifest["step"] for manifest in manifests} >= {"prepare_data", "train", "evaluate", "compare"}
+    assert len({manifest["git_revision"] for manifest in manifests}) == 1
 
 
 def test_mlflow_has_the_run_under_its_parent(finished):
@@ -82,7 +92,7 @@ def test_a_failing_step_fails_the_run_and_shows_why(tmp_path, micro_overrides):
     result = run_pipeline(tmp_path, "standard", *micro_overrides, sources)
     assert result.returncode == 2
     assert "/nowhere/gone.jsonl" in result.stdout
-    assert "prepare-data" in result.stderr and "Traceback" not in result.stderr
+    assert "prepare-data" in result.stderr and "Traceback" not in result.stdout + result.stderr
     assert "gone.jsonl" in (tmp_path / "quickstart" / "logs" / "prepare-data.log").read_text()
 
 

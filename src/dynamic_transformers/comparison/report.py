@@ -134,7 +134,7 @@ def _lineage(run: Run, manifest: dict[str, Any]) -> dict[str, str]:
         "model_dir": run["model_dir"],
         "config_digest": run["variant"],
         "evaluation_digest": manifest["digest"],
-        "git_revision": manifest["git_revision"] or ABSENT,
+        "git_revision": manifest["git_revision"],
         "mlflow_run_id": run["mlflow_run_id"] or ABSENT,
     }
 

@@ -17,8 +17,8 @@ from dynamic_transformers.manifest import (
     digest,
     finished,
     fresh_folder,
-    git_revision,
     read_manifest,
+    revision,
     write_json,
     write_manifest,
 )
@@ -130,7 +130,7 @@ def evaluate(
 
 def comparison_of(settings: Settings) -> str:
     """Digest of what evaluated runs must share to be compared: settings and the program's revision."""
-    return digest({"settings": settings.to_dict(), "revision": git_revision()})
+    return digest({"settings": settings.to_dict(), "revision": revision()})
 
 
 def variant(run_config: dict[str, Any]) -> dict[str, Any]:
@@ -157,14 +157,18 @@ def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:
 def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict, comparison: str) -> None:
     """Attach the evaluation, the model and, last, the test figures to the training run.
 
-    It can be found by its `comparison` only if evaluation and model have arrived.
+    It can be found by its `comparison` only if all files have arrived. Once one has not, no other is tried.
     """
     figures = {"test/loss": result["eval"]["loss"], "test/bits_per_byte": result["eval"]["bits_per_byte"]}
     for task, metrics in result["bench"].items():
         figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
     figures["efficiency/forward_flops_per_token"] = result["efficiency"]["forward_flops_per_token"]
-    arrived = tracker.log_artifacts(output_dir, "evaluation") and tracker.log_artifacts(model_dir, "model")
-    tracker.log_artifacts(tracker.run_dir / "config.yaml", "config")
-    tracker.log_artifacts(tracker.run_dir / "manifest.json", "config")
+    small = (
+        (tracker.run_dir / "config.yaml", "config"),
+        (tracker.run_dir / "manifest.json", "config"),
+        (output_dir, "evaluation"),
+    )
+    arrived = all(tracker.log_artifacts(path, place) for path, place in small)
+    arrived = arrived and tracker.log_artifacts(model_dir, "model", large=True)
     tracker.log_final(result["training_tokens"], figures, comparison if arrived else None)
     tracker.close(finished=True)
