@@ -12,13 +12,12 @@ import os
 import re
 import subprocess
 import sys
-from urllib.parse import urlsplit
 
 from components import IMAGES
 from dynamic_transformers import __version__
 from dynamic_transformers.configure import run_command
 from dynamic_transformers.manifest import source_revision, write_json
-from dynamic_transformers.settings import PROJECT_ROOT, UserError
+from dynamic_transformers.settings import PROJECT_ROOT, UserError, holds_credentials
 
 STEPS = ("prepare", "train", "export", "evaluate")
 SERVER = "mlflow"  # the tracking server of cluster/
@@ -74,7 +73,7 @@ def build(args: argparse.Namespace) -> None:
     tag = args.tag or default_tag(revision)
     if tag == "latest" or not re.fullmatch(r"\w[\w.-]*", tag):
         raise UserError(f"tag {tag!r}: give one that names a version, without '/' and ':', and not 'latest'")
-    if "@" in urlsplit(args.torch_index_url).netloc:
+    if holds_credentials(args.torch_index_url):
         raise UserError(
             "TORCH_INDEX_URL holds credentials, which `docker history` would show; "
             "put the wheels into images/wheels/"

@@ -213,8 +213,9 @@ def test_what_a_secret_holds_is_no_value_of_a_manifest(launch, lines, monkeypatc
         "valueFrom": {"secretKeyRef": {"name": "mlflow-client", "key": "uri"}},
     }
     assert not lines.messages
-    # Where no secret gives it, the password must not get out either.
-    assert "MLFLOW_TRACKING_URI" not in variables_of_nodes(launch, lines)
+    # Where no secret gives it, the password must not get out either; the run is then nobody's.
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0123456789abcdef")
+    assert not {"MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"} & variables_of_nodes(launch, lines).keys()
     assert "MLFLOW_TRACKING_URI holds a password" in lines.messages[0]
 
 

@@ -14,13 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from dynamic_transformers.launch.kubernetes_api import GROUP, VERSION, TrainJobs
 from dynamic_transformers.launch.settings import Launch
 from dynamic_transformers.launch.worker import WORKER, write_job
 from dynamic_transformers.manifest import digest, finished, fresh_folder
-from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.settings import Settings, UserError, holds_credentials
 from dynamic_transformers.training.trainer import training_config
 
 logger = logging.getLogger("dynamic_transformers")
@@ -113,8 +112,9 @@ def node_environment(launch: Launch) -> list[dict[str, Any]]:
     values = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)} | launch.environment
     for entry in launch.secrets:
         values.pop(entry.variable, None)
-    if "@" in urlsplit(values.get("MLFLOW_TRACKING_URI", "")).netloc:
+    if holds_credentials(values.get("MLFLOW_TRACKING_URI", "")):
         del values["MLFLOW_TRACKING_URI"]
+        values.pop("MLFLOW_RUN_ID", None)  # which only that server knows
         logger.warning("MLFLOW_TRACKING_URI holds a password: give it to the nodes by a Secret")
     plain = [{"name": name, "value": value} for name, value in values.items()]
     return plain + [
