@@ -95,6 +95,7 @@ def loop_ratios(size: str, rows: int, length: int, steps: int, turns: int) -> li
 
         def ours(turn: int) -> float:
             run_dir = Path(folder) / f"run-{turn}"
+            run_dir.mkdir()
             accelerator = make_accelerator(settings)
             run = TimedRun(settings, data_dir, run_dir, accelerator, training_config(settings, data_dir))
             start = time.perf_counter()
