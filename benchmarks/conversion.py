@@ -7,6 +7,7 @@ capacity. MoD and STT start with gates near 1/2, SDT with 3/4: the rest of the d
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynamic_transformers.configure import compose_settings
-from dynamic_transformers.data.loading import collate, load_split
+from dynamic_transformers.data.loading import batches_of, load_split
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.settings import ARCHITECTURES
 from dynamic_transformers.training.build import build_model
@@ -29,8 +30,7 @@ def training_loss(model, data_dir: Path) -> float:
     """Mean language-model loss over some validation batches, in training mode."""
     losses = []
     split = load_split(data_dir, "validation")
-    for start in range(0, BATCHES * 8, 8):
-        batch = collate([split[index] for index in range(start, start + 8)])
+    for batch in itertools.islice(batches_of(split, 8), BATCHES):
         outputs = model.train()(**batch, use_cache=False)
         losses.append((getattr(outputs, "language_model_loss", None) or outputs.loss).item())
     return statistics.fmean(losses)
@@ -60,7 +60,7 @@ def main() -> None:
         gate = "–"
         if isinstance(model, RoutedForCausalLM):
             split = load_split(args.data_dir, "validation")
-            batch = collate([split[index] for index in range(8)])
+            batch = next(iter(batches_of(split, 8)))
             with torch.no_grad():
                 routing = model.train()(**batch, use_cache=False).routing
             gate = f"{statistics.fmean(result.gate.mean().item() for result in routing.values()):.2f}"

@@ -18,11 +18,10 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 from dynamic_transformers.comparison.statistics import mean_interval
 from dynamic_transformers.configure import compose_settings
-from dynamic_transformers.data.loading import collate, load_split
+from dynamic_transformers.data.loading import batches_of, load_split
 from dynamic_transformers.data.prepare import default_data_dir, prepare
 from dynamic_transformers.export import load_run
 from dynamic_transformers.models import RoutedForCausalLM
@@ -75,7 +74,7 @@ def membership(model, split, batch_size: int) -> tuple[float, float, float]:
     hits = chosen = wanted = 0
     teacher = model.config.model_type == "qwen2_stt"
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    for batch in DataLoader(split, batch_size=batch_size, collate_fn=collate):
+    for batch in batches_of(split, batch_size):
         with torch.no_grad():
             model.train(teacher)
             inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
@@ -109,7 +108,7 @@ def measure(run_dir: Path, data_dir: Path, rule: str, batch_size: int) -> Measur
     assert isinstance(model, RoutedForCausalLM)
     model.config.selection_rule = rule
     validation, split = (load_split(data_dir, name) for name in ("validation", "test"))
-    calibrate(model, DataLoader(validation, batch_size=batch_size, collate_fn=collate))  # type: ignore[arg-type]
+    calibrate(model, batches_of(validation, batch_size))
     heldout = evaluate_heldout(model, split, batch_size)
     fractions = heldout.routed_fraction.values()
     return Measured(

@@ -55,7 +55,7 @@ class Server(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
-    do_GET = do_POST = do_PUT = answer  # noqa: N815
+    do_GET = do_POST = do_PUT = answer  # noqa: N815 (names of http.server)
 
     def log_message(self, *_):
         pass

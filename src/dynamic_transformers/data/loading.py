@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dynamic_transformers.manifest import read_manifest
@@ -24,6 +25,12 @@ def load_split(data_dir: Path, split: str) -> Dataset:
     """
     read_manifest(data_dir)
     return Dataset.load_from_disk(str(Path(data_dir) / split)).with_format("numpy")
+
+
+def batches_of(split: Dataset, batch_size: int) -> DataLoader:
+    """All blocks of a split in their order, `batch_size` at a time, as `collate` gives them."""
+    # A Dataset has all that torch asks of one, but is not of its class.
+    return DataLoader(split, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def load_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:

@@ -163,7 +163,7 @@ def selected_mask(
     slots = selection.indices + context.past
     if selection.valid is not None:
         slots = slots.masked_fill(~selection.valid, EMPTY)
-    key_slots, full = slots, selection.valid is None
+    key_slots, full = slots, True
     if context.cache is not None:
         cached = context.cache.routed(layer)
         key_slots, full = cached.append(slots, selection.rows, len(selection.mask))

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import datasets
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from dynamic_transformers.data.loading import collate
+from dynamic_transformers.data.loading import batches_of
 
 
 @dataclass
@@ -61,7 +60,7 @@ def measure(model: PreTrainedModel, split: datasets.Dataset, batch_size: int) ->
     loss = torch.zeros((), dtype=torch.float64, device=device)
     targets = blocks = 0
     sums: dict[int, torch.Tensor] = {}
-    for batch in DataLoader(split, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
+    for batch in batches_of(split, batch_size):
         batch = {name: value.to(device) for name, value in batch.items()}
         outputs = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
         labels = batch["labels"][:, 1:]

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
-from dynamic_transformers.data.loading import collate, load_split, load_tokenizer
+from dynamic_transformers.data.loading import batches_of, collate, load_split, load_tokenizer
 from dynamic_transformers.manifest import digest, finished, read_manifest, write_manifest
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.models.selection import RoutingResult
@@ -310,8 +310,7 @@ class TrainingRun:
         """Set the thresholds by the validation split, on every rank alike."""
         if not isinstance(self.plain_model, RoutedForCausalLM):
             return
-        size = self.settings.data.batch_size
-        calibrate(self.plain_model, DataLoader(self.validation, batch_size=size, collate_fn=collate))  # type: ignore[arg-type]
+        calibrate(self.plain_model, batches_of(self.validation, self.settings.data.batch_size))
         self.model.train()
 
     def evaluate(self) -> None:
