@@ -191,9 +191,15 @@ class TrainingSettings:
     max_flops: float | None = None
     gradient_accumulation_steps: int = 1
     log_every: int = 10
-    eval_every: int = 0  # 0: only at the end
-    checkpoint_every: int = 0  # 0: only at the end
-    resume: str = "auto"  # auto | none | a checkpoint folder
+    eval_every: int = 0  # steps; 0: only at the end
+    checkpoint_every: int = 0  # steps; 0: by time, and at the end
+    checkpoint_minutes: float = (
+        10.0  # a checkpoint after so much time without one; 0: by steps, and at the end
+    )
+    keep_checkpoints: int | None = 3  # the last ones, and the one of the best evaluation; None: all
+    max_skipped_steps: int = 10  # in a row, whose loss or gradient is not finite, before the run ends
+    resume: str = "auto"  # auto | none (begin anew; the old run is renamed) | a checkpoint folder
+    reschedule: bool = False  # a run that goes on to another budget stretches its schedules over that one
     gradient_checkpointing: bool = False
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
