@@ -345,6 +345,9 @@ def run_command(
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _json(name: str, text: str, kind: type) -> Any:
