@@ -36,7 +36,7 @@ from kfp_server_api import ApiException, V2beta1PipelineVersion, V2beta1Run
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
 from dynamic_transformers import __version__
-from dynamic_transformers.configure import run_command
+from dynamic_transformers.command_line import run_command
 from dynamic_transformers.manifest import digest
 from dynamic_transformers.settings import UserError
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
