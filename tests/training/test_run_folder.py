@@ -86,7 +86,7 @@ def unfinished(run):
         ({"run": {"seed": 3}}, "run.seed"),
         ({"model": {"capacity": 0.25, "predictor_weight": 0.5}}, "model.capacity.*model.predictor_weight"),
         (
-            {"training": {"mode": "pretrained", "max_steps": 12}, "model": {"pretrained": "/no/such"},
+            {"training": {"mode": "pretrained", "max_steps": 12}, "model": {"pretrained": "/no/such", "size": None},
              "data": {"tokenizer_name": "x"}, "force": True},
             "model.pretrained=/no/such",
         ),
