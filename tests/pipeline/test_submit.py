@@ -6,7 +6,9 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from hashlib import sha256
+from types import SimpleNamespace
 from typing import List  # noqa: UP035  (kfp reads the annotation)
 
 import kfp
@@ -454,6 +456,17 @@ def test_the_wait_ends_and_the_run_goes_on(fake, refused):
     link = f"{fake.url}/#/runs/details/{fake.runs[0]['run_id']}"
     assert line == f"the run has not ended within --timeout, and goes on: {link}\n"
     assert refused(fake.url, "--timeout", "5") == "--timeout needs --wait\n"
+
+
+def test_ctrl_c_ends_the_wait_and_says_that_the_run_goes_on(fake, run, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
+    fake.states = [state("RUNNING")]
+    code, _, errors = run(fake.url, "--wait")
+    link = f"{fake.url}/#/runs/details/{fake.runs[0]['run_id']}"
+    assert (code, errors) == (130, f"no longer waiting; the run goes on: {link}\n")
 
 
 def test_the_wait_outlasts_a_short_outage_only(fake, run, refused, caplog):
