@@ -227,7 +227,7 @@ class TrainingSettings:
     log_every: Count = 10
     eval_every: Steps = 0  # 0: only at the end
     checkpoint_every: Steps = 0  # 0: only at the end
-    resume: Annotated[str, Place()] = "auto"  # auto | none | a checkpoint folder
+    resume: Annotated[str, Place()] = "auto"  # auto, none, or a checkpoint folder
     gradient_checkpointing: bool = False
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
