@@ -230,9 +230,7 @@ class TrainingSettings:
     checkpoint_minutes: Annotated[float, In("[0, inf)")] = 10.0  # that may pass without one; 0: no limit
     keep_checkpoints: Count | None = 3  # the last ones, and the one of the best evaluation; None: all
     max_skipped_steps: Steps = 10  # in a row, whose loss or gradient is not finite, before the run ends
-    resume: Annotated[str, Place()] = (
-        "auto"  # auto | none (begin anew; the old run is renamed) | a checkpoint
-    )
+    resume: Annotated[str, Place()] = "auto"  # auto, none (the old run is renamed), or a checkpoint folder
     reschedule: bool = False  # a run that goes on to another budget stretches its schedules over that one
     gradient_checkpointing: bool = False
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
