@@ -137,6 +137,7 @@ class SourceSettings:
     type: str = "hub"  # embedded | hub
     path: str | None = None  # hub id, or a builder ("json", "text", "parquet") together with data_files
     config: str | None = None
+    revision: str | None = None  # branch, tag or commit of a hub data set; None: the newest commit
     data_files: Any = None
     split: str = "train"
     text_column: str = "text"
