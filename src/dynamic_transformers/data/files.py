@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 import platform
 import re
 import shutil
@@ -65,7 +64,7 @@ def local_files(source: SourceSettings) -> LocalFiles | None:
     if not source.path:
         raise UserError(f"{place}.path is missing: give a hub name, a folder, or a builder such as json")
     patterns = _patterns(place, source.data_files)
-    path = Path(source.path).expanduser()
+    path = user_path(source.path)
     if source.path in FILE_BUILDERS:
         if not patterns:
             raise UserError(f"{place}.data_files is missing: the builder {source.path!r} needs files to read")
@@ -87,6 +86,11 @@ def local_files(source: SourceSettings) -> LocalFiles | None:
         if not file.stat().st_size:
             raise UserError(f"{place}: {file} is empty (0 bytes): remove it, or leave it out of data_files")
     return files
+
+
+def user_path(text: str) -> Path:
+    """The path that a person wrote: `~/` is their home, and a name that merely begins with ~ is a name."""
+    return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
 def fingerprints(data: DataSettings) -> dict[str, Fingerprint | None]:
@@ -172,10 +176,12 @@ def _matching(place: str, patterns: Patterns, base: Path) -> dict[str, list[Path
     for split, group in patterns.items():
         files: set[Path] = set()
         for pattern in group:
-            found = _glob(base / Path(pattern).expanduser())
+            found = _glob(base / user_path(pattern))
             if not found:
                 hint = (
-                    f"; it is a folder: name its files, as in {pattern}/*" if Path(pattern).is_dir() else ""
+                    f"; it is a folder: name its files, as in {pattern}/*"
+                    if (base / user_path(pattern)).is_dir()
+                    else ""
                 )
                 raise UserError(f"{place}.data_files: no file matches {pattern!r}{hint}")
             files.update(found)
@@ -206,17 +212,22 @@ def _files_of_folder(place: str, source: SourceSettings, folder: Path, patterns:
     with tempfile.TemporaryDirectory() as temporary:
         mirror = Path(temporary).resolve() / "data"
         try:
-            shutil.copytree(folder.absolute(), mirror, copy_function=os.symlink, ignore=_hidden)
+            shutil.copytree(folder.absolute(), mirror, copy_function=_link, ignore=_hidden)
             built = datasets.load_dataset_builder(str(mirror), name=source.config, cache_dir=temporary)
         except (*READ_ERRORS, shutil.Error) as error:
             reason = one_line(error).replace(str(mirror), str(folder))
             raise UserError(f"{place}: cannot read {source.path!r}: {reason}") from error
-        found = built.config.data_files or {}
+        real = folder.absolute()
         splits = {
-            str(split): sorted(folder / Path(name).relative_to(mirror) for name in names)
-            for split, names in found.items()
+            str(split): sorted(folder / Path(name).readlink().relative_to(real) for name in names)
+            for split, names in (built.config.data_files or {}).items()
         }
         return LocalFiles(type(built).__module__.rpartition(".")[2], splits)
+
+
+def _link(file: str, link: str) -> None:
+    name = Path(file).name.replace("::", "--")  # to `datasets`, :: chains addresses
+    Path(link).with_name(name).symlink_to(file)
 
 
 def _hidden(_: str, names: list[str]) -> list[str]:
