@@ -169,6 +169,7 @@ class SourceSettings:
         None  # hub id, or a builder ("json", "text", "parquet") together with data_files
     )
     config: str | None = None
+    revision: str | None = None  # branch, tag or commit of a hub data set; None: the newest commit
     data_files: Annotated[Any, Place()] = None  # a path or pattern, a list of them, or {split: paths}
     split: str = "train"
     text_column: str = "text"
