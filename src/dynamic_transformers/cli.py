@@ -13,6 +13,7 @@ from dynamic_transformers.configure import CONFIG_DIR, compose_settings, run_com
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.tracking.sync import add_sync_arguments, sync_command
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,6 +147,7 @@ COMMANDS = {
     "export": (export_command, add_export_arguments, "a run's checkpoint as a Hugging Face folder"),
     "bench": (bench_command, add_bench_arguments, "run lm-eval on an exported model"),
     "routing": (routing_command, add_routing_arguments, "show which tokens each layer computes"),
+    "sync": (sync_command, add_sync_arguments, "send to MLflow what it has missed of runs"),
     "compare": (compare_command, add_compare_arguments, "evaluate finished runs; table, plots and report"),
 }
 
