@@ -15,6 +15,7 @@ from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_com
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.preflight import check_places, preflight
 from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.tracking.sync import add_sync_arguments, sync_command
 
 
 def path(text: str) -> Path:
@@ -174,6 +175,7 @@ COMMANDS = {
     "export": (export_command, add_export_arguments, "a run's checkpoint as a Hugging Face folder"),
     "bench": (bench_command, add_bench_arguments, "run lm-eval on an exported model"),
     "routing": (routing_command, add_routing_arguments, "show which tokens each layer computes"),
+    "sync": (sync_command, add_sync_arguments, "send to MLflow what it has missed of runs"),
     "compare": (compare_command, add_compare_arguments, "evaluate finished runs; table, plots and report"),
 }
 

@@ -257,6 +257,7 @@ class TrackingSettings:
     experiment: str = "dynamic-transformers"
     wandb: bool = False
     wandb_project: str = "dynamic-transformers"
+    wandb_checkpoints: bool = False  # checkpoints as artifacts of W&B
 
 
 @dataclass

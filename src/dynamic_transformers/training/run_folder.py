@@ -15,7 +15,7 @@ import yaml
 from dynamic_transformers.folders import make_folder, set_aside, write_whole
 from dynamic_transformers.manifest import MANIFEST, read_manifest, write_json
 from dynamic_transformers.settings import Settings, UserError
-from dynamic_transformers.tracking import METRICS, forget_after
+from dynamic_transformers.tracking import METRICS, forget_after, replace_run
 from dynamic_transformers.training.budget import Budget
 from dynamic_transformers.training.checkpoint import Checkpoint, checkpoints, newest_whole, read_checkpoint
 
@@ -175,6 +175,8 @@ def claim(run_dir: Path, start: Start, identity: dict[str, Any], settings: Setti
             )
             shutil.copy(aside / METRICS, run_dir / METRICS)
     make_folder(run_dir)
+    if start.aside:
+        replace_run(aside, run_dir)
     for folder in (run_dir, run_dir / "checkpoints"):
         remove_leftovers(folder)
     (run_dir / MANIFEST).unlink(missing_ok=True)

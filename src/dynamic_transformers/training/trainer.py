@@ -18,7 +18,7 @@ from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_manifest
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.settings import Settings, UserError
-from dynamic_transformers.tracking import RunTracker
+from dynamic_transformers.tracking import RunTracker, description, send_rest
 from dynamic_transformers.training.batches import training_batches
 from dynamic_transformers.training.budget import Budget, Horizon, Progress
 from dynamic_transformers.training.calibration import calibrate
@@ -66,6 +66,8 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, force: bool = False
     with sole_writer(run_dir) if main else nullcontext():
         if not force and finished(run_dir, "train", config):
             logger.info("train: %s is finished, nothing to do", run_dir)
+            if main:
+                send_rest(settings, run_dir)
             return run_dir
         identity = run_identity(settings, data_dir, accelerator.num_processes)
         if main:
@@ -113,9 +115,7 @@ def run(
         run_dir,
         settings.tracking,
         settings.run.output_dir,
-        name=settings.run.name,
-        params=settings.to_dict(),
-        tags={"architecture": settings.model.type, "seed": str(settings.run.seed)},
+        **description(settings),
         enabled=main,
     )
     tracker.log_data(data_dir, data)
@@ -131,6 +131,7 @@ def run(
     def save() -> None:
         if main:
             state.save(checkpoint_folder(run_dir, state.progress.step))
+            tracker.log_checkpoint(checkpoint_folder(run_dir, state.progress.step))
             prune(run_dir, training.keep_checkpoints)
         accelerator.wait_for_everyone()
 
@@ -153,17 +154,19 @@ def run(
     if main:
         observers.append(Display(settings.run.name, state.progress.step))
     observers += [Evaluation(measure, write, training.eval_every), saving]
+    status = "FAILED"
     try:
         with Interruption() as interruption:
             interrupted = fit(
                 state.progress, step, horizon, observers, interruption, saving, training.max_skipped_steps
             )
+        status = "KILLED" if interrupted else "FINISHED"
     except DivergedError as error:
         raise UserError(f"{error}; the last good checkpoint is {last_good(run_dir) or 'none'}") from error
     finally:
         for observer in observers:
             observer.close()
-        tracker.close(finished=False)
+        tracker.close(status)
     if interrupted:
         logger.info("interrupted after step %d; the same command goes on from there", state.progress.step)
         raise Interrupted(interruption.number or SIGTERM)
