@@ -26,7 +26,7 @@ GOLDEN = PROJECT_ROOT / "tests" / "pipeline" / "golden" / "pipeline.yaml"
 EXAMPLE = PROJECT_ROOT / "cluster" / "example.yaml"
 IMAGES = {
     "compare": "evaluate",
-    "configure": "prepare",
+    "configure": "evaluate",
     "evaluate": "evaluate",
     "export": "export",
     "prepare-data": "prepare",
