@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from dynamic_transformers.data.files import fingerprints, first_change
+from dynamic_transformers.data.files import _ask_for_commit, fingerprints, first_change
 from dynamic_transformers.data.prepare import default_data_dir, prepare
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
@@ -175,6 +175,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("dynamic_transformers.data.files.HfApi", lambda: huggingface_hub.HfApi(address))
+    _ask_for_commit.cache_clear()
     yield server
     server.shutdown()
     server.server_close()
@@ -188,6 +189,8 @@ def test_a_hub_data_set_is_known_by_its_commit(hub, make_settings):
     assert of(revision="v2") == {"commit": COMMIT[::-1]}
     assert of(revision="v3") is None and of(path="team/other") is None
     hub.answers.clear()
+    assert of() == {"commit": COMMIT}  # one process sees one state of the hub
+    _ask_for_commit.cache_clear()
     assert of() is None
     assert of(revision=COMMIT) == {"commit": COMMIT}  # nobody needs to be asked
     assert first_change({"web": {"commit": COMMIT}}, {"web": None}) is None
@@ -196,5 +199,6 @@ def test_a_hub_data_set_is_known_by_its_commit(hub, make_settings):
 
 
 def test_without_the_hub_a_commit_is_unknown(make_settings):
+    _ask_for_commit.cache_clear()
     data = make_settings([{"name": "web", "path": "team/web"}]).data
     assert fingerprints(data) == {"web": None}
