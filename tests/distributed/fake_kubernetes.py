@@ -215,7 +215,7 @@ class FakeKubernetes(Controllers):
             raise RefusedError(409, f'trainjobs "{name}" already exists')
         made = {"creationTimestamp": NOW, "uid": str(uuid.uuid4())}
         self.jobs[name] = known | {"metadata": known["metadata"] | made, "status": {}}
-        if any(self.left.get(name, [])):
+        if self.left.get(name, [0])[0] > 0 or any(pod.startswith(f"{name}-") for pod in self.pods):
             self.status(name, "Failed", "FailedJobs", "taken from the JobSet of the job before")
         else:
             self.start(name)

@@ -149,6 +149,8 @@ def test_the_manifest_has_all_that_a_node_needs():
         "image": "registry.example/train:1",
         "command": ["python", "-m", "torch.distributed.run"],
         "args": [
+            *("--rdzv-backend", "c10d", "--rdzv-id", "dt-mod-1"),
+            *("--rdzv-endpoint", "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)", "--rdzv-conf", "read_timeout=300"),
             *("--log-dir", f"{logs}/node-$(PET_NODE_RANK)", "--tee", "3"),
             *("-m", "dynamic_transformers.launch.worker", "/mnt/shared/job.json"),
         ],
@@ -264,6 +266,13 @@ def test_a_jobs_name_is_a_label_that_follows_from_what_it_computes(settings, dat
     assert name not in (name_with(nodes=3), name_with(image="registry.example/train:2"))
 
 
+def gone_on_from(run):
+    """The step that the one node that went on began at, as its output on the volume says."""
+    outputs = "".join(path.read_text() for path in run.parent.glob("logs/*/*/*/*/*/stdout.log"))
+    (step,) = re.findall(r"going on from \S+/step-(\d+)", outputs)
+    return int(step)
+
+
 def lose_a_node(cluster, run, step):
     """Kills the last node once, when the run has a checkpoint of this step."""
 
@@ -289,10 +298,7 @@ def test_two_nodes_of_which_one_is_lost_train_what_one_process_trains(
     assert f"{name}-node-0-1-abcde: restart 1, after exit code 137 (OOMKilled)" in lines.messages
     assert f"{name}-node-0-0-abcde: restart 1, after exit code 1 (Error)" in lines.messages
     assert any(line.startswith("last lines of node-0, process 0") for line in lines.messages)
-    (going_on,) = re.findall(
-        r"going on from \S+/step-(\d+)", cluster.nodes[-1].output() + cluster.nodes[-2].output()
-    )
-    assert 8 <= int(going_on) < STEPS
+    assert 8 <= gone_on_from(volume_of(launch) / name / "run") < STEPS
     for key in ("training_steps", "training_tokens"):
         assert read_manifest(run_dir, "train")[key] == read_manifest(finished_run)[key]
     for key, value in weights(finished_run).items():
@@ -306,7 +312,7 @@ def test_two_nodes_of_which_one_is_lost_train_what_one_process_trains(
     assert read_manifest(again) == read_manifest(run_dir) and cluster.requests == before
 
 
-def test_a_job_that_is_suspended_fails_is_replaced_and_restarts_ends_in_the_same_weights(
+def test_a_job_that_is_suspended_then_fails_and_is_replaced_ends_in_the_same_weights(
     cluster, launch, settings, data_dir, tmp_path, lines
 ):
     launch = dataclasses.replace(launch, nodes=1)
@@ -328,20 +334,13 @@ def test_a_job_that_is_suspended_fails_is_replaced_and_restarts_ends_in_the_same
     assert len(cluster.nodes) == 2 and not cluster.pods and not (tmp_path / "run").exists()
     assert any(": Suspended; " in line for line in lines.messages)
     (logs,) = [line for line in lines.messages if line.startswith("last lines of ")]
-    assert (
-        logs.startswith("last lines of node-0, process 0")
-        and "UserError: " in logs
-        and "no such folder" in logs
+    assert logs.startswith("last lines of node-0, process 0") and re.search(
+        "UserError: .*no such folder$", logs
     )
 
-    cluster.backoff_limit = 1
-    lose_a_node(cluster, run, 14)
     launch_training(settings, data_dir, tmp_path / "run", launch)
-    assert len(cluster.nodes) == 4 and posts(cluster) == 2
-    first, second = (
-        re.findall(r"going on from \S+/step-(\d+)", node.output())[0] for node in cluster.nodes[2:]
-    )
-    assert 4 <= int(first) < 14 <= int(second) < STEPS
+    assert len(cluster.nodes) == 3 and posts(cluster) == 2
+    assert 4 <= gone_on_from(run) < STEPS
     for name, value in weights(train(settings, data_dir, tmp_path / "here")).items():
         assert torch.equal(weights(tmp_path / "run")[name], value), name
 
