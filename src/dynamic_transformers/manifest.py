@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_transformers import __version__
-from dynamic_transformers.folders import check_target, new_sibling, put_in_place, write_whole
+from dynamic_transformers.folders import check_target, new_sibling, put_in_place, sole_writer, write_whole
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
+
+logger = logging.getLogger("dynamic_transformers")
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "lm-eval", "mlflow", "kfp")
@@ -121,6 +124,24 @@ def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def step_output(folder: Path, step: str, config: Any, force: bool = False) -> Iterator[Path | None]:
+    """A fresh folder for a step's output, or None where `folder` is finished for exactly this `config`.
+
+    Processes that ask for the same folder take turns: the later ones find what the first has made.
+
+    Raises:
+        UserError: as `fresh_folder`.
+    """
+    with sole_writer(folder, wait=True):
+        if not force and finished(folder, step, config):
+            logger.info("%s: %s is finished, nothing to do", step, folder)
+            yield None
+            return
+        with fresh_folder(folder, step) as temporary:
+            yield temporary
 
 
 def git(*arguments: str) -> str:
