@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kfp import compiler
 
-from dynamic_transformers.configure import run_command
+from dynamic_transformers.command_line import run_command
 from pipelines.cluster import ClusterSettings, read_cluster
 from pipelines.comparison import comparison_pipeline
 from pipelines.images import warn_of_revision_mismatch

@@ -22,7 +22,8 @@ from kfp.components import load_component_from_file
 from requests.exceptions import RequestException
 
 from components import image_of
-from dynamic_transformers.configure import run_command, run_names
+from dynamic_transformers.command_line import run_command
+from dynamic_transformers.configure import run_names
 from dynamic_transformers.manifest import revision
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import tracking_uri
@@ -45,7 +46,7 @@ DOCKER_ERRORS = (DockerException, RequestException)
 
 def run(args: argparse.Namespace) -> None:
     """Compile, run, and show where the results are."""
-    settings, parameters = pipeline_arguments(args)
+    settings, parameters = pipeline_arguments(args, here=True)
     runs = run_names(**parameters)
     # Steps run in folders of their own: places must not depend on where they are.
     settings.run.output_dir = str(Path(settings.run.output_dir).resolve())

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from dynamic_transformers.configure import run_command, settings_from_dict
+from dynamic_transformers.command_line import run_command
+from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.manifest import write_json
 from dynamic_transformers.settings import Settings
 from dynamic_transformers.training.display import configure_logging
