@@ -6,3 +6,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
+
+from dynamic_transformers.caches import use_writable_caches
+
+use_writable_caches()  # before anything of Hugging Face is imported

@@ -130,6 +130,7 @@ def test_more_processes_than_gpus_are_a_mistake(make_settings, data_dir, tmp_pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"grace_seconds": 5}', "launch.grace_seconds=5: must be a whole number, at least 30"),
         ('{"processes": 0}', "launch.processes=0: must be a whole number, at least 1"),
         ('{"nodes": "2"}', "launch.nodes=2: must be a whole number"),
         ('{"nodes": 2}', "launch.nodes=2 needs launch.image and launch.claim and launch.mount_path"),

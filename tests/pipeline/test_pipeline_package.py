@@ -26,7 +26,7 @@ GOLDEN = PROJECT_ROOT / "tests" / "pipeline" / "golden" / "pipeline.yaml"
 EXAMPLE = PROJECT_ROOT / "cluster" / "example.yaml"
 IMAGES = {
     "compare": "evaluate",
-    "configure": "prepare",
+    "configure": "evaluate",
     "evaluate": "evaluate",
     "export": "export",
     "prepare-data": "prepare",
@@ -310,6 +310,20 @@ def test_a_mistake_in_the_cluster_file_is_named(change, message, tmp_path):
     OmegaConf.save(OmegaConf.create(change), path)
     with pytest.raises(UserError, match=rf"^{path}: .*{message}"):
         read_cluster(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("pipeline", "must end in .yaml"),
+        ("/proc/x/p.yaml", "cannot be written"),
+        ("file/p.yaml", "cannot be"),
+    ],
+)
+def test_a_place_that_cannot_hold_the_package_is_named(place, reason, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"^{tmp_path / place}: {reason}"):
+        compile_pipeline(ClusterSettings(), tmp_path / place)
 
 
 def test_a_missing_or_broken_cluster_file_ends_in_one_line(tmp_path):

@@ -94,7 +94,7 @@ def _read_source(source: SourceSettings, data: DataSettings, corpus: Corpus, see
         seen.add(digest)
         corpus.splits[split_of(digest, data)][source.name].append(Document(record, source.name, digest))
     corpus.quarantine += broken
-    if counts.quarantined > data.max_broken_fraction * counts.documents_in:
+    if broken and counts.quarantined > data.max_broken_fraction * counts.documents_in:
         first = broken[0]
         raise UserError(
             f"data.dataset_configs.{source.name}: {counts.quarantined} of {counts.documents_in} records are "

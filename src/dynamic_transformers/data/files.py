@@ -116,11 +116,16 @@ def first_change(made: Mapping[str, Fingerprint | None], now: Mapping[str, Finge
 
 
 def hub_commit(source: SourceSettings) -> str | None:
-    """Commit that a hub data set's `revision` names now, or None when the hub does not say."""
+    """Commit that a hub data set's `revision` names, or None when the hub does not say; asked once."""
     if re.fullmatch("[0-9a-f]{40}", source.revision or ""):
         return source.revision
+    return _ask_for_commit(str(source.path), source.revision)
+
+
+@cache
+def _ask_for_commit(path: str, revision: str | None) -> str | None:
     try:
-        return HfApi().dataset_info(str(source.path), revision=source.revision, timeout=HUB_SECONDS).sha
+        return HfApi().dataset_info(path, revision=revision, timeout=HUB_SECONDS).sha
     except Exception:  # offline, refused, or whatever the hub's HTTP client raises; told when the set is read
         return None
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -27,13 +27,14 @@ def load_split(data_dir: Path, split: str) -> Dataset:
     Raises:
         UserError: the data folder is missing, unfinished or damaged.
     """
-    read_manifest(data_dir)
-    folder = Path(data_dir) / split
+    files = _files(data_dir, split)
     try:
-        return Dataset.load_from_disk(str(folder)).with_format("numpy")
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        # Not load_from_disk: to it, :: in a path chains addresses.
+        shards = [Dataset.from_file(str(file)) for file in files]
+        return concatenate_datasets(shards).with_format("numpy")
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: damaged: {reason}; {REPAIR}") from error
+        raise UserError(f"{Path(data_dir) / split}: damaged: {reason}; {REPAIR}") from error
 
 
 def verify_split(data_dir: Path, split: str) -> None:
@@ -42,11 +43,7 @@ def verify_split(data_dir: Path, split: str) -> None:
     Raises:
         UserError: the data folder is missing or unfinished, or a file of the split is missing or differs.
     """
-    folder = Path(data_dir) / split
-    for name, expected in read_manifest(data_dir)["splits"][split]["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"{file}: damaged: no such file; {REPAIR}")
+    for file, expected in _files(data_dir, split).items():
         with file.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
                 raise UserError(f"{file}: damaged: sha256 differs; {REPAIR}")
@@ -80,3 +77,14 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     )
     labels = input_ids.masked_fill(position_ids == 0, IGNORED)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def _files(data_dir: Path, split: str) -> dict[Path, str]:
+    """The files of a split, each with the SHA-256 that it had when it was written."""
+    folder = Path(data_dir) / split
+    files = {
+        folder / name: sha256 for name, sha256 in read_manifest(data_dir)["splits"][split]["files"].items()
+    }
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"{missing[0]}: damaged: no such file; {REPAIR}")
+    return files

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -194,7 +195,11 @@ def _write_split(folder: Path, packed: PackedSplit, mixed: list[EncodedDocument]
     block = datasets.Sequence(datasets.Value("int32"), length=block_size)
     features = {"input_ids": block, "position_ids": block, "num_bytes": datasets.Value("int64")}
     dataset = datasets.Dataset.from_dict(packed._asdict(), features=datasets.Features(features))
-    dataset.save_to_disk(str(folder))
+    folder.mkdir()
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "split"  # to `datasets`, :: in a path chains addresses
+        link.symlink_to(folder.absolute())
+        dataset.save_to_disk(str(link))
     logger.info("%s: %d tokens of %d documents in %d blocks", folder.name, tokens, len(mixed), len(dataset))
 
 

@@ -31,7 +31,7 @@ class Sender:
         self._asked = self._done = 0  # numbers of attempts
         self._arrived = True  # whether the last attempt has sent everything
         self._failures = 0  # attempts in a row
-        self._busy = self._hurry = self._stopped = False
+        self._hurry = self._stopped = False
         self._deadline = 0.0  # of the next answer, by time.monotonic
         self._told = ""
 
@@ -56,17 +56,17 @@ class Sender:
             while self._done < number and self._failures <= failures:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
+                    logger.warning("MLflow: no answer for %d seconds; %s", PATIENCE, self._later())
                     return False
                 self._state.wait(left)
+            self._hurry = False
             return self._done >= number and self._arrived
 
     def stop(self) -> None:
-        """Let the thread end after its present attempt; say so where that has not ended yet."""
+        """Let the thread end after its present attempt."""
         with self._state:
             self._stopped = True
             self._state.notify_all()
-        if self._busy:
-            logger.warning("MLflow: no answer for %d seconds; %s", PATIENCE, self._later())
 
     def _run(self) -> None:
         while True:
@@ -78,13 +78,13 @@ class Sender:
                     self._state.wait_for(lambda: self._stopped or self._hurry, pause)
                 if self._stopped:
                     return
-                number, self._hurry, self._busy = self._asked, False, True
+                number, self._hurry = self._asked, False
             arrived = self._attempt()
             with self._state:
                 if arrived and self._failures:
                     logger.info("MLflow: answers, and has everything")
                 self._failures = 0 if arrived else self._failures + 1
-                self._done, self._arrived, self._busy = number, arrived, False
+                self._done, self._arrived = number, arrived
                 self._state.notify_all()
 
     def _attempt(self) -> bool:

@@ -51,6 +51,13 @@ HINTS = (
         "{uri} is no MLflow server that can be used: see tracking.mlflow_uri and MLFLOW_TRACKING_URI",
     ),
 )
+OUTAGES = (
+    (r"Connection refused", "{uri} cannot be reached: connection refused"),
+    (r"[Tt]imed out|timeout", "{uri} does not answer"),
+    (r"[Nn]ame resolution|resolve|not known", "{uri} cannot be found: misspelt, or the network is away"),
+    (r"(error code|too many) (429|5\d\d)", "{uri} is in trouble"),
+    (r"database is locked", "{uri} is being written by others"),
+)
 LASTING = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
 
@@ -171,7 +178,11 @@ def explained(error: Exception, uri: str) -> tuple[str, bool]:
     for pattern, hint in HINTS:
         if re.search(pattern, f"{code} {error}"):
             return f"{_hidden(hint.format(uri=uri))} ({first_line(error)})", False
-    return first_line(error), code not in LASTING
+    waiting_helps = code not in LASTING
+    for pattern, what in OUTAGES if waiting_helps else ():
+        if re.search(pattern, str(error)):
+            return _hidden(what.format(uri=uri)), True
+    return first_line(error), waiting_helps
 
 
 def first_line(error: Exception) -> str:
