@@ -55,7 +55,14 @@ def write_manifest(
         "schema_version": 1,
         **content,
         "config_digest": digest(config),
-        "inputs": {role: {"path": str(path), "digest": used[role]} for role, path in inputs.items()},
+        "inputs": {
+            role: {
+                "path": str(path.resolve()),
+                "relative": os.path.relpath(path.resolve(), folder.resolve()),  # for when both were moved
+                "digest": used[role],
+            }
+            for role, path in inputs.items()
+        },
         # What it was made with, which does not count when it is asked what was made.
         "package_version": __version__,
         "git_revision": revision(),
@@ -87,6 +94,21 @@ def read_manifest(folder: Path, step: str | None = None) -> dict[str, Any]:
     if step not in (None, made_by):
         raise UserError(f"{folder}: is the output of {made_by}, not of {step}")
     return manifest
+
+
+def input_folder(folder: Path, role: str) -> Path:
+    """Where an input of a finished folder lies now: at its place relative to `folder`, or where it was.
+
+    Raises:
+        UserError: it is at neither place, or what is there is something else.
+    """
+    entry = read_manifest(folder)["inputs"][role]
+    places = [Path(folder).resolve() / entry["relative"], Path(entry["path"])]
+    for place in (Path(os.path.normpath(place)) for place in places):
+        if (place / MANIFEST).is_file() and read_manifest(place)["digest"] == entry["digest"]:
+            return place
+    what = "is not what it was" if any(place.exists() for place in places) else "is not there any more"
+    raise UserError(f"{folder}: its {role}, {entry['path']}, {what}; put it back, or name it yourself")
 
 
 def finished(folder: Path, step: str, config: Any) -> bool:
