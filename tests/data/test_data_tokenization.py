@@ -1,6 +1,8 @@
 """Round trip, digits, byte counts, and that other ways of loading the tokenizer change nothing."""
 
 import json
+import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -51,6 +53,16 @@ def test_bytes_of_each_token_by_hand():
 
 def test_offsets_that_step_back_count_no_byte_twice():
     assert _bytes_of_tokens("abécd", [(0, 1), (1, 3), (1, 2), (3, 5)]).tolist() == [1, 3, 0, 2]
+
+
+@pytest.mark.parametrize("unit", ["abcdefgh", "東京", " ", "=-", "\n\t"])
+def test_a_megabyte_without_a_gap_takes_seconds(unit):
+    rng = random.Random(0)
+    text = "".join(rng.choices(unit, k=1_000_000))
+    started = time.process_time()
+    trained = train_tokenizer([text], 300)
+    assert time.process_time() - started < 20  # quadratic, it took ten minutes
+    assert len(trained) > 258 and trained.decode(trained(text[:5000])["input_ids"]) == text[:5000]
 
 
 def test_digits_stand_alone(tokenizer):

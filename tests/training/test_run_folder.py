@@ -86,7 +86,7 @@ def unfinished(run):
         ({"run": {"seed": 3}}, "run.seed"),
         ({"model": {"capacity": 0.25, "predictor_weight": 0.5}}, "model.capacity.*model.predictor_weight"),
         (
-            {"training": {"mode": "pretrained", "max_steps": 12}, "model": {"pretrained": "/no/such"},
+            {"training": {"mode": "pretrained"}, "model": {"pretrained": "/no/such", "size": None},
              "data": {"tokenizer_name": "x"}, "force": True},
             "model.pretrained=/no/such",
         ),
@@ -324,3 +324,13 @@ def test_means_of_a_line_do_not_depend_on_where_a_run_was_interrupted(make_setti
         shutil.rmtree(later)
     train(settings, data_dir, resumed)
     assert_equal_ends(resumed, straight)
+
+
+def test_damaged_data_are_noticed_before_anything_else(unfinished, make_settings, data_dir, tmp_path):
+    damaged = shutil.copytree(data_dir, tmp_path / "data")
+    (file,) = (damaged / "train").glob("*.arrow")
+    flip(file)
+    before = snapshot(unfinished)
+    with pytest.raises(UserError, match=r"train/.*\.arrow: damaged: sha256 differs"):
+        train(make_settings("mod", training=STEPS), damaged, unfinished)
+    assert snapshot(unfinished) == before

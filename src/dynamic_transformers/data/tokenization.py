@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from dynamic_transformers.data.documents import Document
 from dynamic_transformers.settings import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+LONG_WORD = re.compile(r"(\S{1000}|\s{1000})")
 MINIMUM_VOCABULARY = 256 + 1  # every byte, and the end of text
 
 
@@ -53,7 +55,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    # Training takes time by the square of a word's length: without a gap, a megabyte would take minutes.
+    pieces = (piece for text in texts for piece in LONG_WORD.split(text) if piece)
+    backend.train_from_iterator(pieces, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,

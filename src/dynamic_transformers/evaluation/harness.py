@@ -190,11 +190,12 @@ def task_manager(include_defaults: bool) -> TaskManager:
     return TaskManager(include_defaults=include_defaults)
 
 
-def _load_tasks(
-    specs: dict[str, str | dict[str, Any]], confirm_run_unsafe_code: bool
-) -> tuple[TaskManager, list[Any]]:
-    """The manager, and the tasks and groups of `specs`, their data loaded."""
-    names = [name for name, spec in specs.items() if isinstance(spec, str)]
+def check_tasks(names: Sequence[str], confirm_run_unsafe_code: bool) -> TaskManager:
+    """lm-eval's index, once it knows all of these tasks and nothing runs a model's code without consent.
+
+    Raises:
+        UserError: no such task, or no consent.
+    """
     manager = task_manager(include_defaults=bool(names))
     for name in names:
         if name not in manager.task_index:
@@ -202,10 +203,20 @@ def _load_tasks(
     unsafe = _unsafe_tasks(names, manager)
     if unsafe and not confirm_run_unsafe_code:
         raise UserError(
-            f"{', '.join(unsafe)}: runs code that the model writes; consent with --confirm_run_unsafe_code"
+            f"{', '.join(unsafe)}: runs code that the model writes; consent with --confirm_run_unsafe_code, "
+            "in settings evaluation.confirm_run_unsafe_code=true"
         )
     if unsafe:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    return manager
+
+
+def _load_tasks(
+    specs: dict[str, str | dict[str, Any]], confirm_run_unsafe_code: bool
+) -> tuple[TaskManager, list[Any]]:
+    """The manager, and the tasks and groups of `specs`, their data loaded."""
+    names = [name for name, spec in specs.items() if isinstance(spec, str)]
+    manager = check_tasks(names, confirm_run_unsafe_code)
     loaded: list[Any] = []
     for name, spec in specs.items():
         try:

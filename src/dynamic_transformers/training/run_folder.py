@@ -49,14 +49,13 @@ def run_identity(settings: Settings, data_dir: Path, processes: int = 1) -> dict
     """
     values = settings.to_dict()
     training = values["training"]
-    data = read_manifest(data_dir, "prepare_data")
     return {
         **flat({"model": values["model"]}),
         **flat({"training": {key: value for key, value in training.items() if key not in FREE}}),
         "run.seed": settings.run.seed,
         "system.precision": settings.system.precision,
         "global_batch": settings.data.batch_size * training["gradient_accumulation_steps"] * processes,
-        "data_digest": data.get("content_digest", data["digest"]),
+        "data_digest": read_manifest(data_dir, "prepare_data")["content_digest"],
     }
 
 

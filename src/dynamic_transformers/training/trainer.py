@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from safetensors.torch import save_model
 
-from dynamic_transformers.data.loading import batches_of, load_split
+from dynamic_transformers.data.loading import batches_of, load_split, verify_split
 from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_manifest
 from dynamic_transformers.models import RoutedForCausalLM
@@ -70,6 +70,9 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, force: bool = False
                 send_rest(settings, run_dir)
             return run_dir
         identity = run_identity(settings, data_dir, accelerator.num_processes)
+        if main:
+            for split in ("train", "validation"):
+                verify_split(data_dir, split)
         state = fresh_state(settings, data_dir, identity, accelerator)
         start = plan_on_rank_0(run_dir, state, settings, force, accelerator)
         if start.checkpoint is not None:
