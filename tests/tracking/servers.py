@@ -1,4 +1,4 @@
-"""Servers that MLflow's client meets: one that takes its time, one that never answers, one that is no MLflow."""
+"""Servers that a client meets: one that takes its time, one that never answers, one of another kind."""
 
 import json
 import socket

@@ -143,7 +143,7 @@ def test_a_server_that_hangs_in_the_end_costs_seconds(run_dir, monkeypatch, capl
 def test_a_question_to_a_server_that_hangs_takes_seconds(tmp_path):
     with hanging() as address:
         start = time.perf_counter()
-        with pytest.raises(UserError, match="MLflow: http://.* does not answer"):
+        with pytest.raises(UserError, match=r"MLflow: http://.* does not answer"):
             find_evaluated(TrackingSettings(mlflow_uri=f"http://{address}"), tmp_path, "any")
         assert time.perf_counter() - start < 5
 

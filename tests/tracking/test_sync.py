@@ -92,7 +92,7 @@ def test_an_output_folder_that_was_moved_has_its_database_with_it(run, settings,
 
 
 def test_a_run_that_goes_on_is_left_alone(run, settings):
-    with sole_writer(run), pytest.raises(UserError, match="process .* writes there now"):
+    with sole_writer(run), pytest.raises(UserError, match=r"process .* writes there now"):
         sync(run)
     assert not tracked(settings)[1]
 

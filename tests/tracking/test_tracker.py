@@ -22,7 +22,6 @@ from dynamic_transformers.tracking import (
     tracking_uri,
 )
 
-
 MANIFEST = {"digest": "d" * 64, "splits": {"train": {"tokens": 9}}}
 
 
@@ -293,7 +292,7 @@ def test_once_a_file_does_not_get_through_no_other_is_tried(address, tmp_path, m
     monkeypatch.setattr(SlowServer, "seconds", 4 if stuck == "model" else 1.5)
     monkeypatch.setattr(SlowServer, "stored", stored := [])
     track_evaluation(RunTracker(tmp_path, TrackingSettings(mlflow_uri=f"http://{address}"), tmp_path, "a"))
-    assert stored == tried
+    assert list(dict.fromkeys(stored)) == tried
 
 
 @pytest.mark.parametrize("lost", ["evaluation", "model", None])

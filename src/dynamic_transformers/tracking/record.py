@@ -61,6 +61,7 @@ class RecordFile:
         self.record = read_record(run_dir) or default
         self.frozen = False  # by a run that has been closed: a later step may own the file by now
         self._lock = threading.Lock()
+        self._told = False
 
     @contextmanager
     def changing(self) -> Iterator[Record]:
@@ -71,7 +72,9 @@ class RecordFile:
                 try:
                     save_record(self.path.parent, self.record)
                 except OSError as error:
-                    logger.warning("%s: not written (%s)", self.path, error.strerror)
+                    if not self._told:
+                        logger.warning("%s: not written (%s)", self.path, error.strerror)
+                    self._told = True
 
 
 def read_record(run_dir: Path) -> Record | None:

@@ -10,13 +10,20 @@ from pathlib import Path
 from dynamic_transformers.settings import TrackingSettings
 from dynamic_transformers.tracking.delivery import Delivery
 from dynamic_transformers.tracking.record import RecordFile
-from dynamic_transformers.tracking.store import explained, open_store, tracking_uri
+from dynamic_transformers.tracking.store import (
+    explained,
+    load_mlflow,
+    local_database,
+    open_store,
+    tracking_uri,
+)
 
 logger = logging.getLogger("dynamic_transformers")
 
 PATIENCE = 4  # seconds without an answer after which nobody waits for the store any more
 OPENING = 60  # seconds that the import of MLflow and a new database may take, on a busy machine
 PAUSES = (2, 5, 15, 60)  # seconds between attempts while a store is away
+RETRY_WITHIN = 1  # seconds in which an attempt has to fail for another one at the end of a run
 LOCKED = 10  # attempts, 0.2 seconds apart, while another run writes to the same SQLite file
 
 
@@ -51,10 +58,13 @@ class Sender:
         with self._state:
             self._hurry = True
             self._state.notify_all()
-            self._deadline = max(self._deadline, time.monotonic() + PATIENCE)
-            failures = self._failures
-            while self._done < number and self._failures <= failures:
-                left = self._deadline - time.monotonic()
+            start, failures = time.monotonic(), self._failures
+            self._deadline = max(self._deadline, start + PATIENCE)
+            while self._done < number:
+                now = time.monotonic()
+                if self._failures > failures and now - start > RETRY_WITHIN:
+                    break  # an attempt that had begun before has failed; another one would take as long
+                left = self._deadline - now
                 if left <= 0:
                     logger.warning("MLflow: no answer for %d seconds; %s", PATIENCE, self._later())
                     return False
@@ -104,6 +114,9 @@ class Sender:
     def _send(self) -> None:
         if self._delivery is None:
             self._answered(OPENING)
+            load_mlflow(self._uri())
+            if local_database(self._uri()) is None:
+                self._answered()
             client = open_store(self._uri())
             self._answered()
             self._delivery = Delivery(client, self.file, self.settings, self.output_dir, self._answered)
@@ -119,7 +132,7 @@ class Sender:
     def _tell(self, error: Exception) -> None:
         """Warn, once for each kind of trouble."""
         line, waiting_helps = explained(error, self._uri())
-        kind = line.partition(":")[0]
+        kind = line.partition(" (")[0]
         if kind != self._told and not self._stopped:
             end = (
                 self._later() if waiting_helps else f"until then nothing is sent; afterwards, {self._later()}"

@@ -76,12 +76,8 @@ def given_run(settings: TrackingSettings) -> str | None:
     return os.environ.get("MLFLOW_RUN_ID") if same_server else None
 
 
-def open_store(uri: str) -> MlflowClient:
-    """A client of a store that has answered.
-
-    Raises:
-        Exception: MLflow's own; `explained` says what it means.
-    """
+def load_mlflow(uri: str) -> None:
+    """Import what a store of this address needs, which takes seconds, and set it up."""
     os.environ.setdefault(TIMEOUT, str(REQUEST_TIMEOUT))
     os.environ.setdefault(RETRIES, "1")
     # The addresses that MLflow prints hold whatever password MLFLOW_TRACKING_URI holds.
@@ -94,6 +90,15 @@ def open_store(uri: str) -> MlflowClient:
         mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # else 100 seconds for a database that cannot be opened
         for name, level in (("alembic", logging.WARNING), ("mlflow.store.db.utils", logging.CRITICAL)):
             logging.getLogger(name).setLevel(level)  # it prints each error's traceback; `explained` is enough
+
+
+def open_store(uri: str) -> MlflowClient:
+    """A client of a store that has answered.
+
+    Raises:
+        Exception: MLflow's own; `explained` says what it means.
+    """
+    load_mlflow(uri)
     path = local_database(uri)
     if path is None:
         with _environment({TIMEOUT: str(min(FIRST_TIMEOUT, int(os.environ[TIMEOUT]))), RETRIES: "0"}):

@@ -139,7 +139,9 @@ class RunTracker:
         Args:
             status: FINISHED, FAILED or KILLED; None: a later step goes on.
         """
-        arrived = True
+        start, arrived = time.monotonic(), True
+        if self.wandb:
+            self.wandb.end(status)
         if self.sender:
             with self.file.changing() as record:
                 record.status = status or record.status
@@ -147,7 +149,7 @@ class RunTracker:
             self.sender.stop()
             self.file.frozen = True
         if self.wandb:
-            self.wandb.close(status)
+            self.wandb.wait(start)
         return arrived
 
     def _attach(self, kind: str, **values: Any) -> None:

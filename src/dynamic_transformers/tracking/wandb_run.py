@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import queue
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dynamic_transformers")
 
-ANSWER_TIMEOUT = 3  # seconds for a first sign of the server
+ANSWER_TIMEOUT = 2  # seconds for a first sign of the server
 INIT_TIMEOUT = 15  # seconds; nobody waits for them
 FINISH_TIMEOUT = 3  # seconds that W&B may take for what is left when a run ends
 PATIENCE = 4.5  # seconds that the run waits for that
@@ -71,11 +73,14 @@ class WandbRun:
         if self.settings.wandb_checkpoints:
             self._tasks.put(send)
 
-    def close(self, status: str | None) -> None:
-        """End the run, and wait a few seconds for it."""
+    def end(self, status: str | None) -> None:
+        """Let the run end."""
         self._exit_code = int(status in (FAILED, KILLED))
         self._tasks.put(None)
-        self._thread.join(PATIENCE)
+
+    def wait(self, start: float) -> None:
+        """Wait for that until PATIENCE after `start`, by time.monotonic."""
+        self._thread.join(max(0.0, start + PATIENCE - time.monotonic()))
         if self._thread.is_alive():
             logger.warning("W&B: does not answer; `wandb sync %s/wandb/*run-*` sends the rest", self.run_dir)
 
@@ -106,14 +111,21 @@ class WandbRun:
                     return wandb.init(settings=limits, **self.options)
                 except wandb.Error as error:
                     why = str(error).partition("\n")[0][:200]
+                    wandb.teardown()  # else the run's id is "in use"
         run = wandb.init(settings=limits, mode="offline", **self.options)
         logger.warning("W&B: %s; `wandb sync %s` sends what is kept there", why, Path(run.dir).parent)
         return run
 
 
 def _answers(address: str) -> bool:
+    """Whether a server answers to a question, be it with a refusal.
+
+    `wandb.init` takes longer to notice, and so does the end of the process afterwards.
+    """
+    question = json.dumps({"query": "{ viewer { id } }"}).encode()
+    request = urllib.request.Request(f"{address}/graphql", question, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(address, timeout=ANSWER_TIMEOUT):
+        with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT):
             return True
     except urllib.error.HTTPError:
         return True
