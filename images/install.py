@@ -1,8 +1,8 @@
 """Installs the requirements of one part of an image: `install.py PART [PIP-OPTION...]`.
 
 A part is `build` (what builds our package, and those that come as source), `torch` (torch and what is built
-on it), `core` (the other dependencies), `kfp`, or an extra of pyproject.toml; versions are those of
-constraints.txt.
+on it), `evaluate` (lm-eval and what reports need), `core` (the other dependencies), `kfp`, or an extra of
+pyproject.toml; versions are those of constraints.txt.
 """
 
 import re
@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH = ("accelerate", "torch")
+PARTS = {"torch": ("accelerate", "torch"), "evaluate": ("jinja2", "lm-eval", "matplotlib", "scipy")}
 
 
 def requirements(part: str, pyproject: dict) -> list[str]:
@@ -27,8 +27,11 @@ def requirements(part: str, pyproject: dict) -> list[str]:
         return pyproject["build-system"]["requires"]
     if part == "kfp":
         return [line for line in extras["pipeline"] if name(line) == "kfp"]
-    if part in ("core", "torch"):
-        return [line for line in project["dependencies"] if (name(line) in TORCH) == (part == "torch")]
+    if part in PARTS:
+        return [line for line in project["dependencies"] if name(line) in PARTS[part]]
+    if part == "core":
+        elsewhere = [entry for names in PARTS.values() for entry in names]
+        return [line for line in project["dependencies"] if name(line) not in elsewhere]
     return extras[part]
 
 

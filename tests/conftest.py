@@ -46,9 +46,10 @@ def make_settings(tmp_path_factory):
     output_dir = str(tmp_path_factory.mktemp("outputs"))
 
     def make(architecture="standard", **groups):
+        size = None if groups.get("model", {}).get("pretrained") else "micro"
         values = {
             "run": {"name": architecture, "output_dir": output_dir},
-            "model": {"type": architecture, "size": "micro", "surprise": {"beta_warmup_steps": 2}},
+            "model": {"type": architecture, "size": size, "surprise": {"beta_warmup_steps": 2}},
             "data": dict(DATA),
             "training": {"log_every": 1},
             "tracking": {"mlflow": False},

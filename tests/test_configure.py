@@ -78,6 +78,10 @@ def test_an_experiment_is_a_difference_to_the_default(tmp_path):
         ("tracking.mlflow_uri=https://user:sesame@host", "MLFLOW_TRACKING_USERNAME"),
         ("nonsense", "not of the form key=value"),
         ("=5", "not of the form key=value"),
+        (".=5", "not of the form key=value"),
+        ("model.dimensions=null", "model.dimensions: must not be null"),
+        ("data.dataset_configs[7]={name: a}", "data.dataset_configs[7]: no such entry"),
+        ("training.optimizer.betas[2]=0.5", "training.optimizer.betas[2]: no such entry"),
         ("run.output_dir=~nobody-of-this-name/x", "~nobody-of-this-name"),
     ],
 )

@@ -112,11 +112,10 @@ def apply(config: DictConfig, override: str) -> None:
         int(part) if part.isdecimal() else part for part in key.replace("[", ".").replace("]", "").split(".")
     )
     value = _value(hint_at(Settings, path), text, override)
-    place = OmegaConf.select(config, key.rpartition(".")[0]) if len(path) > 1 else config
-    *_, index = path
-    if isinstance(index, int) and (place is None or index >= len(place)):
-        raise MisfitError(path, f": no such entry; there are {len(place or [])}")
-    OmegaConf.update(config, key, value, merge=True)
+    try:
+        OmegaConf.update(config, key, value, merge=True)
+    except IndexError as error:
+        raise MisfitError(path, ": no such entry") from error
 
 
 def split_override(override: str) -> tuple[str, str]:
@@ -127,7 +126,7 @@ def split_override(override: str) -> tuple[str, str]:
     """
     key, equals, value = override.partition("=")
     key = key.strip().lstrip("+")
-    if not equals or not key:
+    if not equals or not key.strip("."):
         raise UserError(f"{override!r} is not of the form key=value")
     if key.startswith("~"):
         raise UserError(f"{override}: a setting cannot be removed; give it a value, or null")

@@ -46,7 +46,7 @@ def read(hint: Any, value: Any, path: tuple[str | int, ...] = ()) -> Any:
     if value is None:
         if optional or base is Any:
             return None
-        raise MisfitError(path, ": must not be null; a text that reads so is written in quotes")
+        raise MisfitError(path, f": must not be null{', a text is written in quotes' if base is str else ''}")
     if dataclasses.is_dataclass(base):
         assert isinstance(base, type)
         return _group(base, value, path)

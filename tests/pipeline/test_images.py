@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -174,6 +175,14 @@ def test_whatever_the_images_install_is_constrained(part, package, tmp_path):
     # What comes as source is built with the setuptools that `build` installed, not with the newest.
     assert ("--no-build-isolation" in options) == (part != "build")
     assert package in re.split(r"[ =<>]+", requirements)
+
+
+def test_the_images_have_what_the_package_needs_each_in_one_part():
+    requirements = runpy.run_path(str(PROJECT_ROOT / "images" / "install.py"))["requirements"]
+    pyproject = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())
+    parts = [line for part in ("core", "torch", "evaluate") for line in requirements(part, pyproject)]
+    assert sorted(parts) == sorted(pyproject["project"]["dependencies"])
+    assert len(requirements("torch", pyproject)) == 2 and len(requirements("evaluate", pyproject)) == 4
 
 
 def test_every_requirement_has_one_version():

@@ -68,7 +68,7 @@ def run_benchmarks(
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models import huggingface
     except ModuleNotFoundError as error:
-        raise UserError("lm-eval is not installed: pip install 'dynamic-transformers[evaluate]'") from error
+        raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UserError(f"batch_size={batch_size}, limit={limit}: must be at least 1")
     config = _load_config(model_dir, selection_rule)
