@@ -9,18 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from dynamic_transformers.command_line import run_command
+from dynamic_transformers.command_line import path, run_command
 from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
 from dynamic_transformers.manifest import input_folder, read_manifest
 from dynamic_transformers.preflight import check_places, preflight
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking.sync import add_sync_arguments, sync_command
-
-
-def path(text: str) -> Path:
-    """A path of the command line; a shell leaves the ~ of `--option=~/x` to us."""
-    return Path(text).expanduser()
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

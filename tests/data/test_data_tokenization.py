@@ -1,6 +1,5 @@
-"""Round trip, digits, byte counts, and that other ways of loading the tokenizer change nothing."""
+"""Round trip, digits, byte counts, and tokenizers from elsewhere."""
 
-import json
 import random
 import time
 
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.documents import Document
 from dynamic_transformers.data.tokenization import (
@@ -67,22 +66,6 @@ def test_a_megabyte_without_a_gap_takes_seconds(unit):
 
 def test_digits_stand_alone(tokenizer):
     assert tokenizer.tokenize(" 1234 + 5") == ["Ġ", "1", "2", "3", "4", "Ġ+", "Ġ", "5"]
-
-
-def test_beside_a_qwen2_config_the_tokens_are_the_same(tokenizer, tmp_path, make_texts):
-    """There AutoTokenizer builds a Qwen2Tokenizer and passes over the rules in tokenizer.json."""
-    tokenizer.save_pretrained(tmp_path)
-    plain = AutoTokenizer.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    qwen2 = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(qwen2) is not type(plain)
-    samples = [*make_texts(20, seed=5), "def f(x):\n    return  x\n\n\nI don't 1234 (a_b)!\t "]
-    for text in samples:
-        expected = tokenizer(text)["input_ids"]
-        assert plain(text)["input_ids"] == expected == qwen2(text)["input_ids"]
-    for other in (plain, qwen2):
-        assert (other.bos_token, other.eos_token, other.pad_token) == (END_OF_TEXT,) * 3
-        assert len(other) == len(tokenizer)
 
 
 def test_a_tokenizer_from_a_folder_with_its_own_beginning(tmp_path):

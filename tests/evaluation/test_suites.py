@@ -17,7 +17,7 @@ def data_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "data" / "tasks"
     folder.mkdir(parents=True)
     for name in ("perplexity_my_code", "perplexity_prose", "cloze", "arithmetic"):
-        (folder / f"{name}.jsonl").write_text("{}\n")
+        (folder / f"{name}.jsonl").write_text('{"text": "a"}\n')
     return tmp_path / "data"
 
 
@@ -40,9 +40,9 @@ def test_quick_test_is_what_the_data_folder_has(data_dir: Path) -> None:
     specs = expand_tasks(["quick_test"], data_dir)
     assert set(specs) == {"dt_perplexity_my_code", "dt_perplexity_prose", "dt_cloze", "dt_arithmetic"}
     for name, config in embedded_tasks(data_dir).items():
-        assert specs[name] == config
+        assert specs[name].keys() == config.keys()
         assert config["task"] == name
-        assert Path(config["dataset_kwargs"]["data_files"]["test"]).is_file()
+        assert config["custom_dataset"]()["test"][:] == {"text": ["a"]}
         assert all({"aggregation", "higher_is_better"} <= set(metric) for metric in config["metric_list"])
 
 

@@ -111,7 +111,7 @@ def evaluate(
             },
         },
         "history": [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
-        "model_dir": str(model_dir),
+        "model_dir": str(model_dir.resolve()),
         "mlflow_run_id": tracker.run_id,
         "variant": digest(variant(model_manifest["run_config"])),
         "model_digest": model_manifest["digest"],
