@@ -5,7 +5,7 @@ python bench.py --model_path DIR --tasks general,math --batch_size 8
 
 import argparse
 
-from dynamic_transformers.configure import run_command
+from dynamic_transformers.command_line import run_command
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
 
 if __name__ == "__main__":

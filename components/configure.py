@@ -7,7 +7,7 @@ from kfp import dsl
 from components import image_of
 
 
-@dsl.component(base_image=image_of("prepare"), install_kfp_package=False)
+@dsl.component(base_image=image_of("evaluate"), install_kfp_package=False)
 def configure(
     settings: str,
     architectures: List[str],  # noqa: UP006
@@ -33,6 +33,7 @@ def configure(
     from pathlib import Path
 
     from dynamic_transformers.configure import run_names, settings_from_parameters
+    from dynamic_transformers.preflight import preflight
     from dynamic_transformers.step_log import step_log
 
     with step_log(Path(merged)):
@@ -40,4 +41,5 @@ def configure(
             settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
         )
         Path(runs).write_text(json.dumps(run_names(architectures, seeds)))
+        preflight(values, architectures, here=False)
         Path(merged).write_text(values.to_json())

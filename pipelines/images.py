@@ -15,7 +15,7 @@ import sys
 
 from components import IMAGES
 from dynamic_transformers import __version__
-from dynamic_transformers.configure import run_command
+from dynamic_transformers.command_line import run_command
 from dynamic_transformers.manifest import source_revision, write_json
 from dynamic_transformers.settings import PROJECT_ROOT, UserError, holds_credentials
 

@@ -55,7 +55,7 @@ def make_settings(tmp_path_factory):
             "system": {"device": "cpu"},
         }
         for group, entries in groups.items():
-            values[group] = values[group] | entries
+            values[group] = values.get(group, {}) | entries
         if not {"max_steps", "max_tokens", "max_flops"} & set(values["training"]):
             values["training"]["max_steps"] = 6
         return settings_from_dict(values)

@@ -1,12 +1,16 @@
 """The commands of the README, as a user types them."""
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from dynamic_transformers.settings import PROJECT_ROOT
+from dynamic_transformers.cli import read_text
+from dynamic_transformers.command_line import run_command
+from dynamic_transformers.settings import PROJECT_ROOT, UserError
 
 
 def python(*arguments):
@@ -38,19 +42,86 @@ def test_train_and_bench(config_name, tmp_path, micro_overrides):
         assert str(report / "report.html") in compared.stdout and "MoD" in compared.stdout
 
 
+HEAVY = {"torch", "transformers", "datasets", "mlflow", "accelerate", "lm_eval", "matplotlib", "scipy", "kfp"}
+SHOW_IMPORTS = """
+import runpy, sys
+try:
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(sorted(set(sys.modules) & HEAVY), file=sys.stderr)
+""".replace("HEAVY", repr(HEAVY))
+CLI = "src/dynamic_transformers/cli.py"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["model.tpye=mod"], "error: model.tpye: no such key; did you mean model.type?"),
-        (["model.type=rnn"], "error: model.type=rnn: must be one of standard, mod, sdt, stt"),
-        (["--config-name=nothing"], "error: no configuration 'nothing'"),
-        (["training.max_tokens=10"], "error: give exactly one of training.max_steps, max_tokens, max_flops"),
+        ([CLI, "--help"], 0, ""),
+        ([CLI, "trian"], 2, "error: trian: not a command"),
+        (["train.py", "--help"], 0, ""),
+        (["bench.py", "--help"], 0, ""),
+        (["train.py", "model.tpye=mod"], 2, "error: model.tpye: no such key; did you mean model.type?"),
+        (["train.py", "--config-name=nothing"], 2, "error: no configuration 'nothing'"),
+        (["train.py", "training.resume=nonsense"], 2, "error: training.resume=nonsense: no such folder"),
+        (["train.py", "evaluation.tasks=[code]"], 2, "error: evaluation.tasks: code runs code"),
+        (
+            ["train.py", "model.capacity=0.5"],
+            2,
+            "error: model.capacity=0.5: the standard model routes nothing",
+        ),
+        ([CLI, "prepare", "run.seed=-1"], 2, "error: run.seed=-1: must be in [0, 4294967295]"),
+        ([CLI, "prepare", "run.output_dir=/etc/passwd"], 2, "error: run.output_dir: /etc/passwd is a file"),
+        ([CLI, "routing", "--model_path=x", "--text=a"], 2, "error: x: no exported model"),
     ],
 )
-def test_mistakes_end_in_one_line(arguments, message):
-    result = python("train.py", *arguments)
+def test_help_and_mistakes_come_at_once(arguments, code, message):
+    """In one line, and before anything is imported that takes seconds."""
+    result = python("-c", SHOW_IMPORTS, *arguments)
+    *lines, imported = result.stderr.splitlines()
+    assert (result.returncode, imported) == (code, "[]")
+    assert len(lines) <= 1 + 10 * (message.endswith("not a command")) and "".join(lines).startswith(message)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_on_a_terminal_of_any_encoding_ends_no_command(encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "train.py", "model.type=größe→"]
+    result = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True)
     assert result.returncode == 2
-    assert result.stderr.startswith(message) and len(result.stderr.splitlines()) == 1
+    assert (
+        result.stderr.decode(encoding).startswith("error: model.type=gr")
+        and b"must be one of" in result.stderr
+    )
+
+
+def test_commands_end_in_one_line_and_their_exit_code(capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    def mistaken(args):
+        raise UserError("a file name with\na line break: no such file")
+
+    for command, code, line in (
+        (interrupted, 130, "error: interrupted"),
+        (mistaken, 2, "error: a file name with a line break: no such file"),
+        (lambda args: None, 0, ""),
+        (lambda args: 3, 3, ""),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run_command(command, argparse.ArgumentParser(), [])
+        assert (end.value.code, capsys.readouterr().err.strip()) == (code, line)
+        if line:
+            with pytest.raises((KeyboardInterrupt, UserError)):
+                run_command(command, argparse.ArgumentParser(), ["--debug"])
+
+
+def test_routing_reads_a_text_file_or_says_why_not(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(UserError, match=r"latin.txt: not UTF-8 \(at byte 3\)"):
+        read_text(tmp_path / "latin.txt")
+    with pytest.raises(UserError, match="No such file"):
+        read_text(tmp_path / "none.txt")
 
 
 def test_every_test_file_is_collected(request):

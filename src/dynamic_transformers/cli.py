@@ -9,18 +9,28 @@ from pathlib import Path
 
 import yaml
 
-from dynamic_transformers.configure import CONFIG_DIR, compose_settings, run_command, settings_from_dict
+from dynamic_transformers.command_line import run_command
+from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
-from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.manifest import input_folder, read_manifest
+from dynamic_transformers.preflight import check_places, preflight
 from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.tracking.sync import add_sync_arguments, sync_command
+
+
+def path(text: str) -> Path:
+    """A path of the command line; a shell leaves the ~ of `--option=~/x` to us."""
+    return Path(text).expanduser()
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the commands that take a configuration."""
     parser.add_argument(
-        "--config-name", default="default", help="a file of the configuration folder (default: default)"
+        "--config-name", default="default", help="a file of config/, or one of ours (default: default)"
     )
-    parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR, help="default: config/")
+    parser.add_argument(
+        "--config-dir", type=path, help="your files, which win over ours (default: config/, if there is one)"
+    )
     parser.add_argument(
         "--force", action="store_true", help="do it again although a finished output is there"
     )
@@ -28,31 +38,36 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Settings that a command line asks for; also switches plain logging on."""
-    from dynamic_transformers.training.display import configure_logging
-
-    configure_logging()
+    """Settings that a command line asks for."""
     return compose_settings(args.config_name, args.overrides, args.config_dir)
 
 
 def prepare_command(args: argparse.Namespace) -> None:
     """`prepare`: write the data folder and say where it is."""
-    from dynamic_transformers.data.prepare import default_data_dir, prepare
-
     settings = settings_of(args)
+    check_places(settings)
+    # Not above: what is refused is refused at once, without seconds of imports.
+    from dynamic_transformers.data.prepare import default_data_dir, prepare
+    from dynamic_transformers.training.display import configure_logging
+
+    configure_logging()
     folder = prepare(settings, default_data_dir(settings), force=args.force)
     print(f"data: {folder}")
 
 
 def train_command(args: argparse.Namespace) -> None:
     """`train` and `train.py`: prepare, train, export."""
+    settings = settings_of(args)
+    preflight(settings)
+    # Not above: what is refused is refused at once, without seconds of imports.
     from accelerate import PartialState
 
     from dynamic_transformers.data.prepare import default_data_dir, prepare
     from dynamic_transformers.export import export
+    from dynamic_transformers.training.display import configure_logging
     from dynamic_transformers.training.trainer import on_cpu, train
 
-    settings = settings_of(args)
+    configure_logging()
     state = PartialState(cpu=on_cpu(settings))
     if not state.is_main_process:
         logging.getLogger("dynamic_transformers").setLevel(logging.WARNING)
@@ -80,7 +95,7 @@ def compare_command(args: argparse.Namespace) -> None:
 
     configure_logging()
     evaluations = [evaluation_of(folder) for folder in args.runs]
-    models = [Path(read_manifest(folder, "evaluate")["inputs"]["model"]["path"]) for folder in evaluations]
+    models = [input_folder(folder, "model") for folder in evaluations]
     print_comparison(compare(evaluations, args.output_dir, models=models))
 
 
@@ -92,24 +107,23 @@ def evaluation_of(folder: Path) -> Path:
     manifest = read_manifest(folder)
     if manifest["step"] == "evaluate":
         return folder
-    data_dir = Path(read_manifest(folder, "train")["inputs"]["data"]["path"])
+    data_dir = input_folder(folder, "data")
     settings = settings_from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    settings.run.output_dir = str(folder.resolve().parent)  # another working folder, or moved
     model_dir = export(folder, folder / "final_model")
     return evaluate(settings, data_dir, folder, model_dir, folder / "evaluation")
 
 
 def routing_command(args: argparse.Namespace) -> None:
     """`routing`: write the page and the picture, and say where they are."""
+    if not (args.model_path / "config.json").is_file():
+        raise UserError(f"{args.model_path}: no exported model (it has no config.json)")
+    text = read_text(args.file) if args.file else args.text
     from transformers import AutoTokenizer
 
     from dynamic_transformers.evaluation.efficiency import load_model
     from dynamic_transformers.evaluation.routing_page import PAGE, PICTURE, trace_routing, write_routing
 
-    if not (args.model_path / "config.json").is_file():
-        raise UserError(f"{args.model_path}: no exported model (it has no config.json)")
-    if args.file and not args.file.is_file():
-        raise UserError(f"{args.file}: no such file")
-    text = args.file.read_text(encoding="utf-8") if args.file else args.text
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
     routing = trace_routing(load_model(args.model_path), tokenizer, tokenizer(text)["input_ids"])
     folder = args.output_dir or args.model_path
@@ -118,26 +132,42 @@ def routing_command(args: argparse.Namespace) -> None:
     print(f"page:    {folder / PAGE}\npicture: {folder / PICTURE}")
 
 
+def read_text(file: Path) -> str:
+    """A text file's content.
+
+    Raises:
+        UserError: it cannot be read, or is of another encoding.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: not UTF-8 (at byte {error.start}); save the file in that encoding"
+        ) from error
+
+
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `export`."""
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--output_dir", type=Path, help="default: RUN_DIR/final_model")
+    parser.add_argument("run_dir", type=path)
+    parser.add_argument("--output_dir", type=path, help="default: RUN_DIR/final_model")
     parser.add_argument("--force", action="store_true", help="export again")
 
 
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `dynamic-transformers routing`."""
-    parser.add_argument("--model_path", type=Path, required=True, help="folder of the exported model")
+    parser.add_argument("--model_path", type=path, required=True, help="folder of the exported model")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="what the model reads")
-    source.add_argument("--file", type=Path, help="a text file that the model reads")
-    parser.add_argument("--output_dir", type=Path, help="default: the model's folder")
+    source.add_argument("--file", type=path, help="a text file that the model reads")
+    parser.add_argument("--output_dir", type=path, help="default: the model's folder")
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `compare`."""
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders with evaluation.json")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/report"))
+    parser.add_argument("runs", type=path, nargs="+", help="run folders, or folders with evaluation.json")
+    parser.add_argument("--output_dir", type=path, default=Path("outputs/report"))
 
 
 COMMANDS = {
@@ -146,6 +176,7 @@ COMMANDS = {
     "export": (export_command, add_export_arguments, "a run's checkpoint as a Hugging Face folder"),
     "bench": (bench_command, add_bench_arguments, "run lm-eval on an exported model"),
     "routing": (routing_command, add_routing_arguments, "show which tokens each layer computes"),
+    "sync": (sync_command, add_sync_arguments, "send to MLflow what it has missed of runs"),
     "compare": (compare_command, add_compare_arguments, "evaluate finished runs; table, plots and report"),
 }
 

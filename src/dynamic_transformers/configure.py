@@ -1,88 +1,79 @@
-"""Hydra's configuration → checked `Settings`, and user errors in one line."""
+"""Hydra's configuration files, overrides and parameters of pipelines → checked `Settings`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
-import math
 import os
-import re
-import sys
-import warnings
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dynamic_transformers.settings import (
-    ARCHITECTURES,
-    ATTENTION,
-    PROJECT_ROOT,
-    SELECTION_RULES,
-    SIZES,
-    Settings,
-    UserError,
-    holds_credentials,
-)
+from dynamic_transformers.checks import check
+from dynamic_transformers.hydra_files import compose_files, parse
+from dynamic_transformers.reading import MisfitError, hint_at, plain_type, read
+from dynamic_transformers.settings import ARCHITECTURES, SEED, Settings, UserError
 
-CONFIG_DIR = PROJECT_ROOT / "config"
-LEAST = (
-    ("run", "seed", 0),
-    ("data", "block_size", 2),
-    ("data", "batch_size", 1),
-    ("data", "vocab_size", 257),
-    ("data", "max_eval_tokens", 1),
-    ("training", "gradient_accumulation_steps", 1),
-    ("training", "log_every", 1),
-    ("training", "eval_every", 0),
-    ("training", "checkpoint_every", 0),
-    ("training.optimizer", "weight_decay", 0),
-    ("training.optimizer", "warmup_fraction", 0),
-    ("training.optimizer", "min_lr_fraction", 0),
-    ("model", "predictor_weight", 0),
-    ("model.mod", "aux_weight", 0),
-    ("model.mod", "z_loss_weight", 0),
-    ("model", "capacity_warmup_steps", 0),
-    ("model.surprise", "window", 1),
-    ("model.surprise", "prior_loss_weight", 0),
-    ("model.stt", "student_weight", 0),
-    ("model.stt", "gate_mean_weight", 0),
-    ("model.surprise", "beta_warmup_steps", 0),
-    ("evaluation", "batch_size", 1),
-    ("evaluation", "limit", 1),
-    ("evaluation", "num_fewshot", 0),
-    ("system", "num_workers", 0),
-)
-POSITIVE = (
-    ("training.optimizer", "lr"),
-    ("training.optimizer", "eps"),
-    ("training.optimizer", "max_grad_norm"),
-    ("model.surprise", "offset_ce_init"),
-    ("model.surprise", "multiplier_cu_init"),
-    ("model.surprise", "beta_start"),
-    ("model.surprise", "beta_end"),
-    ("model.surprise", "prior_factor"),
-    ("data", "validation_split_percentage"),
-    ("data", "test_split_percentage"),
-)
-DIMENSIONS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rope_theta",
-)
+CONFIG_DIR = Path(__file__).parent / "config"  # package data; in a checkout a link to config/
+NULL = ("null", "Null", "NULL", "~")
+
+
+def config_folders(config_dir: Path | None = None) -> list[Path]:
+    """Where configuration files are looked for: `config_dir`, else config/ of the working folder; then ours.
+
+    Raises:
+        UserError: `config_dir` is no folder.
+    """
+    if config_dir is not None and not config_dir.is_dir():
+        raise UserError(f"--config-dir {config_dir}: no such folder")
+    own = config_dir or Path("config")
+    return [own, CONFIG_DIR] if own.is_dir() else [CONFIG_DIR]
+
+
+def compose_settings(
+    config_name: str = "default", overrides: Sequence[str] = (), config_dir: Path | None = None
+) -> Settings:
+    """Compose `config_name.yaml` with Hydra and return checked `Settings`.
+
+    Args:
+        overrides: `key=value` each; a `group=option` chooses a file of a configuration group.
+        config_dir: the user's own files, which win over those of the package; None: config/ if there is one.
+
+    Raises:
+        UserError: no such file, bad override, unknown key, wrong type, impossible combination.
+    """
+    folders = config_folders(config_dir)
+    config_name = config_name.removesuffix(".yaml")
+    if not any((folder / f"{config_name}.yaml").is_file() for folder in folders):
+        known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        near = difflib.get_close_matches(config_name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"no configuration {config_name!r} in {folders[0]}; {hint}there are: {', '.join(known)}"
+        )
+    choices = [override for override in overrides if _is_choice(override, folders)]
+    values = compose_files(folders, config_name, choices)
+    return settings_from_dict(values, overrides=[entry for entry in overrides if entry not in choices])
+
+
+def _is_choice(override: str, folders: Sequence[Path]) -> bool:
+    """Whether it is `group=option`, a file in one of the folders' groups.
+
+    Raises:
+        UserError: the group has no such file.
+    """
+    group, option = split_override(override)
+    files = [file for folder in folders for file in (folder / group).glob("*.yaml")]
+    if "." in group or not files or option.startswith("{"):
+        return False
+    known = sorted({file.stem for file in files})
+    if option not in known:
+        raise UserError(f"{override}: no {group}/{option}.yaml; there are: {', '.join(known)}")
+    return True
 
 
 def settings_from_dict(*values: dict[str, Any], overrides: Sequence[str] = ()) -> Settings:
@@ -96,13 +87,71 @@ def settings_from_dict(*values: dict[str, Any], overrides: Sequence[str] = ()) -
         UserError: unknown key, wrong type, or an impossible combination.
     """
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Settings), *values, *map(_parsed, overrides))
-        settings = OmegaConf.to_object(config)
+        config = OmegaConf.merge({}, *values)
+        assert isinstance(config, DictConfig)
+        for override in overrides:
+            apply(config, override)
+        plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(omegaconf_line(error)) from error
-    assert isinstance(settings, Settings)
+    settings = read(Settings, plain)
     check(settings)
     return settings
+
+
+def apply(config: DictConfig, override: str) -> None:
+    """Put one `key=value` into plain settings.
+
+    A text is taken as it is written, without quotes around it; lists and mappings are YAML.
+
+    Raises:
+        UserError: no such key, or not of that form.
+    """
+    key, text = split_override(override)
+    path = tuple(
+        int(part) if part.isdecimal() else part for part in key.replace("[", ".").replace("]", "").split(".")
+    )
+    value = _value(hint_at(Settings, path), text, override)
+    place = OmegaConf.select(config, key.rpartition(".")[0]) if len(path) > 1 else config
+    *_, index = path
+    if isinstance(index, int) and (place is None or index >= len(place)):
+        raise MisfitError(path, f": no such entry; there are {len(place or [])}")
+    OmegaConf.update(config, key, value, merge=True)
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """Key and value of `key=value`; a + in front, as Hydra wants it for new keys, says nothing here.
+
+    Raises:
+        UserError: it has no key or no value, or asks to remove a setting.
+    """
+    key, equals, value = override.partition("=")
+    key = key.strip().lstrip("+")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not of the form key=value")
+    if key.startswith("~"):
+        raise UserError(f"{override}: a setting cannot be removed; give it a value, or null")
+    return key, value
+
+
+def _value(hint: Any, text: str, override: str) -> Any:
+    """What the text of an override means for a field: text, null, or YAML where it can be more than that."""
+    base, optional = plain_type(hint)
+    text = text.strip()
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if quoted and base in (str, Any):
+        mark = text[0]
+        return text[1:-1].replace(f"\\{mark}", mark)
+    if text in NULL and (optional or base is not str):
+        return None
+    if base in (str, int, float, bool) or (base is Any and not text.startswith(("[", "{"))):
+        if base is str and text in NULL[:-1]:
+            return None  # refused with the hint to write it in quotes
+        return text
+    value = parse(text, override)[0]
+    if dataclasses.is_dataclass(base) and not isinstance(value, dict):
+        raise UserError(f"{override}: must be a mapping of keys to values")
+    return value
 
 
 def settings_from_json(text: str, overrides: Sequence[str] = ()) -> Settings:
@@ -143,7 +192,8 @@ def settings_from_parameters(
         changes["tracking"]["mlflow_uri"] = mlflow_uri
     if mlflow_experiment:
         changes["tracking"]["experiment"] = mlflow_experiment
-    result = settings_from_dict(values, changes, overrides=overrides)
+    changes = {group: entries for group, entries in changes.items() if entries}
+    result = settings_from_dict(values, changes, overrides=[str(entry) for entry in overrides])
     if not (result.tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         result.tracking.mlflow = False
     return result
@@ -156,195 +206,22 @@ def run_names(architectures: Sequence[str], seeds: Sequence[int | float]) -> lis
         UserError: an unknown architecture, a seed that is no whole number, or one named twice.
     """
     for name in architectures:
-        _one_of("architectures", name, ARCHITECTURES)
+        if name not in ARCHITECTURES:
+            raise UserError(f"architectures={name}: must be one of {', '.join(ARCHITECTURES)}")
     for seed in seeds:
-        if not isinstance(seed, int | float) or seed < 0 or not float(seed).is_integer():
-            raise UserError(f"seeds: {seed} must be a whole number, at least 0")
+        if not isinstance(seed, int | float) or not SEED.allows(seed) or not float(seed).is_integer():
+            raise UserError(f"seeds: {seed} must be a whole number in {SEED.interval}")
     names = [f"{architecture}:{int(seed)}" for seed in seeds for architecture in architectures]
     if not names or len(set(names)) < len(names):
         raise UserError("architectures and seeds: name at least one of each, and each once")
     return names
 
 
-def compose_settings(
-    config_name: str = "default", overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR
-) -> Settings:
-    """Compose `config_dir/config_name.yaml` with Hydra and return checked `Settings`.
-
-    Raises:
-        UserError: no such file, bad override, unknown key, wrong type, impossible combination.
-    """
-    config_name = config_name.removesuffix(".yaml")
-    if not (config_dir / f"{config_name}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in config_dir.glob("*.yaml"))) or "none"
-        raise UserError(f"no configuration {config_name!r} in {config_dir}; there are: {known}")
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"{override!r} is not of the form key=value")
-    GlobalHydra.instance().clear()
-    # default.yaml begins with this schema, so that every key of the dataclasses can be overridden.
-    ConfigStore.instance().store("settings_schema", Settings)
-    try:
-        with warnings.catch_warnings(), initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-            # `defaults: [default]` without `_self_` is how the README writes an experiment: the file wins.
-            warnings.filterwarnings("ignore", message=".*missing `_self_`")
-            composed = compose(config_name, overrides=list(overrides))
-        values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_hydra_line(error, overrides)) from error
-    assert isinstance(values, dict)
-    return settings_from_dict({str(key): value for key, value in values.items()})
-
-
-def check(settings: Settings) -> None:
-    """Refuse impossible combinations.
-
-    Raises:
-        UserError: names the key, the value and what would be right.
-    """
-    model, data, training = settings.model, settings.data, settings.training
-    _one_of("model.type", model.type, ARCHITECTURES)
-    _one_of("model.size", model.size, tuple(SIZES))
-    _one_of("model.attention", model.attention, ATTENTION)
-    _one_of("model.mod.gate", model.mod.gate, ("sigmoid", "raw"))
-    _one_of("model.mod.routing", model.mod.routing, ("learned", "random"))
-    _one_of("model.surprise.beta_schedule", model.surprise.beta_schedule, ("linear", "cosine"))
-    _one_of("model.surprise.normalize", model.surprise.normalize, ("none", "moving_average", "state"))
-    _one_of("model.stt.targets", model.stt.targets, ("topk", "threshold"))
-    _one_of("model.stt.train_output", model.stt.train_output, ("sparse", "dense"))
-    _one_of("training.mode", training.mode, ("scratch", "pretrained"))
-    _one_of("system.precision", settings.system.precision, ("fp32", "bf16"))
-    _one_of("system.device", settings.system.device, ("auto", "cpu", "cuda"))
-    if model.capacity is not None and not 0 < model.capacity <= 1:
-        raise UserError(f"model.capacity={model.capacity}: must lie in (0, 1]")
-    if model.selection_rule is not None:
-        _one_of("model.selection_rule", model.selection_rule, SELECTION_RULES)
-        predicts = model.predictor_weight or (model.type == "stt" and model.selection_rule == "predictor")
-        if "predictor" in model.selection_rule and not predicts:
-            raise UserError(
-                f"model.selection_rule={model.selection_rule} needs model.predictor_weight > 0, usually 0.01"
-            )
-        if model.selection_rule == "aux" and not (model.type == "mod" and model.mod.aux_weight):
-            raise UserError("model.selection_rule=aux needs model.type=mod and model.mod.aux_weight > 0")
-    if model.mod.routing == "random" and model.mod.aux_weight:
-        raise UserError("model.mod.routing=random needs model.mod.aux_weight=0: noise cannot be learnt")
-    if model.type == "stt" and model.predictor_weight:
-        raise UserError("model.predictor_weight: STT's student is its predictor; leave it at 0")
-    if training.mode == "pretrained" and not model.pretrained:
-        raise UserError(
-            "training.mode=pretrained needs model.pretrained: a folder or hub name of a Qwen2 model"
-        )
-    if training.mode == "pretrained" and data.tokenizer_name is None:
-        raise UserError(
-            "training.mode=pretrained needs data.tokenizer_name, usually that of model.pretrained"
-        )
-    if training.mode == "scratch" and model.pretrained:
-        raise UserError(f"model.pretrained={model.pretrained} needs training.mode=pretrained")
-    budgets = [
-        name for name in ("max_steps", "max_tokens", "max_flops") if getattr(training, name) is not None
-    ]
-    if len(budgets) != 1:
-        given = " and ".join(f"training.{name}" for name in budgets) or "none"
-        raise UserError(
-            "give exactly one of training.max_steps, max_tokens, max_flops and set the others to null; "
-            f"given: {given}"
-        )
-    if (budget := getattr(training, budgets[0])) <= 0:
-        raise UserError(f"training.{budgets[0]}={budget}: must be positive")
-    if not data.dataset_configs:
-        raise UserError("data.dataset_configs is empty: name at least one source")
-    names = [source.name for source in data.dataset_configs]
-    if len(set(names)) != len(names):
-        raise UserError(f"data.dataset_configs: names must differ, got {', '.join(names)}")
-    for source in data.dataset_configs:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", source.name):
-            raise UserError(
-                f"data.dataset_configs: the name {source.name!r} becomes part of file names; "
-                "use only letters, digits and _ . -"
-            )
-        _one_of(f"data.dataset_configs.{source.name}.type", source.type, ("embedded", "hub"))
-        if not 0 < source.weight < math.inf:
-            raise UserError(
-                f"data.dataset_configs.{source.name}.weight={source.weight}: must be positive and finite"
-            )
-    check_ranges(settings)
-    backbone = model.backbone
-    if data.block_size > backbone.max_position_embeddings:
-        raise UserError(
-            f"data.block_size={data.block_size}: must not exceed the model's max_position_embeddings, "
-            f"{backbone.max_position_embeddings}"
-        )
-    if backbone.hidden_size % backbone.num_attention_heads:
-        raise UserError(
-            f"model.dimensions: hidden_size={backbone.hidden_size} is no multiple of "
-            f"num_attention_heads={backbone.num_attention_heads}"
-        )
-    if backbone.num_attention_heads % backbone.num_key_value_heads:
-        raise UserError(
-            f"model.dimensions: num_attention_heads={backbone.num_attention_heads} is no multiple of "
-            f"num_key_value_heads={backbone.num_key_value_heads}"
-        )
-    if backbone.hidden_size // backbone.num_attention_heads % 2:
-        raise UserError(
-            "model.dimensions: hidden_size / num_attention_heads must be even (rotary embeddings)"
-        )
-    if data.validation_split_percentage + data.test_split_percentage >= 100:
-        raise UserError("data.validation_split_percentage + data.test_split_percentage must be below 100")
-    try:
-        secret = holds_credentials(settings.tracking.mlflow_uri or "")
-    except ValueError as error:
-        raise UserError(f"tracking.mlflow_uri: {error}") from error
-    if secret:
-        raise UserError(
-            "tracking.mlflow_uri holds a user, password or token, and manifests hold the settings; give them "
-            "in MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        )
-
-
-def check_ranges(settings: Settings) -> None:
-    """Refuse numbers out of range.
-
-    Raises:
-        UserError: names the key, the value and the bound.
-    """
-    for key in _keys(settings.to_dict()):
-        value = attrgetter(key)(settings)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key}={value}: must be finite")
-    for group, name, least in LEAST:
-        value = attrgetter(f"{group}.{name}")(settings)
-        if value is not None and value < least:
-            raise UserError(f"{group}.{name}={value}: must be at least {least}")
-    for group, name in POSITIVE:
-        value = attrgetter(f"{group}.{name}")(settings)
-        if value <= 0:
-            raise UserError(f"{group}.{name}={value}: must be positive")
-    for name in DIMENSIONS:
-        if (value := getattr(settings.model.backbone, name)) < 1:
-            raise UserError(f"model.dimensions.{name}={value}: must be at least 1")
-    betas = settings.training.optimizer.betas
-    if not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"training.optimizer.betas={betas}: both must lie in [0, 1)")
-
-
-def run_command(
-    command: Callable[[argparse.Namespace], int | None],
-    parser: argparse.ArgumentParser,
-    arguments: Sequence[str] | None = None,
-) -> None:
-    """Parse the arguments (default: the command line's) and run `command`.
-
-    A `UserError` becomes one line and exit code 2.
-    """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        sys.exit(command(args) or 0)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def omegaconf_line(error: OmegaConfBaseException) -> str:
+    """The key that is wrong, and why."""
+    key = getattr(error, "full_key", None)
+    reason = str(error).splitlines()[0]
+    return f"{key}: {reason}" if key else reason
 
 
 def _json(name: str, text: str, kind: type) -> Any:
@@ -355,46 +232,3 @@ def _json(name: str, text: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise UserError(f"{name}: must be a JSON {'object' if kind is dict else 'list'}, not {text:.40}")
     return value
-
-
-def _parsed(override: str) -> DictConfig:
-    try:
-        return OmegaConf.from_dotlist([override])
-    except (yaml.YAMLError, ValueError) as error:
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{override}: {reason}") from error
-
-
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{key}={value}: must be one of {', '.join(allowed)}")
-
-
-def omegaconf_line(error: OmegaConfBaseException) -> str:
-    """The key that is wrong, and why."""
-    key = getattr(error, "full_key", None)
-    reason = str(error).splitlines()[0]
-    return f"{key}: {reason}" if key else reason
-
-
-def _hydra_line(error: Exception, overrides: Sequence[str]) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else type(error).__name__
-    if key := re.search(r"Could not override '(.+?)'", line):
-        near = difflib.get_close_matches(key[1], _keys(dataclasses.asdict(Settings())), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        reason = str(error.__cause__ or "").splitlines() or lines[1:] or [""]
-        known = "no such key" if "not in" in reason[0] + line else reason[0]
-        return f"{key[1]}: {known}{hint}"
-    if line.startswith("Error merging override") and error.__cause__:
-        return f"{line.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
-    return f"{line} (overrides: {' '.join(overrides)})" if overrides else line
-
-
-def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in values.items():
-        keys.append(f"{prefix}{name}")
-        if isinstance(value, dict):
-            keys += _keys(value, f"{prefix}{name}.")
-    return keys

@@ -9,14 +9,25 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
+
+from dynamic_transformers.constraints import FolderName, In, OneOf, Place
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 ARCHITECTURES = ("standard", "mod", "sdt", "stt")
 ATTENTION = ("sdpa", "eager")
 SELECTION_RULES = ("threshold", "predictor", "calibrated_predictor", "aux", "topk")
+
+# The ranges that many settings share.
+SEED = In(f"[0, {2**32 - 1}]")  # what numpy's generators take
+Count = Annotated[int, In("[1, inf)")]
+Steps = Annotated[int, In("[0, inf)")]
+Positive = Annotated[float, In("(0, inf)")]
+Weight = Annotated[float, In("[0, inf)")]
+Fraction = Annotated[float, In("[0, 1]")]
+Multiplier = Annotated[float, In("[0, 1e6]")]  # 0: these parameters stay as they are
 
 
 class UserError(ValueError):
@@ -36,14 +47,14 @@ def holds_credentials(address: str) -> bool:
 class RunSettings:
     """Name, place and seed of a run. The run folder is `output_dir/name`."""
 
-    name: str = "default"
-    output_dir: str = "outputs"
-    seed: int = 0
+    name: Annotated[str, FolderName(taken=("data", "mlartifacts", "mlflow.db"))] = "default"
+    output_dir: Annotated[str, Place()] = "outputs"
+    seed: Annotated[int, SEED] = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dimensions:
-    """Dimensions of the Qwen2 backbone."""
+    """Dimensions of a Qwen2 backbone."""
 
     hidden_size: int
     intermediate_size: int
@@ -66,83 +77,104 @@ SIZES = {
     "0.5b": Dimensions(896, 4864, 24, 14, 2),
     "1.5b": Dimensions(1536, 8960, 28, 12, 2),
 }
+DEFAULT_SIZE = "tiny"
+
+
+@dataclass
+class DimensionSettings:
+    """Dimensions that replace those of `model.size`, one by one; None: that of the size."""
+
+    hidden_size: Annotated[int | None, In("[2, 65536]")] = None
+    intermediate_size: Annotated[int | None, In("[1, 1048576]")] = None
+    num_hidden_layers: Annotated[int | None, In("[1, 1024]")] = None
+    num_attention_heads: Annotated[int | None, In("[1, 1024]")] = None
+    num_key_value_heads: Annotated[int | None, In("[1, 1024]")] = None
+    initializer_range: Annotated[float | None, In("(0, 1]")] = None
+    max_position_embeddings: Annotated[int | None, In("[2, 16777216]")] = None
+    rope_theta: Annotated[float | None, In("[1, 1e12]")] = None
+    tie_word_embeddings: bool | None = None
 
 
 @dataclass
 class MoDSettings:
     """Mixture-of-Depths options (architectures.md, section 3)."""
 
-    gate: str = "sigmoid"  # sigmoid | raw (the paper's formula)
-    routing: str = "learned"  # learned | random (a control)
-    aux_weight: float = 0.01  # of the router's own membership loss; docs/selection_rules.md
-    z_loss_weight: float = 0.0
+    gate: Annotated[str, OneOf("sigmoid", "raw")] = "sigmoid"  # raw: the paper's formula
+    routing: Annotated[str, OneOf("learned", "random")] = "learned"  # random: a control
+    aux_weight: Weight = 0.01  # of the router's own membership loss; docs/selection_rules.md
+    z_loss_weight: Weight = 0.0
 
 
 @dataclass
 class SurpriseSettings:
     """Surprise gate of SDT and STT (architectures.md, section 4)."""
 
-    offset_ce_init: float = 1.025
-    multiplier_cu_init: float = 1.1
-    window: int = 100
-    beta_start: float = 0.1
-    beta_end: float = 100.0
-    beta_warmup_steps: int = 100
-    beta_schedule: str = "linear"  # linear | cosine
-    normalize: str = "none"  # none | moving_average | state
-    prior_factor: float = 0.0625
-    prior_loss_weight: float = 0.05
+    offset_ce_init: Positive = 1.025
+    multiplier_cu_init: Positive = 1.1
+    window: Count = 100
+    beta_start: Positive = 0.1
+    beta_end: Positive = 100.0
+    beta_warmup_steps: Steps = 100
+    beta_schedule: Annotated[str, OneOf("linear", "cosine")] = "linear"
+    normalize: Annotated[str, OneOf("none", "moving_average", "state")] = "none"
+    prior_factor: Annotated[float, In("(0, 8]")] = 0.0625  # of hidden_size: the width of the prior network
+    prior_loss_weight: Weight = 0.05
 
 
 @dataclass
 class STTSettings:
     """Options of STT alone (architectures.md, section 6)."""
 
-    targets: str = "topk"  # topk | threshold
-    target_threshold: float = 0.75
-    train_output: str = "sparse"  # sparse | dense
+    targets: Annotated[str, OneOf("topk", "threshold")] = "topk"
+    target_threshold: Annotated[float, In("(0, 1)")] = 0.75  # of the gate
+    train_output: Annotated[str, OneOf("sparse", "dense")] = "sparse"
     teacher_detach: bool = False
-    student_weight: float = 0.01
-    gate_mean_weight: float = 0.001  # only in threshold mode
+    student_weight: Weight = 0.01
+    gate_mean_weight: Weight = 0.001  # only in threshold mode
 
 
 @dataclass
 class ModelSettings:
     """Which architecture, how large, and how it routes."""
 
-    type: str = "standard"
-    size: str = "tiny"  # one of SIZES
-    dimensions: Dimensions | None = None  # None: those of `size`
-    capacity: float | None = None  # None: 0.125 for MoD, 0.5 for SDT and STT
-    capacity_warmup_steps: int = 0  # over which training's capacity falls from 1 to γ
-    selection_rule: str | None = None  # None: the architecture's measured default
-    predictor_weight: float = 0.0
-    attention: str = "sdpa"  # sdpa | eager (for reference)
+    type: Annotated[str, OneOf(*ARCHITECTURES)] = "standard"
+    size: Annotated[str | None, OneOf(*SIZES)] = None  # None: DEFAULT_SIZE, or that of `pretrained`
+    dimensions: DimensionSettings = field(default_factory=DimensionSettings)
+    capacity: Annotated[float | None, In("(0, 1]")] = None  # None: 0.125 for MoD, 0.5 for SDT and STT
+    capacity_warmup_steps: Steps = 0  # over which training's capacity falls from 1 to γ
+    selection_rule: Annotated[str | None, OneOf(*SELECTION_RULES)] = None  # None: the measured default
+    predictor_weight: Weight = 0.0
+    attention: Annotated[str, OneOf(*ATTENTION)] = "sdpa"  # eager: for reference
     mod: MoDSettings = field(default_factory=MoDSettings)
     surprise: SurpriseSettings = field(default_factory=SurpriseSettings)
     stt: STTSettings = field(default_factory=STTSettings)
-    pretrained: str | None = None  # folder or hub name of a Qwen2 checkpoint (training.mode=pretrained)
+    pretrained: Annotated[str | None, Place()] = (
+        None  # folder or hub name of a Qwen2 checkpoint (training.mode=pretrained)
+    )
 
     @property
     def backbone(self) -> Dimensions:
-        """The dimensions in force."""
-        return self.dimensions or SIZES[self.size]
+        """The dimensions of a model that is trained from scratch."""
+        given = {name: value for name, value in vars(self.dimensions).items() if value is not None}
+        return dataclasses.replace(SIZES[self.size or DEFAULT_SIZE], **given)
 
 
 @dataclass
 class SourceSettings:
     """One source of documents: `embedded` (prose, code, math), or anything `datasets.load_dataset` reads."""
 
-    name: str = "???"
-    type: str = "hub"  # embedded | hub
-    path: str | None = None  # hub id, or a builder ("json", "text", "parquet") together with data_files
+    name: str = ""  # must be given; part of file names
+    type: Annotated[str, OneOf("embedded", "hub")] = "hub"
+    path: Annotated[str | None, Place()] = (
+        None  # hub id, or a builder ("json", "text", "parquet") together with data_files
+    )
     config: str | None = None
     revision: str | None = None  # branch, tag or commit of a hub data set; None: the newest commit
-    data_files: Any = None
+    data_files: Annotated[Any, Place()] = None  # a path or pattern, a list of them, or {split: paths}
     split: str = "train"
     text_column: str = "text"
-    weight: float = 1.0
-    max_documents: int | None = None
+    weight: Positive = 1.0
+    max_documents: Count | None = None
 
 
 @dataclass
@@ -150,51 +182,57 @@ class DataSettings:
     """Mixing, tokenization and packing."""
 
     dataset_configs: list[SourceSettings] = field(default_factory=list)
-    tokenizer_name: str | None = None  # None: a byte-level BPE is trained on the training split
-    vocab_size: int = 2048
-    block_size: int = 256  # tokens of one packed block
-    batch_size: int = 8  # blocks per device and forward pass
-    max_tokens: int | None = None  # of the training split; None: as many as the weights allow
-    validation_split_percentage: float = 5.0
-    test_split_percentage: float = 5.0
-    max_eval_tokens: int = 65536  # of the validation and of the test split, each
-    min_characters: int = 32
-    max_broken_fraction: float = 0.01
-    cloze_examples: int = 64
-    arithmetic_examples: int = 64
-    output_dir: str | None = None  # None: run.output_dir/data/<digest of these settings>
+    tokenizer_name: Annotated[str | None, Place()] = (
+        None  # None: a byte-level BPE is trained on the training split
+    )
+    vocab_size: Annotated[int, In("[257, 4194304]")] = 2048
+    block_size: Annotated[int, In("[2, 16777216]")] = 256  # tokens of one packed block
+    batch_size: Annotated[int, In("[1, 1048576]")] = 8  # blocks per device and forward pass
+    max_tokens: Count | None = None  # of the training split; None: as many as the weights allow
+    validation_split_percentage: Annotated[float, In("(0, 100)")] = 5.0
+    test_split_percentage: Annotated[float, In("(0, 100)")] = 5.0
+    max_eval_tokens: Count = 65536  # of the validation and of the test split, each
+    min_characters: Annotated[int, In("[0, inf)")] = 32
+    max_broken_fraction: Fraction = 0.01
+    cloze_examples: Annotated[int, In("[0, inf)")] = 64
+    arithmetic_examples: Annotated[int, In("[0, inf)")] = 64
+    output_dir: Annotated[str | None, Place()] = None  # None: run.output_dir/data/<digest of these settings>
 
 
 @dataclass
 class OptimizerSettings:
     """AdamW. Learning rates of the groups are multiples of `lr` (architectures.md, section 7)."""
 
-    lr: float = 3e-3
-    router_lr_multiplier: float = 1.0
-    prior_lr_multiplier: float = 1.0
-    surprise_lr_multiplier: float = 3.0
-    predictor_lr_multiplier: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup_fraction: float = 0.01
-    min_lr_fraction: float = 0.0
-    max_grad_norm: float = 1.0
+    lr: Annotated[float, In("(0, 10]")] = 3e-3
+    router_lr_multiplier: Multiplier = 1.0
+    prior_lr_multiplier: Multiplier = 1.0
+    surprise_lr_multiplier: Multiplier = 3.0
+    predictor_lr_multiplier: Multiplier = 1.0
+    betas: Annotated[tuple[float, float], In("[0, 1)")] = (0.9, 0.95)
+    eps: Annotated[float, In("(0, 1]")] = 1e-8
+    weight_decay: Annotated[float, In("[0, 10]")] = 0.01
+    warmup_fraction: Fraction = 0.01
+    min_lr_fraction: Fraction = 0.0
+    max_grad_norm: Positive = 1.0
 
 
 @dataclass
 class TrainingSettings:
     """The loop and when it ends. Exactly one of the three budgets is set."""
 
-    mode: str = "scratch"  # scratch | pretrained
-    max_steps: int | None = None
-    max_tokens: float | None = None
-    max_flops: float | None = None
-    gradient_accumulation_steps: int = 1
-    log_every: int = 10
-    eval_every: int = 0  # 0: only at the end
-    checkpoint_every: int = 0  # 0: only at the end
-    resume: str = "auto"  # auto | none | a checkpoint folder
+    mode: Annotated[str, OneOf("scratch", "pretrained")] = "scratch"
+    max_steps: Count | None = None
+    max_tokens: Positive | None = None
+    max_flops: Positive | None = None
+    gradient_accumulation_steps: Count = 1
+    log_every: Count = 10
+    eval_every: Steps = 0  # 0: only at the end
+    checkpoint_every: Steps = 0  # 0: by time, and at the end
+    checkpoint_minutes: Annotated[float, In("[0, inf)")] = 10.0  # that may pass without one; 0: no limit
+    keep_checkpoints: Count | None = 3  # the last ones, and the one of the best evaluation; None: all
+    max_skipped_steps: Steps = 10  # in a row, whose loss or gradient is not finite, before the run ends
+    resume: Annotated[str, Place()] = "auto"  # auto, none (the old run is renamed), or a checkpoint folder
+    reschedule: bool = False  # a run that goes on to another budget stretches its schedules over that one
     gradient_checkpointing: bool = False
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
@@ -204,9 +242,9 @@ class EvaluationSettings:
     """Held-out loss, lm-eval suites and efficiency of an exported model."""
 
     tasks: list[str] = field(default_factory=lambda: ["quick_test"])
-    batch_size: int = 16
-    limit: int | None = None
-    num_fewshot: int | None = None
+    batch_size: Annotated[int, In("[1, 1048576]")] = 16
+    limit: Count | None = None
+    num_fewshot: Annotated[int | None, In("[0, 1000]")] = None
     confirm_run_unsafe_code: bool = False
 
 
@@ -219,15 +257,16 @@ class TrackingSettings:
     experiment: str = "dynamic-transformers"
     wandb: bool = False
     wandb_project: str = "dynamic-transformers"
+    wandb_checkpoints: bool = False  # checkpoints as artifacts of W&B
 
 
 @dataclass
 class SystemSettings:
     """Hardware."""
 
-    precision: str = "fp32"  # fp32 | bf16
-    device: str = "auto"  # auto | cpu | cuda
-    num_workers: int = 0
+    precision: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
+    device: Annotated[str, OneOf("auto", "cpu", "cuda")] = "auto"
+    num_workers: Annotated[int, In("[0, 1024]")] = 0
 
 
 @dataclass

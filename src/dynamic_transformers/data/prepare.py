@@ -27,6 +27,7 @@ from dynamic_transformers.data.tokenization import (
     load_pretrained_tokenizer,
     train_tokenizer,
 )
+from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.manifest import MANIFEST, digest, fresh_folder, read_manifest, write_manifest
 from dynamic_transformers.settings import DataSettings, Settings, UserError
 
@@ -81,12 +82,13 @@ def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
     """
     output_dir = Path(output_dir)
     config = {**data_config(settings), "fingerprints": fingerprints(settings.data)}
-    if not force and _serves(output_dir, config):
-        logger.info("data: %s is finished", output_dir)
-        return output_dir
-    with fresh_folder(output_dir, STEP) as folder:
-        facts = _fill(folder, settings.data, settings.run.seed)
-        write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
+    with sole_writer(output_dir, wait=True):
+        if not force and _serves(output_dir, config):
+            logger.info("data: %s is finished", output_dir)
+            return output_dir
+        with fresh_folder(output_dir, STEP) as folder:
+            facts = _fill(folder, settings.data, settings.run.seed)
+            write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
     logger.info("data: written to %s", output_dir)
     return output_dir
 

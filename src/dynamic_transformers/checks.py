@@ -1,0 +1,138 @@
+"""Settings that are each in their range and yet cannot be meant together."""
+
+from __future__ import annotations
+
+import re
+
+from dynamic_transformers.constraints import first_violation
+from dynamic_transformers.settings import DataSettings, ModelSettings, Settings, UserError, holds_credentials
+
+BUDGETS = ("max_steps", "max_tokens", "max_flops")
+
+
+def check(settings: Settings) -> None:
+    """Refuse values out of range and impossible combinations.
+
+    Raises:
+        UserError: names the key, the value and what would be right.
+    """
+    if violation := first_violation(settings):
+        raise UserError(violation)
+    check_routing(settings.model)
+    check_start(settings)
+    check_budget(settings)
+    check_data(settings.data)
+    if settings.training.mode == "scratch":
+        check_dimensions(settings)
+    if not settings.evaluation.tasks:
+        raise UserError(
+            "evaluation.tasks is empty: name at least one suite or lm-eval task, such as quick_test"
+        )
+    check_tracking(settings.tracking.mlflow_uri)
+
+
+def check_routing(model: ModelSettings) -> None:
+    """Refuse a selection rule without what it selects by, and losses that nothing can learn."""
+    rule = model.selection_rule or ""
+    predicts = model.predictor_weight or (model.type == "stt" and rule == "predictor")
+    if "predictor" in rule and not predicts:
+        raise UserError(f"model.selection_rule={rule} needs model.predictor_weight > 0, usually 0.01")
+    if rule == "aux" and not (model.type == "mod" and model.mod.aux_weight):
+        raise UserError("model.selection_rule=aux needs model.type=mod and model.mod.aux_weight > 0")
+    if model.mod.routing == "random" and model.mod.aux_weight:
+        raise UserError("model.mod.routing=random needs model.mod.aux_weight=0: noise cannot be learnt")
+    if model.type == "stt" and model.predictor_weight:
+        raise UserError("model.predictor_weight: STT's student is its predictor; leave it at 0")
+
+
+def check_start(settings: Settings) -> None:
+    """Refuse a start from pretrained weights without what it needs, or with dimensions of our own."""
+    model, training = settings.model, settings.training
+    if training.mode == "scratch":
+        if model.pretrained:
+            raise UserError(f"model.pretrained={model.pretrained} needs training.mode=pretrained")
+        return
+    if not model.pretrained:
+        raise UserError(
+            "training.mode=pretrained needs model.pretrained: a folder or hub name of a Qwen2 model"
+        )
+    if settings.data.tokenizer_name is None:
+        raise UserError(
+            "training.mode=pretrained needs data.tokenizer_name, usually that of model.pretrained"
+        )
+    given = [("dimensions." + key, value) for key, value in vars(model.dimensions).items()]
+    for key, value in (("size", model.size), *given):
+        if value is not None:
+            raise UserError(
+                f"model.{key}={value}: the size is that of model.pretrained; set model.{key}=null"
+            )
+
+
+def check_budget(settings: Settings) -> None:
+    """Refuse no budget, or more than one."""
+    given = [f"training.{name}" for name in BUDGETS if getattr(settings.training, name) is not None]
+    if len(given) != 1:
+        raise UserError(
+            "give exactly one of training.max_steps, max_tokens, max_flops and set the others to null; "
+            f"given: {' and '.join(given) or 'none'}"
+        )
+
+
+def check_data(data: DataSettings) -> None:
+    """Refuse no source, sources that cannot be told apart, and splits that leave nothing to train on."""
+    if not data.dataset_configs:
+        raise UserError("data.dataset_configs is empty: name at least one source")
+    names = [source.name for source in data.dataset_configs]
+    if len(set(names)) != len(names):
+        raise UserError(f"data.dataset_configs: names must differ, got {', '.join(names)}")
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UserError(
+                f"data.dataset_configs: the name {name!r} becomes part of file names; "
+                "use only letters, digits and _ . -"
+            )
+    if data.validation_split_percentage + data.test_split_percentage >= 100:
+        raise UserError("data.validation_split_percentage + data.test_split_percentage must be below 100")
+
+
+def check_dimensions(settings: Settings) -> None:
+    """Refuse dimensions of which no Qwen2 can be made, or no layer would be routed."""
+    backbone = settings.model.backbone
+    heads = backbone.num_attention_heads
+    if settings.data.block_size > backbone.max_position_embeddings:
+        raise UserError(
+            f"data.block_size={settings.data.block_size}: must not exceed the model's "
+            f"max_position_embeddings, {backbone.max_position_embeddings}"
+        )
+    for number, divisor in (
+        ("hidden_size", "num_attention_heads"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
+        if getattr(backbone, number) % getattr(backbone, divisor):
+            raise UserError(
+                f"model.dimensions: {number}={getattr(backbone, number)} is no multiple of "
+                f"{divisor}={getattr(backbone, divisor)}"
+            )
+    if backbone.hidden_size // heads % 2:
+        raise UserError(
+            f"model.dimensions: hidden_size / num_attention_heads = {backbone.hidden_size // heads} must be "
+            "even (rotary embeddings)"
+        )
+    if settings.model.type != "standard" and backbone.num_hidden_layers < 2:
+        raise UserError(
+            f"model.dimensions.num_hidden_layers={backbone.num_hidden_layers}: "
+            f"model.type={settings.model.type} routes every second layer and needs at least 2"
+        )
+
+
+def check_tracking(mlflow_uri: str | None) -> None:
+    """Refuse a server's address that holds a password: manifests hold the settings."""
+    try:
+        secret = holds_credentials(mlflow_uri or "")
+    except ValueError as error:
+        raise UserError(f"tracking.mlflow_uri: {error}") from error
+    if secret:
+        raise UserError(
+            "tracking.mlflow_uri holds a user, password or token, and manifests hold the settings; give them "
+            "in MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )

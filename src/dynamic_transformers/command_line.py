@@ -1,0 +1,49 @@
+"""How every command ends: its exit code, and a user's mistake in one line."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+
+from dynamic_transformers.settings import UserError
+
+MISTAKE, INTERRUPTED = 2, 130
+
+
+def run_command(
+    command: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parse the arguments (default: the command line's) and run `command`.
+
+    A `UserError` becomes one line and exit code 2, an interrupt one line and 130.
+    """
+    print_on_any_terminal()
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        sys.exit(command(args) or 0)
+    except UserError as error:
+        if args.debug:
+            raise
+        fail(" ".join(str(error).split("\n")), MISTAKE)
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        fail("interrupted", INTERRUPTED)
+
+
+def fail(line: str, code: int) -> None:
+    """End the process with a line on standard error."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def print_on_any_terminal() -> None:
+    """Let a character that the terminal's encoding lacks become another one, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,140 @@
+"""What can be refused before any work is done, found in one place and as fast as it can be.
+
+`check` looks at the settings alone; this at what is around them: files, devices, packages, lm-eval's tasks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynamic_transformers.accelerate_environment import check_accelerate_environment
+from dynamic_transformers.configure import settings_from_dict
+from dynamic_transformers.settings import EvaluationSettings, ModelSettings, Settings, UserError
+
+
+def preflight(settings: Settings, architectures: Sequence[str] = (), here: bool = True) -> None:
+    """Refuse what training, or a later step, would refuse.
+
+    Args:
+        architectures: those that a pipeline trains; none: the one of `model.type`.
+        here: whether the work is done by this machine, with its folders, packages and devices.
+
+    Raises:
+        UserError: names the setting, and what would be right.
+    """
+    if architectures:
+        check_architectures(settings, architectures)
+    else:
+        check_standard(settings.model)
+    if here:
+        check_accelerate_environment(settings)
+        check_packages(settings)
+        check_resume(settings)
+        check_places(settings)
+    check_tasks(settings.evaluation, [source.name for source in settings.data.dataset_configs])
+    if here:
+        check_device(settings)
+
+
+def check_architectures(settings: Settings, architectures: Sequence[str]) -> None:
+    """Refuse settings that do not fit one of the architectures."""
+    for name in architectures:
+        settings_from_dict(settings.to_dict(), {"model": {"type": name}})
+
+
+def check_standard(model: ModelSettings) -> None:
+    """Refuse settings of routing for a model that routes nothing."""
+    for name in ("capacity", "selection_rule", "predictor_weight"):
+        if model.type == "standard" and (value := getattr(model, name)):
+            raise UserError(
+                f"model.{name}={value}: the standard model routes nothing; leave it out, or give another "
+                "model.type"
+            )
+
+
+def check_packages(settings: Settings) -> None:
+    """Refuse tracking by a package that is not installed."""
+    if settings.tracking.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "tracking.wandb=true: wandb is not installed; pip install 'dynamic-transformers[wandb]', "
+            "or leave it at false"
+        )
+
+
+def check_resume(settings: Settings) -> None:
+    """Refuse to go on from what is no checkpoint."""
+    resume = settings.training.resume
+    if resume in ("auto", "none"):
+        return
+    if not Path(resume).is_dir():
+        raise UserError(
+            f"training.resume={resume}: no such folder; give auto, none, or a checkpoint such as "
+            f"{settings.run_dir}/checkpoints/step-00000100"
+        )
+    from dynamic_transformers.training.checkpoint import STATE
+
+    if not (Path(resume) / STATE).is_file():
+        raise UserError(f"training.resume={resume}: not a checkpoint (no {STATE})")
+
+
+def check_places(settings: Settings) -> None:
+    """Refuse folders that cannot be made or written; leaves nothing behind."""
+    check_writable("run.output_dir", settings.run_dir)
+    if settings.data.output_dir:
+        check_writable("data.output_dir", Path(settings.data.output_dir))
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder in which, or in the nearest one above it that exists, nothing can be made."""
+    place = folder
+    try:
+        while not place.exists():
+            if place.is_symlink():
+                raise UserError(f"{key}: {place} is a link that leads nowhere")
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(f"{key}: {place} is a file, not a folder")
+        with tempfile.TemporaryDirectory(dir=place, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be written ({place}: {error.strerror})") from error
+
+
+def check_tasks(evaluation: EvaluationSettings, sources: Sequence[str]) -> None:
+    """Refuse tasks that do not exist, and those that run a model's code without consent.
+
+    Suites and the embedded tasks are known here. For others lm-eval's index is read, which takes seconds;
+    where lm-eval is not installed, the step that evaluates looks.
+    """
+    from dynamic_transformers.evaluation.suites import EMBEDDED_PREFIX, SUITES
+
+    embedded = [f"{EMBEDDED_PREFIX}{name}" for name in ("cloze", "arithmetic")]
+    embedded += [f"{EMBEDDED_PREFIX}perplexity_{source}" for source in sources]
+    others = []
+    for name in evaluation.tasks:
+        if (name == "code" or name in SUITES["code"]) and not evaluation.confirm_run_unsafe_code:
+            raise UserError(
+                f"evaluation.tasks: {name} runs code that the model writes; consent with "
+                "evaluation.confirm_run_unsafe_code=true"
+            )
+        if name.startswith(EMBEDDED_PREFIX) and name not in embedded:
+            raise UserError(f"evaluation.tasks: no task {name!r}; there are: {', '.join(embedded)}")
+        if name not in SUITES and name not in embedded:
+            others.append(name)
+    if others and importlib.util.find_spec("lm_eval"):
+        from dynamic_transformers.evaluation.task_index import check_tasks
+
+        check_tasks(others, evaluation.confirm_run_unsafe_code)
+
+
+def check_device(settings: Settings) -> None:
+    """Refuse CUDA where there is none."""
+    if settings.system.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("system.device=cuda: no CUDA device is available; use system.device=cpu or auto")

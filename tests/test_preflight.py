@@ -1,0 +1,164 @@
+"""What is around the settings is looked at before any work is done, and nothing is left behind."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from dynamic_transformers.accelerate_environment import check_accelerate_environment
+from dynamic_transformers.preflight import check_places, preflight
+from dynamic_transformers.settings import UserError
+
+
+@pytest.fixture
+def given(make_settings, tmp_path):
+    """Settings of a run in an empty folder; keyword arguments as in `make_settings`."""
+
+    def make(architecture="standard", **groups):
+        return make_settings(architecture, **{"run": {"output_dir": str(tmp_path / "out")}} | groups)
+
+    return make
+
+
+def refusal(settings, **options):
+    with pytest.raises(UserError) as error:
+        preflight(settings, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_sound_settings_pass_and_leave_nothing(given, tmp_path):
+    preflight(given())
+    preflight(given(), architectures=["standard", "mod", "sdt", "stt"], here=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        (["quick_tset"], "no suite or lm-eval task 'quick_tset'; did you mean quick_test"),
+        (
+            ["quick_test", "humaneval_instruct"],
+            "humaneval_instruct: runs code that the model writes; consent with",
+        ),
+        (
+            ["code"],
+            "code runs code that the model writes; consent with evaluation.confirm_run_unsafe_code=true",
+        ),
+        (["mbpp"], "mbpp runs code that the model writes"),
+        (
+            ["dt_perplexity_mth"],
+            "no task 'dt_perplexity_mth'; there are: dt_cloze, dt_arithmetic, dt_perplexity_math",
+        ),
+    ],
+)
+@pytest.mark.parametrize("here", [True, False])
+def test_tasks_are_known_and_agreed_to(given, tasks, words, here):
+    assert words in refusal(given(evaluation={"tasks": tasks}), here=here)
+
+
+def test_tasks_that_are_known_and_agreed_to_pass(given):
+    tasks = ["quick_test", "general", "code", "dt_cloze", "dt_perplexity_math"]
+    preflight(given(evaluation={"tasks": tasks, "confirm_run_unsafe_code": True}))
+
+
+def test_a_resume_source_is_a_checkpoint(given, tmp_path):
+    assert "nonsense: no such folder" in refusal(given(training={"resume": "nonsense"}))
+    assert "not a checkpoint" in refusal(given(training={"resume": str(tmp_path)}))
+    (tmp_path / "state.json").write_text("{}")
+    preflight(given(training={"resume": str(tmp_path)}))
+    preflight(given(training={"resume": "nonsense"}), here=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_a_device_is_there(given):
+    settings = given(system={"device": "cuda"})
+    assert "system.device=cuda: no CUDA device" in refusal(settings)
+    preflight(settings, here=False)
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_is_installed(given):
+    settings = given(tracking={"wandb": True})
+    assert "pip install 'dynamic-transformers[wandb]'" in refusal(settings)
+    preflight(settings, here=False)
+
+
+@pytest.mark.parametrize(("key", "group"), [("run.output_dir", "run"), ("data.output_dir", "data")])
+def test_folders_can_be_made(given, key, group, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for place, words in (
+        ("/proc/x/y", "/proc/x/y"),
+        (f"{tmp_path}/file", "is a file, not a folder"),
+        (f"{tmp_path}/file/below", "file"),
+        (f"{tmp_path}/link", "leads nowhere"),
+        (f"{tmp_path}/{'x' * 300}", "cannot be written"),
+    ):
+        settings = given(**{group: {"output_dir": place}})
+        with pytest.raises(UserError) as error:
+            check_places(settings)
+        assert str(error.value).startswith(key) and words in str(error.value)
+        assert refusal(settings).startswith(key)
+        preflight(settings, here=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_refused(given, tmp_path):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in refusal(given())
+
+
+@pytest.mark.parametrize("name", ["capacity", "selection_rule", "predictor_weight"])
+def test_settings_of_routing_are_refused_for_a_model_that_routes_nothing(given, name):
+    value = {"capacity": 0.25, "selection_rule": "topk", "predictor_weight": 0.1}[name]
+    settings = given(model={name: value})
+    assert f"model.{name}={value}: the standard model routes nothing" in refusal(settings)
+    preflight(settings, architectures=["standard", "mod", "sdt"])  # the others take it
+
+
+def test_every_architecture_of_a_pipeline_is_checked(given):
+    one_layer = given(model={"dimensions": {"num_hidden_layers": 1}})
+    preflight(one_layer, architectures=["standard"])
+    assert "num_hidden_layers=1: model.type=sdt" in refusal(one_layer, architectures=["standard", "sdt"])
+    predictor = given(model={"predictor_weight": 0.1})
+    assert "STT's student is its predictor" in refusal(predictor, architectures=["mod", "stt"])
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("MIXED_PRECISION", "bf16", "give system.precision=bf16 instead"),
+        ("MIXED_PRECISION", "fp16", "not supported"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "give training.gradient_accumulation_steps=4 instead"),
+        ("GRADIENT_CLIPPING", "0.5", "give training.optimizer.max_grad_norm=0.5 instead"),
+        ("USE_FSDP", "true", "does not use FSDP"),
+        ("USE_DEEPSPEED", "true", "does not use DeepSpeed"),
+        ("USE_MEGATRON_LM", "true", "does not use Megatron-LM"),
+        ("USE_PARALLELISM_CONFIG", "true", "does not use a parallelism configuration"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "not supported"),
+        ("TORCH_DEVICE", "cuda:1", "not supported"),
+    ],
+)
+def test_what_accelerate_is_asked_for_is_refused_where_the_settings_differ(
+    given, monkeypatch, variable, value, words
+):
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    message = refusal(given())
+    assert f"ACCELERATE_{variable}={value.lower() if variable == 'DYNAMO_BACKEND' else value}" in message
+    assert words in message
+    preflight(given(), here=False)
+
+
+def test_what_accelerate_launch_says_by_itself_or_as_the_settings_do_passes(given, monkeypatch):
+    """The variables that `accelerate launch` sets without any option."""
+    said = {"MIXED_PRECISION": "no", "USE_CPU": "False", "DYNAMO_BACKEND": "no", "DYNAMO_MODE": "default"}
+    said |= {"DYNAMO_USE_FULLGRAPH": "False", "GRADIENT_ACCUMULATION_STEPS": "1"}
+    for name, value in said.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    settings = given(training={"gradient_accumulation_steps": 4}, system={"precision": "bf16"})
+    check_accelerate_environment(settings)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    check_accelerate_environment(settings)
