@@ -23,7 +23,7 @@ def folder(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "data")
 
 
-@pytest.mark.parametrize("name", ["exp[1]", "a::b", "50%25", "a b", "ümläut é", "~home", "{x}*?", "#1"])
+@pytest.mark.parametrize("name", ["exp[1]", "a::b", "50%25", "a b", "ümläut é", "./~home", "{x}*?", "#1"])
 def test_a_data_folder_lies_anywhere(tmp_path, monkeypatch, make_settings, make_texts, write_jsonl, name):
     monkeypatch.chdir(tmp_path)
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in make_texts(300)])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -179,7 +179,7 @@ texts = st.integers(0, 400).map(lambda index: json.dumps({"text": f"document num
     sources=st.lists(st.lists(texts | lines, max_size=300), min_size=1, max_size=3),
     max_tokens=st.none() | st.integers(1, 3000),
 )
-@hypothesis_settings(max_examples=12, deadline=None)
+@hypothesis_settings(max_examples=12, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
 def test_no_document_disappears(tmp_path_factory, make_settings, sources, max_tokens):
     folder = tmp_path_factory.mktemp("account")
     always = [json.dumps({"text": f"of every source, {index} " * 3}).encode() for index in range(60)]

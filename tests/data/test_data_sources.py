@@ -120,9 +120,18 @@ def test_any_path_is_a_path(tmp_path, monkeypatch, name):
     assert read(path=f"./{name}", data_files="*.jsonl") == TEXTS
 
 
-def test_a_tilde_is_the_home(folder, monkeypatch):
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"path": "~/corpus"},
+        {"path": "json", "data_files": "~/corpus/t*.jsonl"},
+        {"path": "json", "data_files": {"train": ["~/corpus/t*.jsonl"]}},
+    ],
+)
+def test_a_tilde_is_the_home(folder, monkeypatch, make_settings, source):
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert read(path="json", data_files="~/corpus/t*.jsonl") == TEXTS == read(path="~/corpus")
+    (given,) = make_settings([{"name": "a", **source}]).data.dataset_configs
+    assert [row.value for row in read_records(given)] == TEXTS
 
 
 @pytest.mark.parametrize(

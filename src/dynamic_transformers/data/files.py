@@ -64,7 +64,7 @@ def local_files(source: SourceSettings) -> LocalFiles | None:
     if not source.path:
         raise UserError(f"{place}.path is missing: give a hub name, a folder, or a builder such as json")
     patterns = _patterns(place, source.data_files)
-    path = user_path(source.path)
+    path = Path(source.path)
     if source.path in FILE_BUILDERS:
         if not patterns:
             raise UserError(f"{place}.data_files is missing: the builder {source.path!r} needs files to read")
@@ -86,11 +86,6 @@ def local_files(source: SourceSettings) -> LocalFiles | None:
         if not file.stat().st_size:
             raise UserError(f"{place}: {file} is empty (0 bytes): remove it, or leave it out of data_files")
     return files
-
-
-def user_path(text: str) -> Path:
-    """The path that a person wrote: `~/` is their home, and a name that merely begins with ~ is a name."""
-    return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
 def fingerprints(data: DataSettings) -> dict[str, Fingerprint | None]:
@@ -181,11 +176,11 @@ def _matching(place: str, patterns: Patterns, base: Path) -> dict[str, list[Path
     for split, group in patterns.items():
         files: set[Path] = set()
         for pattern in group:
-            found = _glob(base / user_path(pattern))
+            found = _glob(base / pattern)
             if not found:
                 hint = (
                     f"; it is a folder: name its files, as in {pattern}/*"
-                    if (base / user_path(pattern)).is_dir()
+                    if (base / pattern).is_dir()
                     else ""
                 )
                 raise UserError(f"{place}.data_files: no file matches {pattern!r}{hint}")

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.documents import SPLITS, Corpus, collect
-from dynamic_transformers.data.files import digest_of, fingerprints, first_change, user_path
+from dynamic_transformers.data.files import digest_of, fingerprints, first_change
 from dynamic_transformers.data.mixing import count_tokens, mix, sample_text, shares
 from dynamic_transformers.data.packing import PackedSplit, pack, unigram_loss
 from dynamic_transformers.data.probes import write_tasks
@@ -51,7 +51,7 @@ def default_data_dir(settings: Settings) -> Path:
     data keep theirs.
     """
     if settings.data.output_dir:
-        return user_path(settings.data.output_dir)
+        return Path(settings.data.output_dir)
     config, now = data_config(settings), fingerprints(settings.data)
     parent = Path(settings.run.output_dir) / "data"
     changes = []
