@@ -6,21 +6,17 @@ its outputs go to a new folder, so that nothing which a killed pipeline has left
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import docker
 from kfp.local import docker_task_handler, executor_input_utils, subprocess_task_handler
 
-from dynamic_transformers.settings import UserError
 from pipelines.docker_status import run_docker_container
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -110,24 +106,3 @@ class LocalSteps:
             return self.ended_by(end)
 
         return run_docker_container(client, image, command, volumes, around=started, **options)
-
-
-@contextmanager
-def only_runner(folder: Path) -> Iterator[None]:
-    """Hold `folder` for the pipeline that this process runs; a process that has died holds it no longer.
-
-    Raises:
-        UserError: another process runs a pipeline there.
-    """
-    with (folder / ".pipeline.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"{folder}: a pipeline is run there by {file.read()}; wait for it, or give another run.name"
-            ) from error
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}")
-        file.flush()
-        yield

@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from requests.exceptions import RequestException
 from components import image_of
 from dynamic_transformers.command_line import run_command
 from dynamic_transformers.configure import run_names
+from dynamic_transformers.folders import set_aside, sole_writer
 from dynamic_transformers.manifest import digest, fresh_folder, revision
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import tracking_uri
@@ -37,7 +37,7 @@ from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
 from pipelines.images import STEPS, warn_of_revision_mismatch
-from pipelines.local_steps import LocalSteps, only_runner
+from pipelines.local_steps import LocalSteps
 
 # Variables of the caller that containers get too; not those that name files of this machine.
 PASSED_ON = re.compile(
@@ -65,10 +65,8 @@ def run(args: argparse.Namespace) -> None:
         settings.tracking.mlflow_uri = tracking_uri(settings.tracking, settings.run.output_dir)
     os.environ.pop("MLFLOW_RUN_ID", None)  # it would be that of every step here
     os.environ["DYNAMIC_TRANSFORMERS_REVISION"] = revision()  # that of all steps, however long they take
-    # Threads that wait by spinning cost a busy machine ten times its speed; torch reads it when imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     runner = docker_runner(settings) if args.docker else local.SubprocessRunner(use_venv=False)
-    with only_runner(folder):
+    with sole_writer(folder):
         check_report(folder / "report")
         execution = root / execution_name(settings, parameters)
         if execution.is_dir() and args.force:
@@ -133,11 +131,6 @@ def tell_program(execution: Path, program: str) -> None:
         if record.is_file() and (before := record.read_text()) != program:
             print(f"warning: it was begun with {before}, and goes on with {program}", file=sys.stderr)
     record.write_text(program)
-
-
-def set_aside(folder: Path) -> Path:
-    """Move a folder beside itself, and give its new place."""
-    return folder.rename(folder.with_name(f"{folder.name}.replaced-{datetime.now():%Y%m%dT%H%M%S}"))
 
 
 def check_report(report: Path) -> None:

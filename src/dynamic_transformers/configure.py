@@ -113,7 +113,7 @@ def apply(config: DictConfig, override: str) -> None:
     )
     value = _value(hint_at(Settings, path), text, override)
     place = OmegaConf.select(config, key.rpartition(".")[0]) if len(path) > 1 else config
-    index = path[-1]
+    *_, index = path
     if isinstance(index, int) and (place is None or index >= len(place)):
         raise MisfitError(path, f": no such entry; there are {len(place or [])}")
     OmegaConf.update(config, key, value, merge=True)
@@ -192,7 +192,8 @@ def settings_from_parameters(
         changes["tracking"]["mlflow_uri"] = mlflow_uri
     if mlflow_experiment:
         changes["tracking"]["experiment"] = mlflow_experiment
-    result = settings_from_dict(values, changes, overrides=overrides)
+    changes = {group: entries for group, entries in changes.items() if entries}
+    result = settings_from_dict(values, changes, overrides=[str(entry) for entry in overrides])
     if not (result.tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         result.tracking.mlflow = False
     return result

@@ -114,14 +114,15 @@ def _check(hint: Any, values: Any, path: tuple[str | int, ...]) -> None:
 def _line(node: yaml.Node | None, path: tuple[str | int, ...]) -> int:
     line = node.start_mark.line if node else 0
     for part in path:
+        found: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
         if isinstance(node, yaml.MappingNode):
-            pairs = [(key, value) for key, value in node.value if key.value == part]
-            if not pairs:
-                break
-            line, node = pairs[0][0].start_mark.line, pairs[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line
+            found = {key.value: (key, value) for key, value in node.value}
+        elif isinstance(node, yaml.SequenceNode):
+            found = {index: (value, value) for index, value in enumerate(node.value)}
+        if part not in found:  # it is merged in from elsewhere
+            break
+        key, node = found[part]
+        line = key.start_mark.line
     return line + 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_transformers import __version__
-from dynamic_transformers.folders import check_target, new_sibling, put_in_place, write_whole
+from dynamic_transformers.folders import check_target, new_sibling, put_in_place, sole_writer, write_whole
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
+
+logger = logging.getLogger("dynamic_transformers")
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "lm-eval", "mlflow", "kfp")
@@ -52,7 +55,14 @@ def write_manifest(
         "schema_version": 1,
         **content,
         "config_digest": digest(config),
-        "inputs": {role: {"path": str(path), "digest": used[role]} for role, path in inputs.items()},
+        "inputs": {
+            role: {
+                "path": str(path.resolve()),
+                "relative": os.path.relpath(path.resolve(), folder.resolve()),  # for when both were moved
+                "digest": used[role],
+            }
+            for role, path in inputs.items()
+        },
         # What it was made with, which does not count when it is asked what was made.
         "package_version": __version__,
         "git_revision": revision(),
@@ -84,6 +94,21 @@ def read_manifest(folder: Path, step: str | None = None) -> dict[str, Any]:
     if step not in (None, made_by):
         raise UserError(f"{folder}: is the output of {made_by}, not of {step}")
     return manifest
+
+
+def input_folder(folder: Path, role: str) -> Path:
+    """Where an input of a finished folder lies now: at its place relative to `folder`, or where it was.
+
+    Raises:
+        UserError: it is at neither place, or what is there is something else.
+    """
+    entry = read_manifest(folder)["inputs"][role]
+    places = [Path(folder).resolve() / entry["relative"], Path(entry["path"])]
+    for place in (Path(os.path.normpath(place)) for place in places):
+        if (place / MANIFEST).is_file() and read_manifest(place)["digest"] == entry["digest"]:
+            return place
+    what = "is not what it was" if any(place.exists() for place in places) else "is not there any more"
+    raise UserError(f"{folder}: its {role}, {entry['path']}, {what}; put it back, or name it yourself")
 
 
 def finished(folder: Path, step: str, config: Any) -> bool:
@@ -121,6 +146,24 @@ def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def step_output(folder: Path, step: str, config: Any, force: bool = False) -> Iterator[Path | None]:
+    """A fresh folder for a step's output, or None where `folder` is finished for exactly this `config`.
+
+    Processes that ask for the same folder take turns: the later ones find what the first has made.
+
+    Raises:
+        UserError: as `fresh_folder`.
+    """
+    with sole_writer(folder, wait=True):
+        if not force and finished(folder, step, config):
+            logger.info("%s: %s is finished, nothing to do", step, folder)
+            yield None
+            return
+        with fresh_folder(folder, step) as temporary:
+            yield temporary
 
 
 def git(*arguments: str) -> str:

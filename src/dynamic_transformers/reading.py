@@ -99,7 +99,8 @@ def keys(settings: type, prefix: str = "") -> list[str]:
     found = []
     for name, hint in hints_of(settings).items():
         base = plain_type(hint)[0]
-        found += keys(base, f"{prefix}{name}.") if dataclasses.is_dataclass(base) else [f"{prefix}{name}"]
+        group = isinstance(base, type) and dataclasses.is_dataclass(base)
+        found += keys(base, f"{prefix}{name}.") if group else [f"{prefix}{name}"]
     return found
 
 

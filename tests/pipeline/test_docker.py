@@ -43,6 +43,7 @@ def test_each_image_shows_its_command(client, step, usage):
 def test_images_are_labelled_and_have_no_entrypoint_and_no_root(client, step):
     config = client.images.get(image_of(step)).attrs["Config"]
     assert not config["Entrypoint"] and config["User"] == "1000:1000"
+    assert "OMP_WAIT_POLICY=PASSIVE" in config["Env"]
     labels = config["Labels"]
     assert labels["org.opencontainers.image.version"] == "0.1.0"
     assert f"DYNAMIC_TRANSFORMERS_REVISION={labels['org.opencontainers.image.revision']}" in config["Env"]

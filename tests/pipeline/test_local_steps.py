@@ -6,10 +6,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import pytest
-
-from dynamic_transformers.settings import UserError
-from pipelines.local_steps import LocalSteps, only_runner
+from pipelines.local_steps import LocalSteps
 
 
 @contextmanager
@@ -78,11 +75,3 @@ def test_a_container_is_ended_by_a_signal_to_what_runs_in_it():
     assert steps.run_container(engine, "train:1", ["sh"], {}) == 143
     assert calls == [["sh", "-c", "kill -TERM -1"], "kill", "remove"]
     assert steps.run_container(engine, "train:1", ["sh"], {}) == 1 and len(calls) == 3
-
-
-def test_a_folder_has_one_runner(tmp_path):
-    message = f"^{tmp_path}: a pipeline is run there by .*, process [0-9]+; wait"
-    with only_runner(tmp_path), pytest.raises(UserError, match=message), only_runner(tmp_path):
-        pass
-    with only_runner(tmp_path):
-        pass

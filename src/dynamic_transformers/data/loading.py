@@ -12,7 +12,7 @@ import pyarrow
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
@@ -62,7 +62,7 @@ def load_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
         UserError: the data folder is missing or unfinished.
     """
     read_manifest(data_dir)
-    return AutoTokenizer.from_pretrained(Path(data_dir) / "tokenizer")
+    return PreTrainedTokenizerFast.from_pretrained(Path(data_dir) / "tokenizer")
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

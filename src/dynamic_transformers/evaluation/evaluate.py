@@ -135,7 +135,7 @@ def comparison_of(settings: Settings) -> str:
 
 def variant(run_config: dict[str, Any]) -> dict[str, Any]:
     """What runs must share to count as seeds of one another: all but the seed and the data it shuffles."""
-    return {key: value for key, value in run_config.items() if key not in ("seed", "data_digest")}
+    return {key: value for key, value in run_config.items() if key not in ("run.seed", "data_digest")}
 
 
 def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:

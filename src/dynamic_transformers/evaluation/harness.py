@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import json
 import logging
 import os
@@ -18,7 +16,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import dynamic_transformers.models  # noqa: F401  (registers the routed models)
-from dynamic_transformers.evaluation.suites import SUITES, expand_tasks, needs_data_folder
+from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
+from dynamic_transformers.evaluation.task_index import check_tasks, task_manager
 from dynamic_transformers.manifest import MANIFEST, read_manifest
 from dynamic_transformers.settings import UserError
 
@@ -182,41 +181,15 @@ def _check_selection_rule(config: Any, rule: str) -> None:
         )
 
 
-@functools.cache
-def task_manager(include_defaults: bool) -> TaskManager:
-    """lm-eval's index of its own tasks, or an empty one: reading thousands of files takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=include_defaults)
-
-
-def check_tasks(names: Sequence[str], confirm_run_unsafe_code: bool) -> TaskManager:
-    """lm-eval's index, once it knows all of these tasks and nothing runs a model's code without consent.
-
-    Raises:
-        UserError: no such task, or no consent.
-    """
-    manager = task_manager(include_defaults=bool(names))
-    for name in names:
-        if name not in manager.task_index:
-            raise UserError(_unknown_task(name, manager.all_tasks))
-    unsafe = _unsafe_tasks(names, manager)
-    if unsafe and not confirm_run_unsafe_code:
-        raise UserError(
-            f"{', '.join(unsafe)}: runs code that the model writes; consent with --confirm_run_unsafe_code, "
-            "in settings evaluation.confirm_run_unsafe_code=true"
-        )
-    if unsafe:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    return manager
-
-
 def _load_tasks(
     specs: dict[str, str | dict[str, Any]], confirm_run_unsafe_code: bool
 ) -> tuple[TaskManager, list[Any]]:
     """The manager, and the tasks and groups of `specs`, their data loaded."""
+    check_tasks(list(specs), confirm_run_unsafe_code)
     names = [name for name, spec in specs.items() if isinstance(spec, str)]
-    manager = check_tasks(names, confirm_run_unsafe_code)
+    manager = task_manager(include_defaults=bool(names))
+    if confirm_run_unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     loaded: list[Any] = []
     for name, spec in specs.items():
         try:
@@ -262,33 +235,3 @@ def _bars_on_terminals_only() -> Iterator[None]:
     finally:
         for module, original in zip(modules, before, strict=True):
             module.tqdm = original
-
-
-def _unknown_task(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, [*SUITES, *known], n=5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"suites are {', '.join(SUITES)}"
-    return f"no suite or lm-eval task {name!r}; {hint}"
-
-
-def _unsafe_tasks(names: Sequence[str], manager: TaskManager) -> list[str]:
-    """Tasks among `names`, or inside their groups and tags, that run code which a model wrote.
-
-    Read from the index, because loading such a task already runs code.
-    """
-    unsafe = []
-    pending: list[Any] = list(names)
-    while pending:
-        item = pending.pop(0)
-        if isinstance(item, dict):  # a member of a group, with overrides
-            pending.extend(
-                item["task"] if isinstance(item.get("task"), list) else [item.get("task", item.get("group"))]
-            )
-        elif entry := manager.task_index.get(item):
-            config = entry.cfg or {}
-            if config.get("unsafe_code"):
-                unsafe.append(item)
-            if isinstance(config.get("task"), list):
-                pending.extend(config["task"])
-            elif not config:
-                pending.extend(sorted(entry.tags))
-    return unsafe

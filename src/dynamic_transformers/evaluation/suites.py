@@ -56,7 +56,7 @@ def embedded_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
     folder = Path(data_dir).resolve() / "tasks"
     tasks = {}
     for path in sorted(folder.glob("*.jsonl")):
-        template = TEMPLATES / f"{path.stem.partition('_')[0]}.yaml"
+        template = template_of(path.stem)
         if template.is_file():
             config = yaml.safe_load(template.read_text())
             name = f"{EMBEDDED_PREFIX}{path.stem}"
@@ -64,6 +64,11 @@ def embedded_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
     if not tasks:
         raise UserError(f"{folder}: no task files; --data_dir must be a folder that prepare_data wrote")
     return tasks
+
+
+def template_of(stem: str) -> Path:
+    """File of lm-eval settings for the embedded task file `stem`.jsonl; it exists if there is such a task."""
+    return TEMPLATES / f"{stem.partition('_')[0]}.yaml"
 
 
 def needs_data_folder(tasks: Sequence[str]) -> bool:
