@@ -2,17 +2,16 @@
 
 import json
 import logging
+import multiprocessing
 import re
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 
 import mlflow
 import pytest
+from runs import track_run
 from servers import SlowServer, answering, closed_port, hanging, serving
 
 from dynamic_transformers.settings import TrackingSettings, UserError
@@ -164,34 +163,24 @@ def test_trouble_is_told_once_and_its_end_too(store, run_dir, caplog):
     assert "cannot be written" in first and "has everything" in second
 
 
-RUN = """
-import sys, time
-from pathlib import Path
-from dynamic_transformers.settings import TrackingSettings
-from dynamic_transformers.tracking import RunTracker
-import mlflow.store.tracking.sqlalchemy_store
-run_dir = Path(sys.argv[1])
-run_dir.mkdir()
-while not (run_dir.parent / "go").exists():
-    (run_dir / "ready").touch()
-    time.sleep(0.01)
-tracker = RunTracker(run_dir, TrackingSettings(), run_dir.parent, run_dir.name, {"a": 1})
-tracker.log_data(run_dir, {"digest": "d", "splits": {}})
-for step in range(1, 21):
-    tracker.log(step, {"tokens": step, "train/loss": 1.0})
-sys.exit(not tracker.close("FINISHED"))
-"""
+@pytest.fixture(scope="module")
+def processes():
+    """A context whose processes have MLflow imported when they start."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs", "mlflow.store.tracking.sqlalchemy_store"])
+    return context
 
 
-def test_three_runs_that_start_at_once_share_one_sound_database(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    places = [tmp_path / name for name in ("a", "b", "c")]
-    processes = [subprocess.Popen([sys.executable, "-c", RUN, str(place)]) for place in places]
-    while not all((place / "ready").exists() for place in places):
-        time.sleep(0.01)
-        assert all(process.poll() is None for process in processes)
-    (tmp_path / "go").touch()
-    assert [process.wait() for process in processes] == [0, 0, 0]
+def test_three_runs_that_start_at_once_share_one_sound_database(tmp_path, monkeypatch, processes):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    together = processes.Barrier(3)
+    started = [processes.Process(target=track_run, args=(tmp_path / name, together)) for name in "abc"]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0]
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("dynamic-transformers").experiment_id])
     assert sorted(run.info.run_name for run in runs) == ["a", "b", "c"]
@@ -201,15 +190,15 @@ def test_three_runs_that_start_at_once_share_one_sound_database(tmp_path, monkey
     assert not list(tmp_path.glob(".mlflow.db*"))
 
 
-def test_a_kill_while_the_database_is_made_leaves_none(tmp_path):
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path, processes):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    code = f"from dynamic_transformers.tracking.store import open_store; open_store({uri!r})"
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = processes.Process(target=open_store, args=(uri,))
+    process.start()
     while not list(tmp_path.glob(".mlflow.db.new-*/mlflow.db")):
         time.sleep(0.005)
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        assert process.is_alive()
+    process.kill()
+    process.join()
     assert not (tmp_path / "mlflow.db").exists()
     assert open_store(uri).search_experiments()
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
