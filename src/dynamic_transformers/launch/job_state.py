@@ -1,11 +1,9 @@
-"""What the objects of a TrainJob say, in a person's words."""
+"""What the objects of a TrainJob say, in a person's words: the job as a dictionary, pods and events as models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
-
-from kubernetes.client import CoreV1Event, V1ContainerStatus, V1Pod
 
 LIMIT, LATE = "activeDeadlineSeconds", "DeadlineExceeded"
 OF_LAUNCH = "dynamic-transformers.github.io/launch"  # annotation: digest of the settings that made a job
@@ -70,12 +68,12 @@ def why_failed(job: dict[str, Any]) -> str:
     return f"TrainJob {job['metadata']['name']} failed ({reason}): {message}"
 
 
-def containers(pod: V1Pod) -> list[V1ContainerStatus]:
+def containers(pod: Any) -> list[Any]:
     """States of a pod's containers."""
     return [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
 
 
-def obstacles(job: dict[str, Any], pods: Iterable[V1Pod], events: Iterable[CoreV1Event]) -> dict[str, str]:
+def obstacles(job: dict[str, Any], pods: Iterable[Any], events: Iterable[Any]) -> dict[str, str]:
     """What keeps nodes from running: a line for each reason, by pods' states, else by the newest warning.
 
     Args:
@@ -105,7 +103,7 @@ def obstacles(job: dict[str, Any], pods: Iterable[V1Pod], events: Iterable[CoreV
     return found
 
 
-def event_time(event: CoreV1Event) -> str:
+def event_time(event: Any) -> str:
     """When an event was last seen, as Kubernetes writes times."""
     series = event.series and event.series.last_observed_time
     time = series or event.last_timestamp or event.event_time or event.metadata.creation_timestamp

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kubernetes.client import CoreV1Event, V1Pod
-
 from dynamic_transformers.launch.job_state import OF_LOGS, containers, holding, obstacles
 from dynamic_transformers.launch.node_logs import NodeLogs
 
@@ -40,7 +38,7 @@ class JobWatch:
         """Whether it is time to look for a reason why nodes are not ready."""
         return time.monotonic() >= self.next_look
 
-    def explain(self, job: dict[str, Any], pods: Iterable[V1Pod], events: Iterable[CoreV1Event]) -> None:
+    def explain(self, job: dict[str, Any], pods: Iterable[Any], events: Iterable[Any]) -> None:
         """Warn of each reason that has not been told yet."""
         self.next_look = time.monotonic() + EXPLAIN_SECONDS
         seconds = time.monotonic() - self.ready_at
@@ -50,7 +48,7 @@ class JobWatch:
                 logger.warning("TrainJob %s: no ready nodes for %.0f s: %s", self.name, seconds, line)
         self.said |= found.keys()
 
-    def restarts(self, pods: Iterable[V1Pod]) -> None:
+    def restarts(self, pods: Iterable[Any]) -> None:
         """Say which containers have been started anew in their pod, and what had ended them."""
         told = False
         for pod in pods:

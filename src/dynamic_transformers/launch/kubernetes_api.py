@@ -146,7 +146,7 @@ class TrainJobs:
         except UserError as error:
             watch.blind(str(error))
 
-    def pods(self, name: str) -> list[client.V1Pod]:
+    def pods(self, name: str) -> list[Any]:
         """The pods of a job."""
         return self._list(
             self.core.list_namespaced_pod, label_selector=f"jobset.sigs.k8s.io/jobset-name={name}"
