@@ -161,7 +161,7 @@ def trial(
 
 def main() -> None:
     """Run the trials and print the table."""
-    parser = argparse.ArgumentParser(prog="benchmarks.kills", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.kills", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="at least so many in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", default="prepare,train,export,evaluate,compare")

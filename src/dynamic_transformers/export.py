@@ -22,10 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from dynamic_transformers.data.loading import load_tokenizer
 from dynamic_transformers.manifest import (
-    finished,
-    fresh_folder,
     input_folder,
     read_manifest,
+    step_output,
     write_manifest,
 )
 from dynamic_transformers.models import MODEL_CLASSES, tokenization
@@ -67,43 +66,51 @@ def export(run_dir: Path, output_dir: Path, data_dir: Path | None = None, force:
         UserError: `run_dir` is not a finished run, its weights were removed, or its data are elsewhere.
         RuntimeError: the reloaded model's logits or its tokenizer differ.
     """
+    config = {"run_digest": read_manifest(run_dir, "train")["digest"]}
+    with step_output(output_dir, "export", config, force) as output:
+        if output is not None:
+            difference = fill(output, run_dir, data_dir or input_folder(run_dir, "data"), config)
+            logger.info("export: %s (reloaded logits differ by %.1e at most)", output_dir, difference)
+    return output_dir
+
+
+def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) -> float:
+    """Write the model into an empty folder; returns by how much its logits differ when it is loaded there.
+
+    Raises:
+        UserError, RuntimeError: as `export`.
+    """
     run = read_manifest(run_dir, "train")
-    config = {"run_digest": run["digest"]}
-    if not force and finished(output_dir, "export", config):
-        logger.info("export: %s is finished, nothing to do", output_dir)
-        return output_dir
-    data_dir = data_dir or input_folder(run_dir, "data")
     block_size = read_manifest(data_dir, "prepare_data")["block_size"]
     model, tokenizer = load_run(run_dir), load_tokenizer(data_dir)
+    assert isinstance(model.config, Qwen2Config)
     model.config.max_position_embeddings = trained_context(model.config, run["config"], block_size)
-    with fresh_folder(output_dir, "export") as temporary:
-        model.save_pretrained(temporary)
-        save_tokenizer(tokenizer, temporary, stock=model.config.model_type == "qwen2")
-        for path in temporary.glob("*.safetensors"):  # which only the owner may read
-            path.chmod((temporary / "config.json").stat().st_mode)
-        difference = reload_difference(model, tokenizer, temporary)
-        if not difference <= TOLERANCE:  # NaN must not pass
-            raise RuntimeError(f"{output_dir}: logits of the reloaded model differ by {difference:.2e}")
-        facts = {
-            key: run[key]
-            for key in (
-                "seed", "architecture", "parameters", "training_tokens", "training_flops", "training_seconds",
-                "train_routed_fraction", "mlflow_run_id",
-            )
-        }  # fmt: skip
-        write_manifest(
-            temporary,
-            "export",
-            config,
-            {"run": run_dir, "data": data_dir},
-            **facts,
-            run_config=run["config"],
-            block_size=block_size,
-            data_dir=str(data_dir.resolve()),
-            logits_difference=difference,
+    model.save_pretrained(output)
+    save_tokenizer(tokenizer, output, stock=model.config.model_type == "qwen2")
+    for path in output.glob("*.safetensors"):  # which only the owner may read
+        path.chmod((output / "config.json").stat().st_mode)
+    difference = reload_difference(model, tokenizer, output)
+    if not difference <= TOLERANCE:  # NaN must not pass
+        raise RuntimeError(f"{run_dir}: logits of the reloaded model differ by {difference:.2e}")
+    facts = {
+        key: run[key]
+        for key in (
+            "seed", "architecture", "parameters", "training_tokens", "training_flops", "training_seconds",
+            "train_routed_fraction", "mlflow_run_id",
         )
-    logger.info("export: %s (reloaded logits differ by %.1e at most)", output_dir, difference)
-    return output_dir
+    }  # fmt: skip
+    write_manifest(
+        output,
+        "export",
+        config,
+        {"run": run_dir, "data": data_dir},
+        **facts,
+        run_config=run["config"],
+        block_size=block_size,
+        data_dir=str(data_dir.resolve()),
+        logits_difference=difference,
+    )
+    return difference
 
 
 def trained_context(config: Qwen2Config, run_config: dict[str, Any], block_size: int) -> int:

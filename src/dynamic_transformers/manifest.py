@@ -90,7 +90,7 @@ def read_manifest(folder: Path, step: str | None = None) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         made_by = manifest["step"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged; remove {folder}, or make it again with --force") from error
+        raise UserError(f"{path}: damaged; remove or rename {folder}, and run the command again") from error
     if step not in (None, made_by):
         raise UserError(f"{folder}: is the output of {made_by}, not of {step}")
     return manifest

@@ -15,10 +15,9 @@ from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.evaluation.routing_page import trace_routing, write_routing
 from dynamic_transformers.manifest import (
     digest,
-    finished,
-    fresh_folder,
     read_manifest,
     revision,
+    step_output,
     write_json,
     write_manifest,
 )
@@ -45,19 +44,34 @@ def evaluate(
     Args:
         data_dir, run_dir, model_dir: folders of `prepare`, `train` and `export`.
     """
-    model_manifest = read_manifest(model_dir, "export")
-    data_manifest = read_manifest(data_dir, "prepare_data")
     config = {
         "evaluation": settings.to_dict()["evaluation"],
-        "model_digest": model_manifest["digest"],
-        "data_digest": data_manifest["digest"],
+        "model_digest": read_manifest(model_dir, "export")["digest"],
+        "data_digest": read_manifest(data_dir, "prepare_data")["digest"],
     }
-    if not force and finished(output_dir, "evaluate", config):
-        logger.info("evaluate: %s is finished, nothing to do", output_dir)
-        send_rest(settings, run_dir)
-        return output_dir
+    with step_output(output_dir, "evaluate", config, force) as output:
+        if output is None:
+            send_rest(settings, run_dir)
+            return output_dir
+        tracker = RunTracker(run_dir, settings.tracking, settings.run.output_dir)
+        result = fill(output, settings, data_dir, run_dir, model_dir, tracker.run_id)
+        write_manifest(output, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
+    track(tracker, model_dir, output_dir, result, comparison_of(settings))
+    return output_dir
+
+
+def fill(
+    output: Path,
+    settings: Settings,
+    data_dir: Path,
+    run_dir: Path,
+    model_dir: Path,
+    mlflow_run_id: str | None,
+) -> dict[str, Any]:
+    """Evaluate, and write the evaluation's files into an empty folder; returns `evaluation.json`."""
+    model_manifest = read_manifest(model_dir, "export")
+    data_manifest = read_manifest(data_dir, "prepare_data")
     options = settings.evaluation
-    tracker = RunTracker(run_dir, settings.tracking, settings.run.output_dir)
     model = load_model(model_dir)
     assert isinstance(model.config, Qwen2Config)
     test = load_split(data_dir, "test")
@@ -112,20 +126,17 @@ def evaluate(
         },
         "history": [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
         "model_dir": str(model_dir.resolve()),
-        "mlflow_run_id": tracker.run_id,
+        "mlflow_run_id": mlflow_run_id,
         "variant": digest(variant(model_manifest["run_config"])),
         "model_digest": model_manifest["digest"],
     }
-    with fresh_folder(output_dir, "evaluate") as temporary:
-        write_json(temporary / "evaluation.json", result)
-        write_json(temporary / "results.json", bench)
-        write_json(temporary / PROMPT, test[0]["input_ids"].tolist())
-        if isinstance(model.config, RoutedConfig):
-            ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
-            write_routing(trace_routing(model, load_tokenizer(data_dir), ids), temporary)
-        write_manifest(temporary, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
-    track(tracker, model_dir, output_dir, result, comparison_of(settings))
-    return output_dir
+    write_json(output / "evaluation.json", result)
+    write_json(output / "results.json", bench)
+    write_json(output / PROMPT, test[0]["input_ids"].tolist())
+    if isinstance(model.config, RoutedConfig):
+        ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
+        write_routing(trace_routing(model, load_tokenizer(data_dir), ids), output)
+    return result
 
 
 def comparison_of(settings: Settings) -> str:

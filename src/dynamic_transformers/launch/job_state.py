@@ -1,4 +1,4 @@
-"""What the objects of a TrainJob say, in a person's words: the job as a dictionary, pods and events as models."""
+"""What the objects of a TrainJob say: the job is a dictionary, pods and events are models."""
 
 from __future__ import annotations
 
