@@ -7,6 +7,7 @@ import io
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -17,8 +18,9 @@ from dynamic_transformers.data.loading import collate, load_split
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.training import trainer
 from dynamic_transformers.training.build import model_config
-from dynamic_transformers.training.trainer import TrainingRun, make_accelerator, training_config
+from dynamic_transformers.training.step import OptimizerStep
 
 
 class Clock(TrainerCallback):
@@ -35,13 +37,17 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self.start
 
 
-class TimedRun(TrainingRun):
-    """Our loop; notes when its last step ended."""
+class TimedStep(OptimizerStep):
+    """A step of ours; notes when the first began and the last ended."""
 
-    def optimizer_step(self, *args):
+    began: float | None = None
+    ended = 0.0
+
+    def __call__(self, *args):
         """As usual, then note the time."""
-        result = super().optimizer_step(*args)
-        self.ended = time.perf_counter()
+        TimedStep.began = TimedStep.began or time.perf_counter()
+        result = super().__call__(*args)
+        TimedStep.ended = time.perf_counter()
         return result
 
 
@@ -88,19 +94,17 @@ def loop_ratios(size: str, rows: int, length: int, steps: int, turns: int) -> li
             torch.manual_seed(turn)
             model = MODEL_CLASSES["standard"][1](model_config(settings.model, vocab))
             clock = Clock()
-            trainer = Trainer(model, arguments, data_collator=collate, train_dataset=split, callbacks=[clock])
+            theirs = Trainer(model, arguments, data_collator=collate, train_dataset=split, callbacks=[clock])
             with contextlib.redirect_stdout(io.StringIO()):
-                trainer.train()
+                theirs.train()
             return clock.seconds
 
         def ours(turn: int) -> float:
-            run_dir = Path(folder) / f"run-{turn}"
-            run_dir.mkdir()
-            accelerator = make_accelerator(settings)
-            run = TimedRun(settings, data_dir, run_dir, accelerator, training_config(settings, data_dir))
-            start = time.perf_counter()
-            run.fit()
-            return run.ended - start
+            TimedStep.began = None
+            with patch.object(trainer, "OptimizerStep", TimedStep):
+                trainer.train(settings, data_dir, Path(folder) / f"run-{turn}")
+            assert TimedStep.began is not None
+            return TimedStep.ended - TimedStep.began
 
         ratios = []
         for turn in range(turns + 1):

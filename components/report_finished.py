@@ -23,23 +23,34 @@ def report_finished(
     """Write the report that `compare` could not write, of the runs that MLflow knows as evaluated.
 
     Args:
-        status: how the pipeline ended; nothing is done after a success.
+        status: how the pipeline ended; nothing is compared after a success.
         settings, architectures, seeds, overrides, dataset_configs, max_flops, mlflow_uri,
             mlflow_experiment: the pipeline's parameters, as `configure` takes them.
-        report: the comparison; missing when nothing has finished, or MLflow has it already.
+        report: the comparison; a page that says why there is none after a success, when nothing has
+            finished, or when MLflow has it already. Written in any case: KFP shows what a step did not write
+            as a link to nothing.
     """
     from pathlib import Path
+
+    output = Path(report.path)
+
+    def say(text: str) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        page = f"<!doctype html>\n<title>report_finished</title>\n<p>{text}</p>\n"
+        (output / "report.html").write_text(page)
+
+    # Servers name a success differently, and some say RUNNING when a loop has ended (kubeflow/pipelines
+    # #13321): then MLflow tells whether there is anything left to do.
+    if status.state in ("SUCCEEDED", "COMPLETE", "CACHED"):
+        return say("All runs have finished: the report is the output of compare.")
 
     from dynamic_transformers.comparison.finished import compare_finished
     from dynamic_transformers.configure import run_names, settings_from_parameters
     from dynamic_transformers.step_log import step_log
 
-    # Servers name a success differently, and some say RUNNING when a loop has ended (kubeflow/pipelines
-    # #13321): then MLflow tells whether there is anything left to do.
-    if status.state in ("SUCCEEDED", "COMPLETE", "CACHED"):
-        return
-    with step_log(Path(report.path)):
+    with step_log(output):
         values = settings_from_parameters(
             settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
         )
-        compare_finished(values, run_names(architectures, seeds), Path(report.path))
+        if not compare_finished(values, run_names(architectures, seeds), output):
+            say("No comparison: no run has been evaluated, or MLflow has the report already (see the log).")

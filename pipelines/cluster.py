@@ -23,6 +23,13 @@ from dynamic_transformers.settings import UserError
 CPUS, BYTES = r"(\d*\.)?\d+m?", r"\d+([EPTGM]i?|Ki)?"
 OPERATORS, EFFECTS = ("Exists", "Equal"), ("NoSchedule", "PreferNoSchedule", "NoExecute")
 STEPS = ("configure", "prepare_data", "train", "export", "evaluate", "compare", "report_finished")
+# Where a second attempt cannot help: configure finds the user's mistakes, report_finished tells how it ended.
+TRIED_ONCE = ("configure", "report_finished")
+MAX_RETRIES = 10
+BACKOFF_SECONDS, BACKOFF_FACTOR = 60, 2  # before the first retry, and what each further one multiplies it by
+DAY = 24 * 60 * 60
+WITHOUT_LIMIT = 30 * DAY  # what an attempt may take where `timeout_seconds` says nothing
+PENDING = DAY  # what an attempt may wait for its node and image, which Argo counts too
 
 
 @dataclass
@@ -45,7 +52,7 @@ class StepSettings:
     accelerators: int = 0  # of one node; training runs one process on each
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: list[Toleration] = field(default_factory=list)
-    timeout_seconds: int = 0  # of one attempt; 0: none
+    timeout_seconds: int = 0  # of one attempt; 0: none, but `retry_window` counts 30 days
 
 
 @dataclass
@@ -57,8 +64,9 @@ class ClusterSettings:
         environment: variables of every step and of a TrainJob's nodes; the pipeline holds their values.
         secrets: for every step: tokens of the hub, of MLflow, of W&B.
         image_pull_secrets: names of Secrets with the registry's credentials.
-        retries: how often a step that failed, or whose node was taken away, is begun again, where the server
-            does so.
+        retries: how often a step that failed is begun again, within its `retry_window`; never configure and
+            report_finished. A step whose pod was evicted or deleted, or whose node was lost, is not begun
+            again: to Argo, which KFP runs on, that is an error, no failure (`submit --resubmit`).
         parallel_runs: runs (architecture and seed) at the same time.
         shared_memory: size of /dev/shm for training; a pod's own 64 MB are too few.
         nodes: of one training run; more than one need `volume_claim`.
@@ -119,6 +127,8 @@ def check(cluster: ClusterSettings) -> None:
     if unknown := sorted(set(cluster.steps) - set(STEPS)):
         raise UserError(f"steps.{unknown[0]}: must be one of {', '.join(STEPS)}")
     at_least("retries", cluster.retries, 0)
+    if cluster.retries > MAX_RETRIES:
+        raise UserError(f"retries={cluster.retries}: must be at most {MAX_RETRIES}")
     at_least("parallel_runs", cluster.parallel_runs, 1)
     at_least("nodes", cluster.nodes, 1)
     quantity("shared_memory", cluster.shared_memory, BYTES, "64Gi")
@@ -191,9 +201,26 @@ def launch_of(cluster: ClusterSettings) -> Launch:
     )
 
 
+def retry_window(step: StepSettings, retries: int) -> int:
+    """Seconds after the first attempt's start within which Argo begins a step again (its `maxDuration`).
+
+    It is the deadline of the last attempt too: all attempts, each of full length, and all waits fit in.
+    """
+    attempt = (step.timeout_seconds or WITHOUT_LIMIT) + PENDING
+    waits = sum(BACKOFF_SECONDS * BACKOFF_FACTOR**retry for retry in range(retries))
+    return (retries + 1) * attempt + waits
+
+
 def place(task: dsl.PipelineTask, name: str, cluster: ClusterSettings) -> None:
     """Give a task what the cluster's settings say of step `name`."""
     step = cluster.steps.get(name, StepSettings())
+    if cluster.retries and name not in TRIED_ONCE:
+        task.set_retry(
+            cluster.retries,
+            backoff_duration=f"{BACKOFF_SECONDS}s",
+            backoff_factor=BACKOFF_FACTOR,
+            backoff_max_duration=f"{retry_window(step, cluster.retries)}s",
+        )
     if name == "train" and cluster.volume_claim:
         step = StepSettings()  # it watches; the nodes of its job compute, and have the time limit
     if step.cpu:
@@ -215,8 +242,6 @@ def place(task: dsl.PipelineTask, name: str, cluster: ClusterSettings) -> None:
         task.set_env_variable(variable, value)
     for secret in cluster.secrets:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.variable})
-    if cluster.retries and name != "report_finished":
-        task.set_retry(cluster.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration="600s")
     if name == "train" and cluster.volume_claim:
         kubernetes.mount_pvc(task, cluster.volume_claim, cluster.mount_path)
     elif name == "train" and cluster.shared_memory:

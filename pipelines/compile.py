@@ -9,6 +9,7 @@ from pathlib import Path
 from kfp import compiler
 
 from dynamic_transformers.command_line import run_command
+from dynamic_transformers.settings import UserError
 from pipelines.cluster import ClusterSettings, read_cluster
 from pipelines.comparison import comparison_pipeline
 from pipelines.images import warn_of_revision_mismatch
@@ -17,9 +18,18 @@ DEFAULT_PACKAGE = Path("build/pipeline.yaml")
 
 
 def compile_pipeline(cluster: ClusterSettings, path: Path = DEFAULT_PACKAGE) -> Path:
-    """Write the pipeline's YAML to `path` and return it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(comparison_pipeline(cluster), str(path))  # type: ignore[arg-type]
+    """Write the pipeline's YAML to `path` and return it.
+
+    Raises:
+        UserError: `path` does not end in .yaml, or cannot be written.
+    """
+    if path.suffix != ".yaml":
+        raise UserError(f"{path}: must end in .yaml")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        compiler.Compiler().compile(comparison_pipeline(cluster), str(path))  # type: ignore[arg-type]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
 

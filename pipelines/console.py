@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import TextIOBase
 from pathlib import Path
@@ -18,10 +18,13 @@ FAILURE_LINE = re.compile(r"([\w.]+Error\b.*|Traceback|- ERROR -)")
 
 
 class ConsoleFilter(TextIOBase):
-    """Writes all lines to a log and the telling ones to a terminal."""
+    """Writes all lines to a log and the telling ones to a terminal.
 
-    def __init__(self, log: TextIO, terminal: TextIO):
-        self.log, self.terminal, self.pending = log, terminal, ""
+    Once `stopped` says so, only what steps log is telling: tasks fail since they were asked to end.
+    """
+
+    def __init__(self, log: TextIO, terminal: TextIO, stopped: Callable[[], bool] = lambda: False):
+        self.log, self.terminal, self.stopped, self.pending = log, terminal, stopped, ""
 
     def write(self, text: str) -> int:
         """Take some text; whole lines are passed on."""
@@ -30,15 +33,18 @@ class ConsoleFilter(TextIOBase):
         *lines, self.pending = self.pending.split("\n")
         for line in lines:
             plain = ANSI.sub("", line).strip()
+            stopped = self.stopped()
             if task := TASK_LINE.search(plain):
-                self.show(f"── {task[0].removeprefix('- INFO - ')}")
-            elif STEP_LINE.match(plain) or FAILURE_LINE.match(plain):
+                if not stopped:
+                    self.show(f"── {task[0].removeprefix('- INFO - ')}")
+            elif STEP_LINE.match(plain) or (FAILURE_LINE.match(plain) and not stopped):
                 self.show(f"   {plain}")
         return len(text)
 
     def show(self, line: str) -> None:
         """Put a line on the terminal; not by `print`, which the runner replaces by one that indents."""
-        self.terminal.write(f"{line}\n")
+        encoding = self.terminal.encoding or "utf-8"  # not every terminal's has every character
+        self.terminal.write(f"{line}\n".encode(encoding, "replace").decode(encoding))
         self.terminal.flush()
 
     def flush(self) -> None:
@@ -47,10 +53,11 @@ class ConsoleFilter(TextIOBase):
 
 
 @contextmanager
-def quiet_console(log_file: Path) -> Iterator[None]:
-    """Within the body, standard output goes through a `ConsoleFilter`; the whole text is in `log_file`."""
+def quiet_console(log_file: Path, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Within the body, standard output goes through a `ConsoleFilter`; all of it is added to `log_file`."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     # TextIOBase's stubs are no TextIO, though it does what redirect_stdout needs.
-    with log_file.open("w") as log, redirect_stdout(ConsoleFilter(log, sys.stdout)):  # type: ignore[type-var]
+    console = ConsoleFilter(log_file.open("a", encoding="utf-8"), sys.stdout, stopped)
+    with console.log, redirect_stdout(console):  # type: ignore[type-var]
         logging.captureWarnings(True)
         yield

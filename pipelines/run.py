@@ -1,18 +1,22 @@
 """Runs the compiled pipeline on this machine: `python -m pipelines.run`.
 
-Each step is a process, or with `--docker` a container of its image.
+Each step is a process, or with `--docker` a container of its image. The same settings and runs have the
+same folder: called again, the pipeline goes on from what has finished and from training's checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import docker
 from docker.errors import DockerException, NotFound
@@ -24,20 +28,21 @@ from requests.exceptions import RequestException
 from components import image_of
 from dynamic_transformers.command_line import run_command
 from dynamic_transformers.configure import run_names
-from dynamic_transformers.manifest import revision
+from dynamic_transformers.folders import set_aside, sole_writer
+from dynamic_transformers.manifest import digest, fresh_folder, revision
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import tracking_uri
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
 from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
-from pipelines.docker_status import report_failures
 from pipelines.images import STEPS, warn_of_revision_mismatch
+from pipelines.local_steps import LocalSteps
 
 # Variables of the caller that containers get too; not those that name files of this machine.
 PASSED_ON = re.compile(
     r"MLFLOW_TRACKING_(URI|USERNAME|PASSWORD|TOKEN|AUTH|AWS_SIGV4|INSECURE_TLS)"
-    r"|HF_(TOKEN|ENDPOINT)|WANDB_(API_KEY|BASE_URL)|(HTTPS?|NO)_PROXY|OMP_NUM_THREADS",
+    r"|HF_(TOKEN|ENDPOINT)|WANDB_(API_KEY|BASE_URL)|(HTTPS?|NO)_PROXY|OMP_(NUM_THREADS|WAIT_POLICY)",
     re.IGNORECASE,  # proxies are often in small letters
 )
 # requests' own errors come through docker's client too.
@@ -50,40 +55,95 @@ def run(args: argparse.Namespace) -> None:
     runs = run_names(**parameters)
     # Steps run in folders of their own: places must not depend on where they are.
     settings.run.output_dir = str(Path(settings.run.output_dir).resolve())
+    folder = settings.run_dir
+    root = folder / "pipeline"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.output_dir: {root} cannot be made: {error.strerror}") from error
     if not os.environ.get("MLFLOW_TRACKING_URI"):  # the steps inherit it, with whatever secret it holds
         settings.tracking.mlflow_uri = tracking_uri(settings.tracking, settings.run.output_dir)
     os.environ.pop("MLFLOW_RUN_ID", None)  # it would be that of every step here
     os.environ["DYNAMIC_TRANSFORMERS_REVISION"] = revision()  # that of all steps, however long they take
-    folder = settings.run_dir
-    root = folder / "pipeline"
-    package = compile_pipeline(LOCAL)
-    root.mkdir(parents=True, exist_ok=True)
     runner = docker_runner(settings) if args.docker else local.SubprocessRunner(use_venv=False)
-    local.init(runner, pipeline_root=str(root))
-    pipeline = load_component_from_file(str(package))
-    logs = folder / "logs"
-    shutil.rmtree(logs, ignore_errors=True)
+    with sole_writer(folder):
+        check_report(folder / "report")
+        execution = root / execution_name(settings, parameters)
+        if execution.is_dir() and args.force:
+            print(f"moved aside: {set_aside(execution)}")
+        tell_program(execution, ", ".join(map(image_of, STEPS)) if args.docker else revision())
+        run_here(settings, parameters, runs, runner, execution)
+
+
+def run_here(
+    settings: Settings, parameters: dict[str, Any], runs: list[str], runner: Any, execution: Path
+) -> None:
+    """Run the pipeline, its outputs in `execution`, where what has finished of it is found.
+
+    Raises:
+        UserError: it failed, or ended without a comparison.
+        SystemExit: a signal ended it.
+    """
     start = time.time()
-    failure = None
+    folder, failure = settings.run_dir, None
+    logs = folder / "logs"
+    package = compile_pipeline(LOCAL, execution.with_suffix(".yaml"))
+    # What an earlier try's last step said of it.
+    shutil.rmtree(execution / "report-finished", ignore_errors=True)
+    local.init(runner, pipeline_root=str(execution.parent))
+    pipeline = load_component_from_file(str(package))
+    steps = LocalSteps()
+    steps.install(execution.name)
     try:
-        with quiet_console(logs / "pipeline.log"):
+        with steps.heeding_signals(), quiet_console(logs / "pipeline.log", lambda: bool(steps.signal)):
             pipeline(settings=settings.to_json(), **parameters)
     except (RuntimeError, *DOCKER_ERRORS) as error:  # RuntimeError: how the runner tells that a task failed
         failure = str(error).splitlines()[0]
     finally:
-        execution = newest(root, start)
-        if execution is not None:
-            collect_logs(execution, runs, logs)
-    step = "report-finished" if failure else "compare"
-    report = execution / step / "report" if execution else None
-    if report is not None and (report / "comparison.json").is_file():
-        shutil.rmtree(folder / "report", ignore_errors=True)
-        shutil.copytree(report, folder / "report")
+        collect_logs(execution, runs, logs)
+    if steps.signal:
+        name = signal.Signals(steps.signal).name
+        print(f"ended by {name}; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(128 + steps.signal)
+    report = execution / ("report-finished" if failure else "compare") / "report"
+    if (report / "comparison.json").is_file():
+        with fresh_folder(folder / "report", "compare") as copy:
+            shutil.copytree(report, copy, dirs_exist_ok=True)
         show(settings, time.time() - start)
     elif not failure:
         failure = "it ended without a comparison"
     if failure:
         raise UserError(f"the pipeline failed ({failure}); its logs are in {logs}")
+
+
+def execution_name(settings: Settings, parameters: dict[str, Any]) -> str:
+    """Name of this pipeline's folder: the same settings and runs have the same, wherever they are tracked."""
+    values = json.loads(settings.to_json())
+    del values["tracking"], values["run"]["output_dir"]
+    return digest({"settings": values, **parameters})[:12]
+
+
+def tell_program(execution: Path, program: str) -> None:
+    """Say that an execution goes on, and if it does so with another program than it was begun with."""
+    record = execution.with_suffix(".program")
+    if execution.is_dir():
+        print(f"goes on in {execution}; --force begins anew")
+        if record.is_file() and (before := record.read_text()) != program:
+            print(f"warning: it was begun with {before}, and goes on with {program}", file=sys.stderr)
+    record.write_text(program)
+
+
+def check_report(report: Path) -> None:
+    """Refuse to put the report where something else is.
+
+    Raises:
+        UserError: names the place.
+    """
+    ours = (report / "comparison.json").is_file() or not report.exists()
+    if not ours and (not report.is_dir() or any(report.iterdir())):
+        raise UserError(
+            f"{report}: is no report of a pipeline, which would go there; move it, or give another run.name"
+        )
 
 
 def docker_runner(settings: Settings) -> local.DockerRunner:
@@ -103,7 +163,6 @@ def docker_runner(settings: Settings) -> local.DockerRunner:
         reason = str(error).splitlines()[0]
         raise UserError(f"Docker cannot be used ({reason}): is it running, and may you use it?") from error
     warn_of_revision_mismatch()
-    report_failures()
     output_dir = settings.run.output_dir
     return local.DockerRunner(
         mounts=[Mount(target=output_dir, source=output_dir, type="bind")],
@@ -114,14 +173,9 @@ def docker_runner(settings: Settings) -> local.DockerRunner:
     )
 
 
-def newest(root: Path, start: float) -> Path | None:
-    """The folder of the execution that began after `start`."""
-    executions = [path for path in root.glob("*") if path.is_dir() and path.stat().st_mtime >= start]
-    return max(executions, key=lambda path: path.stat().st_mtime, default=None)
-
-
 def collect_logs(execution: Path, runs: list[str], logs: Path) -> None:
     """Copy every step's log to `logs`, named after step and run."""
+    logs.mkdir(parents=True, exist_ok=True)
     for path in sorted(execution.rglob("*.log")):
         parts = path.relative_to(execution).parts
         run_name = ""
@@ -151,6 +205,9 @@ def main() -> None:
     add_pipeline_arguments(parser)
     parser.add_argument(
         "--docker", action="store_true", help="run each step in its image (`make build-images`)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="begin anew; what an earlier call has left is moved aside"
     )
     run_command(run, parser)
 

@@ -1,29 +1,45 @@
-"""Exported folders load in a process that has torch and transformers alone, with equal logits."""
+"""Exported folders load in a process that has torch and transformers alone, with equal logits and tokens."""
 
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dynamic_transformers.export import export, load_run
+from dynamic_transformers.data.documents import Document
+from dynamic_transformers.data.loading import load_split, load_tokenizer
+from dynamic_transformers.data.tokenization import encode, load_pretrained_tokenizer
+from dynamic_transformers.evaluation.efficiency import load_model
+from dynamic_transformers.evaluation.harness import run_benchmarks
+from dynamic_transformers.export import export, load_run, save_tokenizer
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
 
 # Everything that such an environment lacks is made unimportable.
 ALONE = """
-import sys
+import json, sys
 for name in "dynamic_transformers accelerate datasets mlflow lm_eval hydra omegaconf kfp".split():
     sys.modules[name] = None
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, output, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
+folder, output, trust, texts = sys.argv[1], sys.argv[2], sys.argv[3] == "trust", json.loads(sys.argv[4])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+# A routed folder's configuration is code: without an answer there, AutoTokenizer asks for one.
+for options in ({"trust_remote_code": False} if trust else {}, {"trust_remote_code": True}):
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    print(json.dumps([tokenizer(text)["input_ids"] for text in texts]))
 assert tokenizer.decode(tokenizer("12 + 7 = 19")["input_ids"]) == "12 + 7 = 19"
 ids = torch.arange(48).remainder(model.config.vocab_size).view(2, 24)
 prompt = ids[:, :6]
@@ -33,22 +49,52 @@ with torch.no_grad():
     save_file({"logits": model(input_ids=ids).logits.contiguous()}, output)
 """
 
+VIETNAMESE = unicodedata.normalize("NFD", "Nguyễn học tiếng Việt; đường phố 1.234")
+HARD_TEXTS = [
+    VIETNAMESE,
+    unicodedata.normalize("NFD", "한국어 텍스트"),  # jamo
+    "a text that spells <|endoftext|> and <|im_end|><|endoftext|>",
+    "<|endoftext|> at its begin",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽",
+    "\u0301\u0323 marks alone x\u0323\u0307 x\u0307\u0323 ﬁ Å Å",
+    "CR\rLF\nboth\r\n\ttab  \t two\u00a0spaces\u3000",
+    "trailing   ",
+    "   leading\n\n\n",
+    "I'LL don't 12345 x_1 == 3.14e-7",
+    "\x00\x7f\ufeff\ufffd\u200b",
+    "w" * 3000 + "é" * 50,
+    "",
+]
+
+
+def ids_of_training(data_dir):
+    documents = [Document(text, "math", b"") for text in HARD_TEXTS]
+    return [found.input_ids[1:-1].tolist() for found in encode(load_tokenizer(data_dir), documents)]
+
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def exported(request, make_settings, data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     settings = make_settings(request.param, training={"max_steps": 8, "log_every": 4})
     run_dir = train(settings, data_dir, folder / "run")
-    return run_dir, export(run_dir, folder / "final_model")
+    before = os.umask(0o027)
+    try:
+        return run_dir, export(run_dir, folder / "final_model")
+    finally:
+        os.umask(before)
 
 
-def test_loads_alone_with_equal_logits(exported, tmp_path):
+def test_loads_alone_with_equal_logits_and_tokens(exported, data_dir, tmp_path):
     run_dir, folder = exported
     trust = "no" if read_manifest(folder)["architecture"] == "standard" else "trust"
     output = tmp_path / "logits.safetensors"
-    command = [sys.executable, "-c", ALONE, str(folder), str(output), trust]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    command = [sys.executable, "-c", ALONE, str(folder), str(output), trust, json.dumps(HARD_TEXTS)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, check=False, stdin=subprocess.DEVNULL
+    )
     assert result.returncode == 0, result.stderr
+    expected = ids_of_training(data_dir)
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [expected, expected]
     model = load_run(run_dir)
     ids = torch.arange(48).remainder(model.config.vocab_size).view(2, 24)
     with torch.no_grad():
@@ -63,6 +109,7 @@ def test_model_type_and_lineage(exported):
     architecture = manifest["architecture"]
     assert config["model_type"] == ("qwen2" if architecture == "standard" else f"qwen2_{architecture}")
     assert ("auto_map" in config) == (architecture != "standard")
+    assert config["max_position_embeddings"] == 32  # the blocks of its training
     assert manifest["inputs"]["run"]["digest"] == read_manifest(run_dir)["digest"]
     assert not list(folder.glob("*.bin")) and not list(folder.glob("*.pt"))
 
@@ -77,3 +124,71 @@ def test_a_finished_export_is_returned(exported):
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="unfinished"):
         export(tmp_path, tmp_path / "model")
+
+
+def test_lm_eval_by_itself_reads_as_training_did(exported, data_dir):
+    lm = HFLM(pretrained=str(exported[1]), device="cpu", batch_size=1)
+    assert [lm.tok_encode(text) for text in HARD_TEXTS] == ids_of_training(data_dir)
+    assert lm.prefix_token_id == load_split(data_dir, "train")[0]["input_ids"][0]
+    assert lm.max_length == 32
+
+
+@torch.no_grad()
+def test_bench_scores_the_tokens_of_training(exported, data_dir, tmp_path):
+    texts = [text for text in HARD_TEXTS if 0 < len(text) < 60]
+    (tmp_path / "tasks").mkdir()
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "tasks/perplexity_hard.jsonl").write_text(rows)
+    found = run_benchmarks(exported[1], ["dt_perplexity_hard"], data_dir=tmp_path, batch_size=1)
+    model, nats, size = load_model(exported[1]), 0.0, 0
+    for document in encode(load_tokenizer(data_dir), [Document(text, "math", b"") for text in texts]):
+        ids = torch.from_numpy(document.input_ids[:-1]).long()[None]  # the end of text is not scored
+        scores = model(input_ids=ids.to(model.device)).logits.log_softmax(-1).cpu()
+        nats -= scores[0, :-1].gather(1, ids[0, 1:, None]).sum().item()
+        size += document.num_bytes.sum()
+    expected = nats / math.log(2) / size
+    assert found["results"]["dt_perplexity_hard"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_foreign_tokenizer_beside_a_qwen2_configuration(tmp_path):
+    """One that cuts words otherwise, has a marker of its own and puts it in front."""
+    letters = {"<s>": 0, "</s>": 1, **{c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet(), 2)}}
+    backend = Tokenizer(models.BPE({**letters, "1Ġ": len(letters)}, [("1", "Ġ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path / "foreign")
+    tokenizer = load_pretrained_tokenizer(str(tmp_path / "foreign"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "qwen2"}')
+    save_tokenizer(tokenizer, tmp_path / "model", stock=True)
+    for text in (*HARD_TEXTS, "</s> 1 <s>"):
+        (expected,) = encode(tokenizer, [Document(text, "a", b"")])
+        loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
+        assert [0, *loaded(text)["input_ids"], 1] == expected.input_ids.tolist()
+    loaded.save_pretrained(tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(text) == loaded(text)
+
+
+def test_files_have_the_mode_that_the_umask_says(exported):
+    assert {path.stat().st_mode & 0o777 for path in exported[1].iterdir()} == {0o640}
+    assert exported[1].stat().st_mode & 0o777 == 0o750
+
+
+def test_the_random_control_exports_and_evaluates(make_settings, data_dir, tmp_path):
+    settings = make_settings("mod", model={"mod": {"routing": "random", "aux_weight": 0.0}})
+    folder = export(train(settings, data_dir, tmp_path / "run"), tmp_path / "model")
+    assert read_manifest(folder)["logits_difference"] == 0
+    assert math.isfinite(evaluate_heldout(load_model(folder), load_split(data_dir, "test"), 4).loss)
+    found = run_benchmarks(folder, ["quick_test"], data_dir=data_dir, batch_size=4, limit=2)
+    assert "dt_perplexity_math" in found["results"]
+
+
+@pytest.mark.parametrize(("spoil", "message"), [("remove", "removed since"), ("cut", "damaged")])
+def test_weights_that_are_gone_or_damaged_are_told(exported, tmp_path, spoil, message):
+    shutil.copytree(exported[0], tmp_path / "run")
+    weights = tmp_path / "run" / read_manifest(exported[0])["checkpoint"] / "model.safetensors"
+    weights.unlink() if spoil == "remove" else os.truncate(weights, 10_000)
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "run", tmp_path / "model", force=True)
+    assert not (tmp_path / "model").exists()

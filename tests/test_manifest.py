@@ -1,6 +1,7 @@
 """Folders are finished, whole and ours, or not touched."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from dynamic_transformers.manifest import (
     digest,
     finished,
     fresh_folder,
+    input_folder,
     read_manifest,
     write_json,
     write_manifest,
@@ -73,3 +75,43 @@ def test_json_is_replaced_whole(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == [MANIFEST]
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    """`outputs` with data, and a run made from it."""
+    outputs = tmp_path / "outputs"
+    for name in ("data", "run"):
+        (outputs / name).mkdir(parents=True)
+    write_manifest(outputs / "data", "prepare_data", {"x": 1}, {})
+    return outputs
+
+
+@pytest.mark.parametrize("named", ["absolute", "relative"])
+@pytest.mark.parametrize("move", ["nothing", "all", "run alone", "link"])
+def test_an_input_is_found_from_anywhere_and_after_a_move(outputs, tmp_path, monkeypatch, named, move):
+    monkeypatch.chdir(tmp_path)
+    write_manifest(outputs / "run", "train", {}, {"data": {
+        "absolute": outputs / "data", "relative": Path("outputs/data")
+    }[named]})  # fmt: skip
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = outputs / "run"
+    if move == "all":
+        run = outputs.rename(tmp_path / "elsewhere/kept") / "run"
+    elif move == "run alone":
+        run = run.rename(tmp_path / "elsewhere/run")
+    elif move == "link":
+        run = tmp_path / "elsewhere/link"
+        run.symlink_to(outputs / "run")
+    assert read_manifest(input_folder(run, "data"))["config"] == {"x": 1}
+
+
+def test_an_input_that_is_gone_or_another_is_told(outputs):
+    write_manifest(outputs / "run", "train", {}, {"data": outputs / "data"})
+    write_manifest(outputs / "data", "prepare_data", {"x": 2}, {})
+    with pytest.raises(UserError, match=r"run: its data, .*/outputs/data, is not what it was"):
+        input_folder(outputs / "run", "data")
+    (outputs / "data").rename(outputs / "other")
+    with pytest.raises(UserError, match=r"run: its data, .*/outputs/data, is not there any more"):
+        input_folder(outputs / "run", "data")

@@ -9,17 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from dynamic_transformers.command_line import run_command
+from dynamic_transformers.command_line import path, run_command
 from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
-from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.manifest import input_folder, read_manifest
 from dynamic_transformers.preflight import check_places, preflight
 from dynamic_transformers.settings import Settings, UserError
-
-
-def path(text: str) -> Path:
-    """A path of the command line; a shell leaves the ~ of `--option=~/x` to us."""
-    return Path(text).expanduser()
+from dynamic_transformers.tracking.sync import add_sync_arguments, sync_command
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +90,7 @@ def compare_command(args: argparse.Namespace) -> None:
 
     configure_logging()
     evaluations = [evaluation_of(folder) for folder in args.runs]
-    models = [Path(read_manifest(folder, "evaluate")["inputs"]["model"]["path"]) for folder in evaluations]
+    models = [input_folder(folder, "model") for folder in evaluations]
     print_comparison(compare(evaluations, args.output_dir, models=models))
 
 
@@ -106,8 +102,9 @@ def evaluation_of(folder: Path) -> Path:
     manifest = read_manifest(folder)
     if manifest["step"] == "evaluate":
         return folder
-    data_dir = Path(read_manifest(folder, "train")["inputs"]["data"]["path"])
+    data_dir = input_folder(folder, "data")
     settings = settings_from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    settings.run.output_dir = str(folder.resolve().parent)  # another working folder, or moved
     model_dir = export(folder, folder / "final_model")
     return evaluate(settings, data_dir, folder, model_dir, folder / "evaluation")
 
@@ -174,6 +171,7 @@ COMMANDS = {
     "export": (export_command, add_export_arguments, "a run's checkpoint as a Hugging Face folder"),
     "bench": (bench_command, add_bench_arguments, "run lm-eval on an exported model"),
     "routing": (routing_command, add_routing_arguments, "show which tokens each layer computes"),
+    "sync": (sync_command, add_sync_arguments, "send to MLflow what it has missed of runs"),
     "compare": (compare_command, add_compare_arguments, "evaluate finished runs; table, plots and report"),
 }
 

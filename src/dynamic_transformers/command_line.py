@@ -6,10 +6,16 @@ import argparse
 import io
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dynamic_transformers.settings import UserError
 
 MISTAKE, INTERRUPTED = 2, 130
+
+
+def path(text: str) -> Path:
+    """A path of the command line; a shell leaves the ~ of `--option=~/x` to us."""
+    return Path(text).expanduser()
 
 
 def run_command(

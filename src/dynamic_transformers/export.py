@@ -6,32 +6,50 @@ The standard model is written as stock `qwen2`. Routed ones carry the flat files
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from dynamic_transformers.data.loading import load_tokenizer
-from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_manifest
-from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.manifest import (
+    finished,
+    fresh_folder,
+    input_folder,
+    read_manifest,
+    write_manifest,
+)
+from dynamic_transformers.models import MODEL_CLASSES, tokenization
+from dynamic_transformers.settings import UserError
+from dynamic_transformers.training.heldout import fixed_randomness
 
 logger = logging.getLogger("dynamic_transformers")
 
 TOLERANCE = 1e-4  # of logits, fp32, same machine
 
 RELOAD = """
-import sys, torch
+import json, sys, torch
+from pathlib import Path
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, output, vocab_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 ids = torch.arange(64).remainder(vocab_size).view(2, 32)
+torch.manual_seed(0)
 with torch.no_grad():
     save_file({"logits": model(input_ids=ids, use_cache=False).logits.contiguous()}, output)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+Path(output).with_suffix(".json").write_text(json.dumps(
+    [tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens, tokenizer.special_tokens_map]))
 assert "dynamic_transformers" not in sys.modules
 """
 
@@ -46,20 +64,24 @@ def export(run_dir: Path, output_dir: Path, data_dir: Path | None = None, force:
         force: export again although `output_dir` is finished.
 
     Raises:
-        UserError: `run_dir` is not a finished run.
-        RuntimeError: the reloaded model's logits differ.
+        UserError: `run_dir` is not a finished run, its weights were removed, or its data are elsewhere.
+        RuntimeError: the reloaded model's logits or its tokenizer differ.
     """
     run = read_manifest(run_dir, "train")
     config = {"run_digest": run["digest"]}
     if not force and finished(output_dir, "export", config):
         logger.info("export: %s is finished, nothing to do", output_dir)
         return output_dir
-    data_dir = data_dir or Path(run["inputs"]["data"]["path"])
-    model = load_run(run_dir)
+    data_dir = data_dir or input_folder(run_dir, "data")
+    block_size = read_manifest(data_dir, "prepare_data")["block_size"]
+    model, tokenizer = load_run(run_dir), load_tokenizer(data_dir)
+    model.config.max_position_embeddings = trained_context(model.config, run["config"], block_size)
     with fresh_folder(output_dir, "export") as temporary:
         model.save_pretrained(temporary)
-        load_tokenizer(data_dir).save_pretrained(temporary)
-        difference = reload_difference(model, temporary)
+        save_tokenizer(tokenizer, temporary, stock=model.config.model_type == "qwen2")
+        for path in temporary.glob("*.safetensors"):  # which only the owner may read
+            path.chmod((temporary / "config.json").stat().st_mode)
+        difference = reload_difference(model, tokenizer, temporary)
         if not difference <= TOLERANCE:  # NaN must not pass
             raise RuntimeError(f"{output_dir}: logits of the reloaded model differ by {difference:.2e}")
         facts = {
@@ -76,7 +98,7 @@ def export(run_dir: Path, output_dir: Path, data_dir: Path | None = None, force:
             {"run": run_dir, "data": data_dir},
             **facts,
             run_config=run["config"],
-            block_size=read_manifest(data_dir, "prepare_data")["block_size"],
+            block_size=block_size,
             data_dir=str(data_dir.resolve()),
             logits_difference=difference,
         )
@@ -84,25 +106,70 @@ def export(run_dir: Path, output_dir: Path, data_dir: Path | None = None, force:
     return output_dir
 
 
+def trained_context(config: Qwen2Config, run_config: dict[str, Any], block_size: int) -> int:
+    """Tokens of context that a model has seen: its blocks, or more if it was pretrained.
+
+    No result depends on it; programs that load the model, as lm-eval, take it for the longest text.
+    """
+    if run_config["training.mode"] == "scratch":
+        return block_size
+    return max(config.max_position_embeddings, block_size)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, stock: bool) -> None:
+    """Write the tokenizer such that AutoTokenizer loads exactly this one.
+
+    Args:
+        stock: whether config.json says qwen2. AutoTokenizer then ignores the class that tokenizer_config.json
+            names and takes its own, with another normalization, unless there is an `auto_map`. Without
+            `trust_remote_code` it passes over what that names, and reads tokenizer.json.
+    """
+    if stock:
+        tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": [None, "tokenization.ExactTokenizer"]}
+        shutil.copyfile(tokenization.__file__, folder / "tokenization.py")
+    tokenizer.save_pretrained(folder)
+
+
 def load_run(run_dir: Path) -> PreTrainedModel:
-    """The final model of a finished run, in eval mode, on the CPU, fp32."""
+    """The final model of a finished run, in eval mode, on the CPU, fp32.
+
+    Raises:
+        UserError: the run is unfinished, or its weights were removed or damaged.
+    """
     run = read_manifest(run_dir)
     config_class, model_class = MODEL_CLASSES[run["architecture"]]
     model = model_class(config_class.from_dict(run["model_config"]))
-    load_model(model, run_dir / run["checkpoint"] / "model.safetensors")
+    weights = run_dir / run["checkpoint"] / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(
+            f"{weights}: removed since the run finished; put it back, or train again with --force"
+        )
+    try:
+        load_model(model, weights)
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{weights}: damaged ({reason}); train again with --force") from error
     return model.eval()
 
 
 @torch.no_grad()
-def reload_difference(model: PreTrainedModel, folder: Path) -> float:
-    """Largest difference of logits between `model` and `folder` as another process loads it."""
+def reload_difference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> float:
+    """Largest difference of logits between `model` and `folder` as another process loads it.
+
+    Raises:
+        RuntimeError: it does not load, or with another tokenizer.
+    """
     ids = torch.arange(64).remainder(model.config.vocab_size).view(2, 32)
-    expected = model(input_ids=ids, use_cache=False).logits
-    output = folder / "reloaded.safetensors"
-    command = [sys.executable, "-c", RELOAD, str(folder), str(output), str(model.config.vocab_size)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"{folder} does not load on its own:\n{result.stderr}")
-    reloaded = load_file(output)["logits"]
-    output.unlink()
+    with fixed_randomness(model.device):  # for the control, whose routing is random
+        expected = model(input_ids=ids, use_cache=False).logits
+    with tempfile.TemporaryDirectory() as place:
+        output = Path(place) / "reloaded.safetensors"
+        command = [sys.executable, "-c", RELOAD, str(folder), str(output), str(model.config.vocab_size)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RuntimeError(f"{folder} does not load on its own:\n{result.stderr}")
+        reloaded = load_file(output)["logits"]
+        read = json.loads(output.with_suffix(".json").read_text())
+    if read != [tokenizer.backend_tokenizer.to_str(), True, tokenizer.special_tokens_map]:
+        raise RuntimeError(f"{folder}: AutoTokenizer loads another tokenizer than that of training")
     return (reloaded - expected).abs().max().item()

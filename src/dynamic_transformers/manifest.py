@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dynamic_transformers import __version__
+from dynamic_transformers.folders import check_target, new_sibling, put_in_place, sole_writer, write_whole
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
+
+logger = logging.getLogger("dynamic_transformers")
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "lm-eval", "mlflow", "kfp")
@@ -28,12 +31,7 @@ def digest(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically: a reader sees the old file or the new one, never half."""
-    text = json.dumps(value, indent=2) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    Path(temporary).chmod(0o644)
-    Path(temporary).replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_manifest(
@@ -51,24 +49,26 @@ def write_manifest(
     Returns:
         The manifest.
     """
+    content = {"step": step, "config": config, **facts}
+    used = {role: read_manifest(path)["digest"] for role, path in inputs.items()}
     manifest = {
         "schema_version": 1,
-        "step": step,
+        **content,
         "config_digest": digest(config),
-        "config": config,
         "inputs": {
-            role: {"path": str(path), "digest": read_manifest(path)["digest"]}
+            role: {
+                "path": str(path.resolve()),
+                "relative": os.path.relpath(path.resolve(), folder.resolve()),  # for when both were moved
+                "digest": used[role],
+            }
             for role, path in inputs.items()
         },
+        # What it was made with, which does not count when it is asked what was made.
         "package_version": __version__,
         "git_revision": revision(),
         "packages": _package_versions(),
-        **facts,
+        "digest": digest(content | {"inputs": used}),
     }
-    manifest["digest"] = digest(
-        {key: manifest[key] for key in manifest if key != "inputs"}
-        | {"inputs": {role: entry["digest"] for role, entry in manifest["inputs"].items()}}
-    )
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -80,56 +80,90 @@ def read_manifest(folder: Path, step: str | None = None) -> dict[str, Any]:
         step: what the folder must be the output of; None: any step.
 
     Raises:
-        UserError: the folder is missing, unfinished, or another step's output.
+        UserError: the folder is missing, unfinished, another step's output, or its manifest is damaged.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         what = "no such folder" if not Path(folder).is_dir() else f"unfinished: it has no {MANIFEST}"
         raise UserError(f"{folder}: {what}")
-    manifest = json.loads(path.read_text())
-    if step not in (None, manifest["step"]):
-        raise UserError(f"{folder}: is the output of {manifest['step']}, not of {step}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        made_by = manifest["step"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged; remove {folder}, or make it again with --force") from error
+    if step not in (None, made_by):
+        raise UserError(f"{folder}: is the output of {made_by}, not of {step}")
     return manifest
+
+
+def input_folder(folder: Path, role: str) -> Path:
+    """Where an input of a finished folder lies now: at its place relative to `folder`, or where it was.
+
+    Raises:
+        UserError: it is at neither place, or what is there is something else.
+    """
+    entry = read_manifest(folder)["inputs"][role]
+    places = [Path(folder).resolve() / entry["relative"], Path(entry["path"])]
+    for place in (Path(os.path.normpath(place)) for place in places):
+        if (place / MANIFEST).is_file() and read_manifest(place)["digest"] == entry["digest"]:
+            return place
+    what = "is not what it was" if any(place.exists() for place in places) else "is not there any more"
+    raise UserError(f"{folder}: its {role}, {entry['path']}, {what}; put it back, or name it yourself")
 
 
 def finished(folder: Path, step: str, config: Any) -> bool:
     """Whether `folder` is the finished output of `step` for exactly this `config`."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
+    if not (Path(folder) / MANIFEST).is_file():
         return False
-    manifest = json.loads(path.read_text())
+    manifest = read_manifest(folder)
     return manifest["step"] == step and manifest["config_digest"] == digest(config)
 
 
 @contextmanager
 def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
-    """Fill a temporary sibling of `folder`, which replaces it only when the body succeeds.
+    """Fill a temporary sibling of `folder`, which takes its place only when the body succeeds.
+
+    A link is followed. Processes that do so at once each put a whole folder there; the last one stays.
 
     Args:
         step: what a folder that stands there must be the output of; None: whatever stands there is ours.
 
     Raises:
-        UserError: something else stands there.
+        UserError: something else stands there, or what cannot be replaced.
     """
-    if step and folder.exists():
-        if not folder.is_dir():
-            raise UserError(f"{folder}: is a file; name a folder")
+    folder = folder.resolve()
+    check_target(folder)
+    if step and folder.is_dir():
         ours = (folder / MANIFEST).is_file() and read_manifest(folder)["step"] == step
         if not ours and any(folder.iterdir()):
             raise UserError(
                 f"{folder}: holds something else than an output of {step}; name an empty or new folder"
             )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = new_sibling(folder)
     try:
-        temporary.chmod(0o755)
         yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        put_in_place(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def step_output(folder: Path, step: str, config: Any, force: bool = False) -> Iterator[Path | None]:
+    """A fresh folder for a step's output, or None where `folder` is finished for exactly this `config`.
+
+    Processes that ask for the same folder take turns: the later ones find what the first has made.
+
+    Raises:
+        UserError: as `fresh_folder`.
+    """
+    with sole_writer(folder, wait=True):
+        if not force and finished(folder, step, config):
+            logger.info("%s: %s is finished, nothing to do", step, folder)
+            yield None
+            return
+        with fresh_folder(folder, step) as temporary:
+            yield temporary
 
 
 def git(*arguments: str) -> str:

@@ -125,7 +125,7 @@ def check_tasks(evaluation: EvaluationSettings, sources: Sequence[str]) -> None:
         if name not in SUITES and name not in embedded:
             others.append(name)
     if others and importlib.util.find_spec("lm_eval"):
-        from dynamic_transformers.evaluation.harness import check_tasks
+        from dynamic_transformers.evaluation.task_index import check_tasks
 
         check_tasks(others, evaluation.confirm_run_unsafe_code)
 

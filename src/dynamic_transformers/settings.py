@@ -169,6 +169,7 @@ class SourceSettings:
         None  # hub id, or a builder ("json", "text", "parquet") together with data_files
     )
     config: str | None = None
+    revision: str | None = None  # branch, tag or commit of a hub data set; None: the newest commit
     data_files: Annotated[Any, Place()] = None  # a path or pattern, a list of them, or {split: paths}
     split: str = "train"
     text_column: str = "text"
@@ -226,8 +227,12 @@ class TrainingSettings:
     gradient_accumulation_steps: Count = 1
     log_every: Count = 10
     eval_every: Steps = 0  # 0: only at the end
-    checkpoint_every: Steps = 0  # 0: only at the end
-    resume: Annotated[str, Place()] = "auto"  # auto, none, or a checkpoint folder
+    checkpoint_every: Steps = 0  # 0: by time, and at the end
+    checkpoint_minutes: Annotated[float, In("[0, inf)")] = 10.0  # that may pass without one; 0: no limit
+    keep_checkpoints: Count | None = 3  # the last ones, and the one of the best evaluation; None: all
+    max_skipped_steps: Steps = 10  # in a row, whose loss or gradient is not finite, before the run ends
+    resume: Annotated[str, Place()] = "auto"  # auto, none (the old run is renamed), or a checkpoint folder
+    reschedule: bool = False  # a run that goes on to another budget stretches its schedules over that one
     gradient_checkpointing: bool = False
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
@@ -252,6 +257,7 @@ class TrackingSettings:
     experiment: str = "dynamic-transformers"
     wandb: bool = False
     wandb_project: str = "dynamic-transformers"
+    wandb_checkpoints: bool = False  # checkpoints as artifacts of W&B
 
 
 @dataclass

@@ -36,6 +36,9 @@ def step_log(output: Path) -> Iterator[None]:
     except UserError as error:
         logger.error("failed after %.1f s: %s", time.perf_counter() - start, error)
         raise SystemExit(2) from None
+    except SystemExit as error:  # a signal, after which the step has ended in order
+        logger.info("ended after %.1f s with exit code %s", time.perf_counter() - start, error.code)
+        raise
     except BaseException:
         logger.exception("failed after %.1f s", time.perf_counter() - start)
         raise

@@ -1,6 +1,7 @@
 """Quarantine, filter, duplicates, and the split by hash."""
 
 import hashlib
+import json
 
 import pytest
 
@@ -69,16 +70,39 @@ def test_broken_records_are_counted_and_the_first_are_kept(make_settings, make_s
         "duplicates": 0,
         "quarantined": 14,
     }
-    assert [entry["index"] for entry in corpus.quarantine] == list(range(10))
+    assert [entry["row"] for entry in corpus.quarantine] == list(range(1, 11))
     reasons = [entry["reason"].split()[0] for entry in corpus.quarantine[:5]]
-    assert reasons == ["NoneType", "NoneType", "int", "list", "float"]
+    assert reasons == ["NoneType", "no", "int", "list", "float"]
+
+
+BROKEN_LINES = {
+    "a byte that is no UTF-8": b'{"text": "caf\xff and enough characters to be long"}',
+    "broken JSON": b'{"text": "a quote is missing}',
+    "half of a surrogate pair": b'{"text": "\\ud83d and enough characters to be long"}',
+    "a line that was cut off": b'{"text": "cu',
+    "another type": b'{"text": 7}',
+}
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES.values(), ids=BROKEN_LINES)
+@pytest.mark.parametrize("place", [0, 200, 399])
+def test_one_broken_line_is_quarantined_with_file_and_row(tmp_path, make_settings, make_texts, line, place):
+    lines = [json.dumps({"text": text}).encode() for text in make_texts(399)]
+    lines.insert(place, line)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    corpus = collect(make_settings([{"name": "a", "path": "json", "data_files": str(file)}]).data)
+    (entry,) = corpus.quarantine
+    assert (entry["source"], entry["file"], entry["row"]) == ("a", str(file), place + 1)
+    json.dumps(entry).encode()
+    assert sum(map(len, texts_by_split(corpus).values())) == 399
 
 
 def test_too_many_broken_records_end_the_step(make_settings, make_source, make_texts):
     records = [{"text": text} for text in make_texts(197)] + [{"text": 5}] * 3
     source = make_source("a", records=records)
     collect(make_settings([source], max_broken_fraction=0.015).data)
-    with pytest.raises(UserError, match=r"a: 3 of 200 records .* record 197, int instead of str: 5") as error:
+    with pytest.raises(UserError, match=r"a: 3 of 200 .*a\.jsonl, row 198, int instead of str: 5") as error:
         collect(make_settings([source], max_broken_fraction=0.0149).data)
     assert "\n" not in str(error.value)
 

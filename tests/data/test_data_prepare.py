@@ -2,11 +2,15 @@
 
 import json
 import logging
+import platform
 from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
+from hypothesis import Phase, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from dynamic_transformers.data import arithmetic
@@ -17,7 +21,11 @@ from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
 
 SPLITS = ("train", "validation", "test")
-FACTS = ("sources", "splits", "unigram_loss", "vocab_size", "block_size", "seed", "tokenizer_name")
+FACTS = (
+    *("sources", "splits", "content_digest", "unigram_loss"),
+    *("vocab_size", "block_size", "seed", "tokenizer_name"),
+)
+ACCOUNT = ("documents_used", "unused", "held_out", "filtered", "duplicates", "quarantined")
 
 
 def tasks(folder):
@@ -50,7 +58,11 @@ def embedded(tmp_path_factory, make_settings):
 def test_embedded_folder_holds_what_its_manifest_says(embedded):
     settings, folder = embedded
     manifest = read_manifest(folder)
-    assert manifest["step"] == "prepare_data" and manifest["config"] == data_config(settings)
+    assert manifest["step"] == "prepare_data" and manifest["schema_version"] == 1
+    assert manifest["config"] == {
+        **data_config(settings),
+        "fingerprints": {name: {"Python": platform.python_version()} for name in ("prose", "code", "math")},
+    }
     assert manifest["vocab_size"] == len(load_tokenizer(folder)) == 512
     for split in SPLITS:
         told, blocks = manifest["splits"][split], load_split(folder, split)
@@ -67,9 +79,8 @@ def test_embedded_folder_holds_what_its_manifest_says(embedded):
         asked = {"prose": 0.4, "code": 0.4, "math": 0.2}[source["name"]]
         assert source["proportion_asked"] == pytest.approx(asked)
         assert source["proportion_realised"] == pytest.approx(asked, abs=0.05)
-        assert (
-            source["documents_in"] > source["documents_used"] + source["filtered"] + source["duplicates"] > 0
-        )
+        assert source["documents_in"] == sum(source[name] for name in ACCOUNT)
+        assert source["documents_used"] > 0 < source["held_out"]
     assert sum(source["tokens"] for source in manifest["sources"]) >= manifest["splits"]["train"]["tokens"]
     assert 4 < manifest["unigram_loss"]["test"] < np.log(512)
 
@@ -158,8 +169,42 @@ def test_a_finished_folder_is_reused_unless_forced(tmp_path, make_settings, make
     assert (folder / "manifest.json").stat().st_ino != made
     lines = caplog.text
     assert "source a: 200 records read" in lines and "tokenizer: " in lines and "train: " in lines
-    prepare(replace(settings, data=replace(settings.data, block_size=16)), folder)
-    assert read_manifest(folder)["block_size"] == 16
+
+
+lines = st.sampled_from([b"broken", b'{"text": 5}', b'{"text": "short"}'])
+texts = st.integers(0, 400).map(lambda index: json.dumps({"text": f"document number {index} " * 3}).encode())
+
+
+@given(
+    sources=st.lists(st.lists(texts | lines, max_size=300), min_size=1, max_size=3),
+    max_tokens=st.none() | st.integers(1, 3000),
+)
+@hypothesis_settings(max_examples=12, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
+def test_no_document_disappears(tmp_path_factory, make_settings, sources, max_tokens):
+    folder = tmp_path_factory.mktemp("account")
+    always = [json.dumps({"text": f"of every source, {index} " * 3}).encode() for index in range(60)]
+    configs = []
+    for index, records in enumerate(sources):
+        file = folder / f"{index}.jsonl"
+        file.write_bytes(b"\n".join([*records, *always]))
+        always = [line.replace(b"every", b"every other") for line in always]
+        configs.append({"name": f"source{index}", "path": "json", "data_files": str(file)})
+    settings = make_settings(
+        configs,
+        max_tokens=max_tokens,
+        max_eval_tokens=300,
+        max_broken_fraction=1,
+        block_size=8,
+        cloze_examples=0,
+    )
+    manifest = read_manifest(prepare(settings, folder / "data"))
+    for told, records in zip(manifest["sources"], sources, strict=True):
+        assert told["documents_in"] == len(records) + 60 == sum(told[name] for name in ACCOUNT)
+        assert told["quarantined"] == sum(record in (b"broken", b'{"text": 5}') for record in records)
+        assert told["filtered"] == records.count(b'{"text": "short"}')
+        assert told["documents_used"] > 0 < told["held_out"]
+    used = sum(told["documents_used"] for told in manifest["sources"])
+    assert used == manifest["splits"]["train"]["documents"]
 
 
 def test_quarantine_file_and_a_tokenizer_by_name(tmp_path, make_settings, make_source, make_texts):
@@ -167,7 +212,8 @@ def test_quarantine_file_and_a_tokenizer_by_name(tmp_path, make_settings, make_s
     source = make_source("a", records=records)
     first = prepare(make_settings([source]), tmp_path / "1")
     (entry,) = map(json.loads, (first / "quarantine.jsonl").read_text().splitlines())
-    assert entry == {"source": "a", "index": 200, "reason": "int instead of str", "record": "7"}
+    place = {"source": "a", "file": source["data_files"], "row": 201}
+    assert entry == {**place, "reason": "int instead of str", "record": "7"}
     assert read_manifest(first)["sources"][0]["quarantined"] == 1
     named = make_settings([source], tokenizer_name=str(first / "tokenizer"), vocab_size=9999)
     second = prepare(named, tmp_path / "2")
@@ -179,7 +225,7 @@ def test_a_failed_run_leaves_the_old_folder_and_no_other(tmp_path, make_settings
     folder = prepare(make_settings([make_source("a", 200)]), tmp_path / "out" / "data")
     broken = make_settings([make_source("b", records=[{"text": 1}] * 200)])
     with pytest.raises(UserError, match="200 of 200 records are broken"):
-        prepare(broken, folder)
+        prepare(broken, folder, force=True)
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
     assert read_manifest(folder)["sources"][0]["name"] == "a"
 

@@ -1,48 +1,209 @@
-"""Records through `datasets.load_dataset`: builders, folders, streaming, and mistakes told in one line."""
+"""Records of every kind of source, broken rows, odd paths, and mistakes told in one line."""
 
-import datasets
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import random
+from pathlib import Path
+
+import pyarrow
 import pytest
 
 from dynamic_transformers.data.sources import read_records
 from dynamic_transformers.settings import SourceSettings, UserError
 
-TEXTS = [f"document {index}" for index in range(20)]
+TEXTS = [f'document {index}, "quoted", 東京 é' for index in range(20)]
+LINES = "".join(json.dumps({"other": 1, "text": text}) + "\n" for text in TEXTS).encode()
 
 
-@pytest.fixture
-def folder(tmp_path, write_jsonl):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    write_jsonl(folder / "train.jsonl", [{"text": text, "other": 1} for text in TEXTS])
-    return folder
+def zstd(data):
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, "zstd") as stream:
+        stream.write(data)
+    return buffer.getvalue().to_pybytes()
 
 
-def read(**settings):
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+def table(texts=TEXTS):
+    return pyarrow.table({"other": range(len(texts)), "text": texts})
+
+
+def write_csv(path, delimiter):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows([("other", "text"), *enumerate(TEXTS)])
+
+
+def write_arrow(path, kind):
+    with kind(path, table().schema) as writer:
+        writer.write_table(table(), max_chunksize=3)
+
+
+FORMATS = {
+    "a.txt": ("text", lambda path: path.write_text("\n".join(TEXTS), encoding="utf-8")),
+    "crlf.txt": ("text", lambda path: path.write_bytes("\r\n".join(TEXTS).encode("utf-8-sig"))),
+    "a.json": ("json", lambda path: path.write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))),
+    "a.csv": ("csv", lambda path: write_csv(path, ",")),
+    "a.tsv": ("csv", lambda path: write_csv(path, "\t")),
+    "a.parquet": ("parquet", lambda path: pyarrow.parquet.write_table(table(), path, row_group_size=3)),
+    "stream.arrow": ("arrow", lambda path: write_arrow(path, pyarrow.ipc.new_stream)),
+    "file.arrow": ("arrow", lambda path: write_arrow(path, pyarrow.ipc.new_file)),
+    **{
+        f"a.jsonl{ending}": ("json", lambda path, compress=compress: path.write_bytes(compress(LINES)))
+        for ending, compress in COMPRESSIONS.items()
+    },
+}
+
+
+def rows(**settings):
     return list(read_records(SourceSettings(name="mine", type="hub", **settings)))
 
 
-def test_json_parquet_text_and_folder_give_the_same_records(folder, tmp_path):
-    parquet, plain = tmp_path / "a.parquet", tmp_path / "a.txt"
-    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(str(parquet))
-    plain.write_text("\n".join(TEXTS))
-    assert read(path="json", data_files=str(folder / "train.jsonl")) == TEXTS
-    assert read(path="parquet", data_files={"held": [str(parquet)]}, split="held") == TEXTS
-    assert read(path="text", data_files=str(plain)) == TEXTS
+def read(**settings):
+    found = rows(**settings)
+    assert [row.fault for row in found] == [None] * len(found)
+    return [row.value for row in found]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "corpus"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "train.jsonl").write_bytes(LINES)
+    (folder / "deep" / "test.jsonl").write_bytes(LINES[: LINES.index(b"\n") + 1])
+    (folder / ".hidden.jsonl").write_text("no JSON")
+    return folder
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_records(tmp_path, name):
+    builder, write = FORMATS[name]
+    write(tmp_path / name)
+    assert read(path=builder, data_files=str(tmp_path / name)) == TEXTS
+    assert read(path=builder, data_files={"held": [str(tmp_path / name)]}, split="held") == TEXTS
+    assert read(path=builder, data_files=str(tmp_path / name), max_documents=3) == TEXTS[:3]
+    assert read(path=str(tmp_path)) == TEXTS  # `datasets` finds out what the folder holds
+
+
+def test_a_folder_and_parts_of_its_splits(folder):
     assert read(path=str(folder)) == TEXTS
+    assert read(path=str(folder), split="test") == TEXTS[:1]
     assert read(path=str(folder), split="train[5:8]") == TEXTS[5:8]
+    assert read(path=str(folder), split="train[:10%]+test") == [*TEXTS[:2], TEXTS[0]]
+    assert read(path=str(folder), data_files="**/*.jsonl") == [TEXTS[0], *TEXTS]
+    # The configurations of a data set's own card count.
+    card = "---\nconfigs:\n- config_name: small\n  data_files: deep/*.jsonl\n---\n"
+    (folder / "README.md").write_text(card)
+    assert read(path=str(folder), config="small") == TEXTS[:1]
 
 
-def test_max_documents_streams_the_first_ones(folder, monkeypatch):
-    streamed = []
-    load = datasets.load_dataset
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda *args, **kwargs: streamed.append(kwargs["streaming"]) or load(*args, **kwargs),
-    )
-    assert read(path=str(folder), max_documents=3) == TEXTS[:3]
+@pytest.mark.parametrize("max_documents", [None, 5])
+def test_what_we_do_not_read_goes_to_the_library(folder, max_documents):
+    url = f"file://{folder}/train.jsonl"
+    assert read(path="json", data_files=url, max_documents=max_documents) == TEXTS[:max_documents]
+
+
+@pytest.mark.parametrize(
+    "name", ["exp[1]", "a::b", "50%25", "a b", "ümläut é", "{x}", "~home", "a*b?c", "#1"]
+)
+def test_any_path_is_a_path(tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / f"{name}.jsonl").write_bytes(LINES)
+    monkeypatch.chdir(tmp_path)
+    for written in (folder / f"{name}.jsonl", folder / "*.jsonl", Path(name) / "*.jsonl"):
+        assert read(path="json", data_files=str(written)) == TEXTS
     assert read(path=str(folder)) == TEXTS
-    assert streamed == [True, False]
+    assert read(path=f"./{name}", data_files="*.jsonl") == TEXTS
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"path": "~/corpus"},
+        {"path": "json", "data_files": "~/corpus/t*.jsonl"},
+        {"path": "json", "data_files": {"train": ["~/corpus/t*.jsonl"]}},
+    ],
+)
+def test_a_tilde_is_the_home(folder, monkeypatch, make_settings, source):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    (given,) = make_settings([{"name": "a", **source}]).data.dataset_configs
+    assert [row.value for row in read_records(given)] == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "number", "fault"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": "cut o', 2, "broken JSON (Unterminated string"),
+        ("a.jsonl", b'{"text": "a"}\n\n[1, 2]\n{"text": "b"}\n', 3, "list instead of an object"),
+        ("a.jsonl", b'[1, 2]\n{"text": "a"}\n', 1, "list instead of an object"),
+        ("a.jsonl", b'[cut off\n{"text": "a"}\n', 1, "broken JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"other": "b"}\n', 2, "no 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100000 + b"\n", 2, "broken JSON"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"\0" * 500, 2, "broken JSON"),
+        ("a.csv", b"other,text\n1,a\n2\n3,b\n", 3, "1 columns instead of 2"),
+        ("a.csv", b"other,text\n1,a\n2,3,b\n", 3, "3 columns instead of 2"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_one_row(tmp_path, name, content, number, fault):
+    file = tmp_path / name
+    file.write_bytes(content)
+    found = rows(path=file.suffix.strip(".").replace("jsonl", "json"), data_files=str(file))
+    (broken,) = [row for row in found if row.fault]
+    assert (broken.file, broken.number) == (file, number) and broken.fault.startswith(fault)
+    assert {row.value for row in found if not row.fault} <= {"a", "b"}
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.parquet"])
+def test_bytes_that_are_no_utf8_are_one_row(tmp_path, name):
+    file = tmp_path / name
+    texts = [b"a", b"caf\xe9 \xff", b"b"]
+    if name == "a.jsonl":
+        file.write_bytes(b"".join(b'{"text": "%s"}\n' % text for text in texts))
+    elif name == "a.txt":
+        file.write_bytes(b"\n".join(texts))
+    elif name == "a.csv":
+        file.write_bytes(b"text\n" + b"\n".join(texts))
+    else:
+        wrong = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+        pyarrow.parquet.write_table(pyarrow.table({"text": wrong}), file)
+    found = [row.value for row in rows(path=FORMATS[name][0], data_files=str(file))]
+    assert found[::2] == ["a", "b"]
+    with pytest.raises(UnicodeEncodeError):
+        found[1].encode()
+
+
+def test_max_documents_reads_no_further(tmp_path):
+    texts = [str(random.random()) * 50 for _ in range(2000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-2000])
+    source = {"path": "json", "data_files": str(tmp_path / "cut.jsonl.gz")}
+    assert read(**source, max_documents=150) == texts[:150]
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz is cut off or damaged after row 1\d\d\d: "):
+        rows(**source)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst", "a.parquet", "file.arrow"]
+)
+@pytest.mark.parametrize("fault", ["cut", "overwritten", "empty"])
+def test_a_damaged_file_is_named(tmp_path, name, fault):
+    file = tmp_path / name
+    builder, write = FORMATS[name]
+    write(file)
+    data = file.read_bytes()
+    half = len(data) // 2
+    file.write_bytes(
+        {"cut": data[:half], "overwritten": data[: half // 2] + bytes(half), "empty": b""}[fault]
+    )
+    with pytest.raises(UserError, match=r"a\.|file\.") as error:
+        rows(path=builder, data_files=str(tmp_path / f"*{''.join(file.suffixes)}"))
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert ("is empty (0 bytes)" if fault == "empty" else "is cut off or damaged") in str(error.value)
 
 
 @pytest.mark.parametrize("max_documents", [None, 5])
@@ -51,24 +212,48 @@ def test_max_documents_streams_the_first_ones(folder, monkeypatch):
     [
         ({"path": None}, "path is missing"),
         ({"path": "json"}, "data_files is missing"),
-        ({"path": "json", "data_files": "{folder}/none.jsonl"}, "none.jsonl"),
-        ({"path": "{folder}/none"}, "none"),
+        ({"path": "json", "data_files": []}, "data_files is missing"),
+        ({"path": "json", "data_files": 5}, "data_files=5: must be a pattern"),
+        ({"path": "json", "data_files": {"train": [1]}}, "must be a pattern"),
+        ({"path": "json", "data_files": "{folder}/none.jsonl"}, "no file matches '{folder}/none.jsonl'"),
+        (
+            {"path": "json", "data_files": ["{folder}/*.jsonl", "{folder}/z*"]},
+            "no file matches '{folder}/z*'",
+        ),
+        ({"path": "json", "data_files": "{folder}"}, "name its files, as in {folder}/*"),
+        ({"path": "{folder}/none"}, "none: no such file or folder"),
+        ({"path": "./nothing"}, "nothing: no such file or folder"),
+        ({"path": "hos/good.jsonl"}, "hos/good.jsonl: no such file or folder"),
+        ({"path": "{folder}/train.jsonl"}, "is a file; give path: json, data_files: {folder}/train.jsonl"),
+        ({"path": "{folder}/a.csv.gz"}, "is a file; give path: csv, data_files: {folder}/a.csv.gz"),
+        ({"path": "{folder}/deep"}, "there are test"),
+        ({"path": "{folder}/empty"}, "{folder}/empty doesn't contain any data files"),
         ({"path": "nobody/nothing"}, "nobody/nothing"),
-        ({"path": "{folder}", "split": "dev"}, "dev"),
+        ({"path": "{folder}", "split": "dev"}, "split=dev: no such split; there are train, test"),
+        ({"path": "{folder}", "split": "train[:"}, "split=train[:"),
         ({"path": "{folder}", "config": "big"}, "big"),
-        ({"path": "{folder}", "text_column": "content"}, "there are text, other"),
-        ({"path": "json", "data_files": "{folder}/broken.jsonl"}, "JSON parse error"),
+        ({"path": "{folder}", "text_column": "content"}, "in {folder}/train.jsonl; there are other, text"),
+        ({"path": "text", "data_files": "{folder}/train.jsonl", "text_column": "x"}, "there are text"),
+        ({"path": "csv", "data_files": "{folder}/a.csv.gz", "text_column": "x"}, "there are a, b"),
+        ({"path": "json", "data_files": "file://{folder}/none.jsonl"}, "none.jsonl"),
+        ({"path": "json", "data_files": "file://{folder}/train.jsonl", "text_column": "x"}, "there are"),
+        ({"path": "{folder}", "max_documents": 0}, "max_documents=0: must be at least 1"),
+        ({"path": "{folder}", "max_documents": -1}, "max_documents=-1: must be at least 1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, settings, words, max_documents):
-    (folder.parent / "broken.jsonl").write_text('{"text": "good"}\n{"text": "cut o')
-    filled = {
-        key: value and value.format(folder=folder.parent if "broken" in value else folder)
-        for key, value in settings.items()
-    }
+    (folder / "empty").mkdir()
+    (folder / "a.csv.gz").write_bytes(gzip.compress(b"a,b\n1,2\n"))
+
+    def filled(value):
+        if isinstance(value, list):
+            return [filled(entry) for entry in value]
+        return value.replace("{folder}", str(folder)) if isinstance(value, str) else value
+
+    given = {"max_documents": max_documents} | {key: filled(value) for key, value in settings.items()}
     with pytest.raises(UserError) as error:
-        read(**filled, max_documents=max_documents)
-    assert words in str(error.value)
+        rows(**given)
+    assert filled(words) in str(error.value)
     assert "data.dataset_configs.mine" in str(error.value)
     assert "\n" not in str(error.value)
 

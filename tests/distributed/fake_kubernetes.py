@@ -3,22 +3,21 @@
 The account may do what the Role of cluster/train-job-rbac.yaml lets it do. A job's nodes are processes of
 this machine (or what `start_node` starts), with the variables that the Trainer's torch runtime sets and no
 others than a pod would have.
+
+As seen of the real ones (Trainer 2.3, Kubernetes 1.36): a job that is deleted in the foreground is built
+anew; the JobSet of a job that was deleted stays for a while, and a new job of the name takes over its state.
 """
 
 import contextlib
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-import psutil
 import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
@@ -26,15 +25,16 @@ from kubernetes.config import kube_config
 
 from dynamic_transformers.launch import kubernetes_api, train_job
 from dynamic_transformers.settings import PROJECT_ROOT
+from tests.distributed.fake_trainer import NOW, RESERVED, Controllers, LocalNode
 
 RBAC = PROJECT_ROOT / "cluster" / "train-job-rbac.yaml"
 NAMESPACE, TOKEN = "team", "a-token"
-GROUP = "trainer.kubeflow.org"
 ROUTE = re.compile(
-    r"/(?:api/v1|apis/(?P<group>[^/]+)/v1alpha1)/namespaces/(?P<namespace>[^/]+)/(?P<resource>[a-z]+)"
-    r"(?:/(?P<name>[^/]+))?(?:/(?P<part>log))?"
+    r"/(?:api/v1|apis/(?P<group>[^/]+)/v1alpha[12])/namespaces/(?P<namespace>[^/]+)/(?P<resource>[a-z]+)"
+    r"(?:/(?P<name>[^/]+))?"
 )
-RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+DOMAIN_AND_PATH = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9/._~%!$&'()*+,;=:-]+")
+WEBHOOK = 'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the request: '
 
 
 class RefusedError(Exception):
@@ -53,47 +53,15 @@ def fake_cluster(folder):
         for name in ("KUBERNETES_SERVICE_HOST", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
             patch.delenv(name, raising=False)
         patch.setattr(kubernetes_api, "POLL_SECONDS", 0.01)
+        patch.setattr(kubernetes_api, "DELETION_SECONDS", 10.0)
         patch.setattr(train_job, "LOOK_SECONDS", 0.01)
+        patch.setattr(train_job, "VISIBLE_SECONDS", 5.0)
         path = fake.kubeconfig(folder / "kubeconfig")
         patch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(path))
         yield fake
 
 
-class LocalNode:
-    """A node of a job as a process of this machine."""
-
-    @staticmethod
-    def address(name):
-        return "127.0.0.1"
-
-    def __init__(self, name, container, environment, log):
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*container["command"], *container["args"]],
-                env={"PATH": path, "HOME": str(log.parent)} | environment,
-                cwd=log.parent,
-                stdout=output,
-                stderr=output,
-            )
-        self.log = log
-
-    def poll(self):
-        return self.process.poll()
-
-    def output(self):
-        return self.log.read_text()
-
-    def stop(self):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            agent = psutil.Process(self.process.pid)
-            for process in [agent, *agent.children(recursive=True)]:  # torchrun's workers are no group of its
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        self.process.wait()
-
-
-class FakeKubernetes:
+class FakeKubernetes(Controllers):
     """The API.
 
     Args:
@@ -102,22 +70,29 @@ class FakeKubernetes:
 
     Attributes:
         jobs: by name, as a client sees them.
+        pods: by name, with the job's name as their label.
+        events: of the namespace, all of them warnings.
+        left: of a job that was deleted: how often its JobSet, then its pods, are still seen.
         requests: all that were answered, as (verb, resource).
         rules: of the account's Role.
-        outages: this many requests are answered by 503, and the last eight of them not at all.
         on_create: called in a thread with the name of a job that has been created; runs its nodes.
-        unknown_fields: of a job's `spec`, those that this Trainer does not have.
+        disturb: called with a job's name as long as its nodes run.
+        backoff_limit: how many containers may fail before the job does.
+        unknown_fields: of a job, those that this Trainer does not have.
     """
 
     def __init__(self, folder, claims):
         self.folder, self.claims = folder, claims
-        self.jobs, self.pods, self.logs, self.nodes = {}, [], {}, []
+        self.jobs, self.pods, self.events, self.nodes = {}, {}, [], []
+        self.left = {}
         self.secrets = {}
         self.requests = []
         self.rules = next(yaml.safe_load_all(RBAC.read_text()))["rules"]
-        self.outages = 0
+        self.away = (0.0, 0.0)
         self.unknown_fields = set()
         self.on_create = self.run_nodes
+        self.disturb = lambda name: None
+        self.backoff_limit = 6
         self.start_node = LocalNode
         self.threads = []
         self.lock = threading.RLock()
@@ -136,12 +111,11 @@ class FakeKubernetes:
         self.server.daemon_threads = True
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        for node in self.nodes:
-            node.stop()
+        self.jobs.clear()  # which ends their threads, and these their nodes
         for thread in self.threads:
             thread.join()
         self.server.shutdown()
@@ -166,9 +140,8 @@ class FakeKubernetes:
         length = int(handler.headers.get("Content-Length", 0))
         body = json.loads(handler.rfile.read(length)) if length else None
         with self.lock:
-            if self.outages:
-                self.outages -= 1
-                if self.outages < 8:
+            if time.monotonic() < self.away[1]:
+                if time.monotonic() > self.away[0]:
                     handler.close_connection = True
                     handler.connection.shutdown(socket.SHUT_RDWR)
                     return
@@ -178,11 +151,15 @@ class FakeKubernetes:
                     code, answer = 200, self.respond(handler, body)
                 except RefusedError as refused:
                     code, answer = refused.code, {"kind": "Status", "message": refused.message}
-        text = answer if isinstance(answer, str) else json.dumps(answer)
+            text = json.dumps(answer)
         handler.send_response(code)
-        handler.send_header("Content-Type", "text/plain" if isinstance(answer, str) else "application/json")
+        handler.send_header("Content-Type", "application/json")
         handler.end_headers()
         handler.wfile.write(text.encode())
+
+    def go_away(self, seconds):
+        """For half of this, answer by 503, then break all connections."""
+        self.away = (time.monotonic() + seconds / 2, time.monotonic() + seconds)
 
     def respond(self, handler, body):
         address = urlsplit(handler.path)
@@ -193,7 +170,7 @@ class FakeKubernetes:
         if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
             raise RefusedError(401, "Unauthorized")
         group = route["group"] or ""
-        resource = route["resource"] + (f"/{route['part']}" if route["part"] else "")
+        resource = route["resource"]
         verb = {"GET": "get" if route["name"] else "list", "POST": "create", "DELETE": "delete"}[
             handler.command
         ]
@@ -206,12 +183,12 @@ class FakeKubernetes:
                 403, f'{resource} is forbidden: User "task" cannot {verb} resource "{resource}"'
             )
         if resource == "pods":
-            name = query["labelSelector"].removeprefix("jobset.sigs.k8s.io/jobset-name=")
-            found = [pod for pod in self.pods if pod["metadata"]["name"].startswith(f"{name}-")]
-            return {"kind": "PodList", "apiVersion": "v1", "items": found}
-        if resource == "pods/log":
-            assert query["container"] == "node"
-            return "\n".join(self.logs[route["name"]].splitlines()[-int(query["tailLines"]) :])
+            return {"kind": "PodList", "apiVersion": "v1", "items": self.list_pods(query["labelSelector"])}
+        if resource == "events":
+            assert query["fieldSelector"] == "type=Warning"
+            return {"kind": "EventList", "apiVersion": "v1", "items": self.events}
+        if resource == "jobsets":
+            return self.get_jobset(route["name"])
         if verb == "create":
             return self.create(body, query)
         return getattr(self, verb)(route["name"], query)
@@ -219,27 +196,29 @@ class FakeKubernetes:
     def create(self, job, query):
         """Store a job that the API's schema and the Trainer's webhook accept."""
         name = job["metadata"]["name"]
-        unknown = [f'unknown field "spec.{field}"' for field in job["spec"] if field in self.unknown_fields]
+        known = without(TrainerV1alpha1TrainJob.from_dict(job).to_dict(), self.unknown_fields)
+        unknown = [f'unknown field "{path}"' for path in paths_beyond(job, known)]
         if unknown and query.get("fieldValidation") == "Strict":
-            raise RefusedError(
-                400,
-                'TrainJob in version "v1alpha1" cannot be handled as a TrainJob: '
-                f"strict decoding error: {', '.join(unknown)}",
-            )
-        spec = {key: value for key, value in job["spec"].items() if key not in self.unknown_fields}
-        job = job | {"spec": spec}
-        if TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job:
-            raise RefusedError(400, "strict decoding error: unknown field")
+            said = 'TrainJob in version "v1alpha1" cannot be handled as a TrainJob: strict decoding error: '
+            raise RefusedError(400, said + ", ".join(unknown))
         if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > 63:
             raise RefusedError(422, "metadata.name must match RFC 1035 DNS label format")
-        names = [entry["name"] for entry in job["spec"]["trainer"].get("env", [])]
+        names = [entry["name"] for entry in known["spec"]["trainer"].get("env", [])]
         if set(names) & set(RESERVED):
-            said = 'admission webhook "validator.trainjob" denied the request: must not have reserved envs'
-            raise RefusedError(403, said)
+            raise RefusedError(403, WEBHOOK + "spec.trainer.env: must not have reserved envs")
+        for index, patch in enumerate(known["spec"].get("runtimePatches", [])):
+            if not DOMAIN_AND_PATH.fullmatch(patch["manager"]):
+                said = f'Invalid value: "{patch["manager"]}": must be a domain-prefixed path'
+                where = f"spec.runtimePatches[{index}].manager: "
+                raise RefusedError(403, f'{WEBHOOK}{where}{said} (such as "acme.io/foo")')
         if name in self.jobs:
             raise RefusedError(409, f'trainjobs "{name}" already exists')
-        self.jobs[name] = job | {"status": {}}
-        self.start(name)
+        made = {"creationTimestamp": NOW, "uid": str(uuid.uuid4())}
+        self.jobs[name] = known | {"metadata": known["metadata"] | made, "status": {}}
+        if self.left.get(name, [0])[0] > 0 or any(pod.startswith(f"{name}-") for pod in self.pods):
+            self.status(name, "Failed", "FailedJobs", "taken from the JobSet of the job before")
+        else:
+            self.start(name)
         return job
 
     def start(self, name):
@@ -259,88 +238,49 @@ class FakeKubernetes:
     def get(self, name, _query):
         if name not in self.jobs:
             raise RefusedError(404, f'trainjobs "{name}" not found')
-        job = self.jobs[name]
-        if "deletionTimestamp" in job["metadata"]:  # its pods end
-            job["looks"] -= 1
-            if not job["looks"]:
-                del self.jobs[name]
-        return job
+        return self.jobs[name]
 
     def delete(self, name, query):
         if name not in self.jobs:
             raise RefusedError(404, f'trainjobs "{name}" not found')
-        if query.get("propagationPolicy") != "Foreground":
-            raise RefusedError(422, "its pods would go on")  # which a real API does not mind
-        self.jobs[name]["metadata"] |= {"deletionTimestamp": "2026-01-01T00:00:00Z"}
-        self.jobs[name] |= {"looks": 3}
+        if query["propagationPolicy"] == "Foreground":
+            self.jobs[name]["metadata"]["deletionTimestamp"] = NOW
+            self.start(name)  # and so again and again
+        else:
+            del self.jobs[name]
+            self.left[name] = [2, 2]
         return {}
 
-    def status(self, name, condition="", reason="", message="", active=0, failed=0, succeeded=0):
-        """Say how a job does."""
-        counts = {"active": active, "ready": active, "failed": failed, "succeeded": succeeded, "suspended": 0}
-        status = {"jobsStatus": [{"name": "node", **counts}]}
-        if condition:
-            entry = {"type": condition, "status": "True", "reason": reason, "message": message}
-            status["conditions"] = [
-                {"type": "Suspended", "status": "False", "reason": "Resumed", "message": ""},
-                entry,
-            ]
-        with self.lock:
-            self.jobs[name]["status"] = status
+    def get_jobset(self, name):
+        left = self.left.get(name, [0, 0])
+        if name not in self.jobs and not left[0]:
+            raise RefusedError(404, f'jobsets "{name}" not found')
+        left[0] -= 1
+        return {"metadata": {"name": name}}
 
-    def run_nodes(self, name, stop=lambda: False):
-        """Run a job's nodes to their end, or until `stop`, which is the loss of its last node."""
-        trainer = self.jobs[name]["spec"]["trainer"]
-        (patch,) = self.jobs[name]["spec"]["runtimePatches"]
-        (replicated,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-        pod = replicated["template"]["spec"]["template"]["spec"]
-        (container,) = pod["containers"]
-        assert replicated["name"] == container["name"] == "node"
-        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-        (claim,) = [volume for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
-        # A node finds the volume where it is mounted, and here nothing is mounted anywhere.
-        assert mounts[claim["name"]] == str(self.claims[claim["persistentVolumeClaim"]["claimName"]])
-        environment = {}
-        for entry in trainer.get("env", []):
-            reference = entry.get("valueFrom", {}).get("secretKeyRef")
-            value = self.secrets[reference["name"]][reference["key"]] if reference else entry["value"]
-            environment[entry["name"]] = value
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        nodes = []
-        for rank in range(trainer["numNodes"]):
-            values = (
-                trainer["numNodes"],
-                trainer["numProcPerNode"],
-                rank,
-                self.start_node.address(f"{name}-node-0-0"),
-                port,
-            )
-            torch = dict(zip(RESERVED, map(str, values), strict=True))
-            node_name = f"{name}-node-0-{rank}"
-            log = self.folder / f"{node_name}-{len(self.nodes)}.log"
-            nodes.append(self.start_node(node_name, trainer, environment | torch, log))
-            self.nodes.append(nodes[-1])
-        self.status(name, active=1)
-        while None in (codes := [node.poll() for node in nodes]) and not any(codes):
-            if stop():
-                nodes[-1].stop()
-            time.sleep(0.02)
-        for node in nodes:
-            node.stop()
-        codes = [node.poll() for node in nodes]
-        if not any(codes):
-            return self.status(name, "Complete", "AllJobsCompleted", "jobset completed", succeeded=1)
-        for rank, (node, code) in enumerate(zip(nodes, codes, strict=True)):
-            if code:
-                self.fail_pod(f"{name}-node-0-{rank}", node.output())
-        return self.status(name, "Failed", "FailedJobs", f"jobset failed due to {name}-node-0", failed=1)
+    def list_pods(self, selector):
+        key, name = selector.split("=")
+        if name in self.left:
+            if self.left[name][1]:
+                self.left[name][1] -= 1
+            else:
+                self.remove_pods(name)
+        return [pod for pod in self.pods.values() if pod["metadata"]["labels"][key] == name]
 
-    def fail_pod(self, name, log):
-        """A failed pod and what it printed."""
-        with self.lock:
-            self.logs[name] = log
-            self.pods.append(
-                {"metadata": {"name": name}, "spec": {"containers": []}, "status": {"phase": "Failed"}}
-            )
+
+def without(value, names):
+    """The value without fields of these names, at any depth."""
+    if isinstance(value, dict):
+        return {key: without(entry, names) for key, entry in value.items() if key not in names}
+    return [without(entry, names) for entry in value] if isinstance(value, list) else value
+
+
+def paths_beyond(given, known, path=""):
+    """Where `given` has fields that `known` has not, as Kubernetes writes it."""
+    if isinstance(given, dict) and isinstance(known, dict):
+        for key in given:
+            inner = f"{path}.{key}".lstrip(".")
+            yield from paths_beyond(given[key], known[key], inner) if key in known else [inner]
+    elif isinstance(given, list) and isinstance(known, list):
+        for index, (one, other) in enumerate(zip(given, known, strict=True)):
+            yield from paths_beyond(one, other, f"{path}[{index}]")

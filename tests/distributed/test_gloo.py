@@ -21,8 +21,8 @@ from dynamic_transformers.configure import settings_from_json
 from dynamic_transformers.training import trainer
 run_dir = Path(sys.argv[3])
 model = []
-checkpoint = trainer.TrainingRun.checkpoint
-trainer.TrainingRun.checkpoint = lambda run: (model.append(run.plain_model), checkpoint(run))[1]
+facts_of = trainer.facts_of
+trainer.facts_of = lambda state, *rest: (model.append(state.plain), facts_of(state, *rest))[1]
 trainer.train(settings_from_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), run_dir)
 rank = torch.distributed.get_rank()
 assert torch.distributed.get_world_size() == 2

@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from dynamic_transformers.evaluation.harness import render_table, run_benchmarks
+from dynamic_transformers.manifest import write_manifest
 from dynamic_transformers.models import MODEL_CLASSES
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 
-TEXTS = ["the cat sat on the mat. " * repeats for repeats in range(1, 8)] + ["π ≈ 3.14\n\n  né 1848"]
+TEXTS = ["the cat sat on the mat. " * repeats for repeats in (1, 2, 3, 5, 40)] + ["π ≈ 3.14\n\n  né 1848"]
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 CLOZE = [
     {"context": f"the {a} and {b}", "choices": [f" {a}", " dog sat", " the mat is", " é on"], "answer": i % 4}
@@ -38,7 +39,7 @@ SIZE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 48,  # shorter than the longest text: the rolling windows are tested too
+    "max_position_embeddings": 128,  # shorter than the longest text: the rolling windows are tested too
     "initializer_range": 0.3,  # sharp predictions, so that no two choices tie
 }
 
@@ -81,7 +82,8 @@ def mod_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
+    folder = tmp_path_factory.mktemp("data") / "exp [1] a::b %20 ~ #ü"
+    folder.mkdir()
     (folder / "tasks").mkdir()
     contents = {
         "perplexity_prose": [{"text": text} for text in TEXTS],
@@ -91,15 +93,14 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rows in contents.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "tasks" / f"{name}.jsonl").write_text(lines)
+    write_manifest(folder, "prepare_data", {}, {})
     return folder
 
 
 @pytest.fixture(scope="module")
 def bench(model_dir: Path, data_dir: Path) -> tuple[subprocess.CompletedProcess[str], dict]:
     """Output of one real run, with the data folder taken from the model's manifest, and its results.json."""
-    trained = {"run_config": {"training": {"mode": "scratch"}}, "block_size": 4096}
-    manifest = {"step": "export", "data_dir": str(data_dir), **trained}
-    (model_dir / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(model_dir, "export", {}, {"data": data_dir})
     command = [sys.executable, str(PROJECT_ROOT / "bench.py"), "--model_path", str(model_dir)]
     options = ["--tasks", "quick_test", "--batch_size", "4", "--num_fewshot", "3"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROJECT_ROOT / "src")}
@@ -170,22 +171,25 @@ def test_accuracy_is_that_of_the_likeliest_choice(bench: tuple, model_dir: Path)
     assert 0 < bench[1]["results"]["dt_cloze"]["acc,none"] < 1
 
 
-def test_results_say_how_they_were_made_and_nothing_is_warned(bench: tuple) -> None:
+def test_results_say_how_they_were_made_and_what_was_not_done(bench: tuple) -> None:
     answer, result = bench
-    assert set(result) == {"results", "config"}
-    assert result["config"] == {
-        "tasks": ["quick_test"],
+    assert set(result) == {"results", "config", "configs"}
+    made = {
         "batch_size": 4,
         "limit": None,
-        "num_fewshot": 3,
         "seed": 0,
         "selection_rule": None,
         "causal": True,
         "label": None,
     }
+    shots = dict.fromkeys(("dt_arithmetic", "dt_cloze", "dt_perplexity_prose"), 0)
+    assert result["config"] == {"tasks": ["quick_test"], "num_fewshot": shots, **made}
+    assert result["configs"] == {task: {"num_fewshot": 0, **made} for task in shots}
+    lines = [line for line in answer.stderr.splitlines() if "num_fewshot" in line]
+    assert lines == [f"{', '.join(shots)}: fixed at 0 examples; num_fewshot=3 is not used"]
     assert "bits_per_byte" in answer.stdout
     assert "non-causal" not in answer.stdout
-    for chatter in ("is defined, but", "few-shot", "fewshot", "Running loglikelihood"):
+    for chatter in ("is defined, but", "few-shot", "kwargs", "Running loglikelihood"):
         assert chatter not in answer.stderr
 
 

@@ -1,11 +1,12 @@
 """The suites name tasks that lm-eval has and data sets that need no scripts; embedded tasks resolve."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from dynamic_transformers.evaluation.harness import task_manager
 from dynamic_transformers.evaluation.suites import SUITES, embedded_tasks, expand_tasks
+from dynamic_transformers.evaluation.task_index import check_tasks, task_manager
 from dynamic_transformers.settings import UserError
 
 HUB_TASKS = [(task, dataset) for suite in SUITES.values() for task, dataset in suite.items()]
@@ -16,7 +17,7 @@ def data_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "data" / "tasks"
     folder.mkdir(parents=True)
     for name in ("perplexity_my_code", "perplexity_prose", "cloze", "arithmetic"):
-        (folder / f"{name}.jsonl").write_text("{}\n")
+        (folder / f"{name}.jsonl").write_text('{"text": "a"}\n')
     return tmp_path / "data"
 
 
@@ -39,9 +40,9 @@ def test_quick_test_is_what_the_data_folder_has(data_dir: Path) -> None:
     specs = expand_tasks(["quick_test"], data_dir)
     assert set(specs) == {"dt_perplexity_my_code", "dt_perplexity_prose", "dt_cloze", "dt_arithmetic"}
     for name, config in embedded_tasks(data_dir).items():
-        assert specs[name] == config
+        assert specs[name].keys() == config.keys()
         assert config["task"] == name
-        assert Path(config["dataset_kwargs"]["data_files"]["test"]).is_file()
+        assert config["custom_dataset"]()["test"][:] == {"text": ["a"]}
         assert all({"aggregation", "higher_is_better"} <= set(metric) for metric in config["metric_list"])
 
 
@@ -68,3 +69,36 @@ def test_mistakes_are_named(data_dir: Path, tasks: list[str], with_data: bool, m
 def test_a_folder_without_task_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no task files"):
         embedded_tasks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "consent", "message"),
+    [
+        ([], False, "no tasks given; suites: quick_test"),
+        (["quick_tset"], False, "'quick_tset'; did you mean quick_test"),
+        (["dt_nothing"], False, "'dt_nothing'; embedded ones"),
+        (["code"], False, "humaneval, mbpp: .*confirm_run_unsafe_code"),
+        (["general", "humaneval"], False, "^humaneval: "),
+        (["mbpp_plus"], False, "^mbpp_plus: "),
+        (["quick_test", "dt_cloze", "dt_perplexity_my_code", "general", "math", "arc_easy"], False, None),
+        (["code", "mbpp_plus"], True, None),
+    ],
+)
+def test_tasks_are_checked_without_data(tasks: list[str], consent: bool, message: str | None) -> None:
+    if message is None:
+        check_tasks(tasks, consent)
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        check_tasks(tasks, consent)
+    assert "\n" not in str(caught.value)
+
+
+def test_known_names_need_no_lm_eval(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    task_manager.cache_clear()
+    check_tasks(["quick_test", "general"], False)
+    assert not caplog.messages
+    check_tasks(["some_task_of_lm_eval"], False)
+    assert caplog.messages == ["some_task_of_lm_eval: not checked, since lm-eval is not installed here"]

@@ -5,14 +5,18 @@ test gives it.
 """
 
 import json
+import random
 import re
 import ssl
 import threading
 import uuid
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
+from zlib import crc32
 
 import yaml
 from google.protobuf import json_format
@@ -37,25 +41,106 @@ def invalid(message):
     return RefusedError(400, 3, f"Invalid input error: {message}")
 
 
-def state(run_state, error=None, **tasks):
-    """What `GET runs/{id}` tells at a time; tasks are `name="STATE"` or `name=("STATE", error, end time)`."""
-    details = []
-    for name, task in tasks.items():
-        task_state, message, end_time = (task, None, None) if isinstance(task, str) else task
-        detail = {"task_id": f"id-of-{name}", "display_name": name, "state": task_state}
+@dataclass
+class Step:
+    """How a step stands: Argo's phase, as KFP calls it, and what else its nodes tell."""
+
+    state: str
+    message: str = ""  # of its last attempt
+    end: str = ""
+    attempts: int = 0  # 0: it is not retried, and has no `executor(0)`
+    cached: bool = False
+    driver: str = "SUCCEEDED"
+
+
+WORKFLOW = "small-comparison-x7k2p"
+EPOCH = datetime(2026, 9, 1, 10, tzinfo=UTC)
+
+
+def pod_of(*path):
+    """The pod's name of a node, `pod_of("train", 0, "executor(1)")`; its id ends with the same number."""
+    return f"{WORKFLOW}-system-container-impl-{crc32(repr(path).encode())}"
+
+
+def state(run_state, error=None, **steps):
+    """What `GET runs/{id}` tells at a time of a pipeline: configure, (train, export) in a loop, compare.
+
+    `configure="SUCCEEDED"`, `train_1=Step("FAILED")` for the second iteration. The details are Argo's nodes,
+    as KFP 2.17 gives them: in no order, with a driver before each step, graphs as nodes of their own,
+    children by their node's id while each node gives its pod's name.
+    """
+    details, held = [], "RUNNING" if run_state in ("PENDING", "RUNNING") else run_state
+    steps = {name: Step(step) if isinstance(step, str) else step for name, step in steps.items()}
+
+    def node(path, name, phase, after, message="", end=""):
+        detail = {
+            "run_id": "r", "task_id": str(uuid.uuid4()), "display_name": name, "state": phase,
+            "pod_name": pod_of(*path) if path else WORKFLOW, "child_tasks": [],
+            "start_time": (EPOCH + timedelta(seconds=len(details))).isoformat(),
+        }  # fmt: skip
+        detail |= {"end_time": end} if end else {}
         detail |= {"error": {"code": 13, "message": message}} if message else {}
-        details.append(detail | ({"end_time": end_time} if end_time else {}))
+        for parent in after:
+            number = detail["pod_name"].rpartition("-")[2]
+            parent["child_tasks"].append({"pod_name": f"{WORKFLOW}-{number}"})
+        details.append(detail)
+        return detail
+
+    def task(name, index, step, after):
+        path = (name,) if index is None else (name, index)
+        driver = node((*path, "driver"), f"{name}-driver", step.driver, after)
+        if step.driver != "SUCCEEDED":
+            return [node(path, name, "OMITTED", [driver])]
+        graph = node(path, name, step.state, [driver], end=step.end)
+        executor = node(
+            (*path, "executor"),
+            "executor",
+            "SKIPPED" if step.cached else step.state,
+            [graph],
+            message="No more retries left" if step.message and step.attempts else step.message,
+        )
+        last = [executor]
+        for attempt in range(step.attempts):
+            now = step.state if attempt == step.attempts - 1 else "FAILED"
+            message = "main: Error (exit code 1)" if now == "FAILED" else ""
+            name_of_it = f"executor({attempt})"
+            last = [node((*path, name_of_it), name_of_it, now, [executor], message)]
+        return last
+
+    top = node((), WORKFLOW, held, [])
+    root = node(("root",), "root", held, [node(("root-driver",), "root-driver", "SUCCEEDED", [top])])
+    after = [root]
+    if configure := steps.pop("configure", None):
+        after = task("configure", None, configure, after)
+    compare = steps.pop("compare", None)
+    if steps:
+        loop = node(("loop",), "for-loop-1", held, after)
+        driver = node(("loop", "driver"), "iteration-driver", "SUCCEEDED", [loop])
+        group = node(("loop", "group"), "iteration-iterations", held, [driver])
+        after = []
+        for index in sorted({int(name.rpartition("_")[2]) for name in steps}):
+            item = node(("loop", index), f"iteration-iterations({index}:{index})", held, [group])
+            item = node(("item-driver", index), "iteration-item-driver", "SUCCEEDED", [item])
+            last = [node(("item", index), "iteration-item", held, [item])]
+            for name in ("train", "export"):
+                if f"{name}_{index}" in steps:
+                    last = task(name, index, steps[f"{name}_{index}"], last)
+            after += last
+    if compare:
+        task("compare", None, compare, after)
+    random.Random(0).shuffle(details)
     run = {"state": run_state, "run_details": {"task_details": details}}
     return run | ({"error": {"code": 13, "message": error}} if error else {})
 
 
 class FakeKfp:
     def __init__(self, token=None):
-        self.token = token
+        self.token, self.multi_user = token, False
         self.requests, self.experiments, self.pipelines, self.versions, self.runs = [], [], [], [], []
         self.states = [state("PENDING")]  # one for each time that a run is asked for; the last one stays
         self.outages = 0  # so many requests for a run are answered by 503 first
         self.hang_ups = 0  # so many are not answered at all
+        self.logs = {}  # by pod; the server tells others that the pod is gone
         self.on_poll = lambda: None
         self.url = ""
 
@@ -63,10 +148,12 @@ class FakeKfp:
         self.requests.append(f"{method} {path}")
         if self.token and authorization != f"Bearer {self.token}":
             raise RefusedError(401, 16, f"Request header error: {authorization} is not valid")
+        if log := re.fullmatch(r"/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", path):
+            return self.read_log(*log.groups())
         *parents, last = path.removeprefix("/apis/v2beta1/").split("/")
         match method, parents, last:
             case "GET", [], "healthz":
-                return {"commit_sha": "0" * 40, "tag_name": "2.17.0", "multi_user": False}
+                return {"commit_sha": "0" * 40, "tag_name": "2.17.0", "multi_user": self.multi_user}
             case "GET", [], "experiments":
                 return {"experiments": self.select(self.experiments, query)}
             case "POST", [], "experiments":
@@ -87,7 +174,7 @@ class FakeKfp:
         raise RefusedError(404, 5, "Not Found")
 
     def select(self, things, query):
-        wanted = {"namespace": query["namespace"]} if query.get("namespace") else {}
+        wanted = {"namespace": query["namespace"]} if query.get("namespace") and self.multi_user else {}
         for predicate in json.loads(query.get("filter", "{}")).get("predicates", []):
             if predicate["operation"] not in (1, "EQUALS"):
                 raise invalid(f"unsupported operation {predicate['operation']}")
@@ -95,6 +182,7 @@ class FakeKfp:
         return [thing for thing in things if wanted.items() <= thing.items()]
 
     def add(self, things, key, fields):
+        fields = {name: fields[name] for name in fields if name != "namespace" or self.multi_user}
         thing = {key: str(uuid.uuid4()), "created_at": "2026-09-01T10:00:00Z", **fields}
         things.append(thing)
         return thing
@@ -135,6 +223,11 @@ class FakeKfp:
         self.on_poll()
         return run | now
 
+    def read_log(self, run_id, pod):
+        if not any(run["run_id"] == run_id for run in self.runs) or pod not in self.logs:
+            raise RefusedError(500, 13, f"error in opening log stream: pods {pod} not found")
+        return self.logs[pod]
+
 
 def pipeline_spec(body):
     """An uploaded package as the server gives it back; refused when it is no pipeline."""
@@ -162,6 +255,7 @@ def check_parameters(spec, parameters):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: two cost 40 ms each time
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -189,7 +283,10 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET  # noqa: N815
 
     def send(self, status, answer):
-        self.send_text(status, "application/json", json.dumps(answer))
+        if isinstance(answer, str):
+            self.send_text(status, "text/plain", answer)
+        else:
+            self.send_text(status, "application/json", json.dumps(answer))
 
     def send_text(self, status, content_type, text):
         self.send_response(status)

@@ -10,7 +10,7 @@ import pytest
 import real_docker
 import requests
 from docker.errors import APIError, DockerException, NotFound
-from kfp.local import config, docker_task_handler
+from kfp.local import config, docker_task_handler, executor_input_utils, subprocess_task_handler
 from real_docker import client_with_images
 
 import components
@@ -30,8 +30,13 @@ def engine(monkeypatch):
         close=lambda: None,
     )
     monkeypatch.setattr(docker, "from_env", lambda: engine)
-    # The runner replaces it; other tests see it as it was.
-    monkeypatch.setattr(docker_task_handler, "run_docker_container", docker_task_handler.run_docker_container)
+    # LocalSteps replaces them; other tests see them as they were.
+    for module, name in (
+        (docker_task_handler, "run_docker_container"),
+        (subprocess_task_handler, "run_local_subprocess"),
+        (executor_input_utils, "get_local_pipeline_resource_name"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(images, "revision_mismatch", lambda: "")
     return engine
 
@@ -58,6 +63,7 @@ def test_containers_get_what_steps_read_of_the_callers_environment(engine, make_
         "HTTPS_PROXY": "http://proxy.example:3128",
         "no_proxy": "localhost",
         "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     # Of this machine alone.
     kept = {
@@ -121,7 +127,7 @@ def test_a_container_that_does_not_start(engine, tmp_path, monkeypatch, capsys):
     assert errors.startswith("error: the pipeline failed (Mounts denied:); its logs are in ")
     assert len(errors.splitlines()) == 1
     # The token is in no file: neither in the compiled pipeline nor in the log.
-    assert (tmp_path / "build" / "pipeline.yaml").is_file() and SECRET not in output
+    assert list(tmp_path.glob("outputs/*/pipeline/*.yaml")) and SECRET not in output
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or SECRET not in path.read_text()
 

@@ -235,9 +235,10 @@ def run_id(server, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights.bin").write_bytes(WEIGHTS)
-    assert tracker.log_artifacts(model, "model", large=True)
-    tracker.log_final(200, {"test/loss": 0.25}, tmp_path.name)
-    tracker.close(finished=True)
+    tracker.log_artifacts(model, "model", large=True)
+    tracker.log_final(200, {"test/loss": 0.25})
+    tracker.log_comparison(tmp_path.name)
+    assert tracker.close("FINISHED")
     report = tmp_path / "report"
     report.mkdir()
     (report / "report.html").write_text("<p>equal work</p>")

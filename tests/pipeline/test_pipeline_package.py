@@ -18,7 +18,7 @@ from dynamic_transformers import __version__
 from dynamic_transformers.configure import run_names, settings_from_parameters
 from dynamic_transformers.launch.settings import Launch
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
-from pipelines.cluster import ClusterSettings, read_cluster
+from pipelines.cluster import ClusterSettings, StepSettings, read_cluster
 from pipelines.compile import compile_pipeline
 from pipelines.images import default_tag
 
@@ -231,13 +231,46 @@ def test_without_cluster_settings_only_shared_memory_and_retries_are_asked_for(t
     }
     for executor in executors(spec).values():
         assert executor["container"].keys() == {"image", "command", "args"}
+    retried = {name: policy.get("maxRetryCount") for name, policy in retry_policies(spec).items()}
+    assert retried == dict.fromkeys(IMAGES, 2) | {"configure": None, "report-finished": None}
+
+
+def retry_policies(spec):
     root, handled, loop, _ = inner_tasks(spec)
     steps = {
         name: task for name, task in (root | handled | loop).items() if f"exec-{name}" in executors(spec)
     }
     assert steps.keys() == set(IMAGES)
-    retried = {name: task.get("retryPolicy", {}).get("maxRetryCount") for name, task in steps.items()}
-    assert retried == dict.fromkeys(IMAGES, 2) | {"report-finished": None}
+    return {name: task.get("retryPolicy", {}) for name, task in steps.items()}
+
+
+def limited(**seconds):
+    return {name: StepSettings(timeout_seconds=limit) for name, limit in seconds.items()}
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        ClusterSettings(),
+        ClusterSettings(retries=0, steps=limited(train=60)),
+        ClusterSettings(retries=1, steps=limited(prepare_data=30, train=172800, evaluate=7200, compare=600)),
+        ClusterSettings(retries=10, steps=limited(train=14 * 86400, export=1)),
+        ClusterSettings(retries=3, steps=limited(train=172800), volume_claim="claim"),  # the job's limit
+    ],
+)
+def test_every_attempt_fits_into_the_window_of_the_retries(cluster, tmp_path):
+    # Argo counts its maxDuration from the first attempt's start, and ends the last attempt with it.
+    _, spec, _ = compiled(cluster, tmp_path)
+    month = 30 * 86400
+    for name, policy in retry_policies(spec).items():
+        if name in ("configure", "report-finished") or not cluster.retries:
+            assert not policy
+            continue
+        limit = cluster.steps.get(name.replace("-", "_"), StepSettings()).timeout_seconds or month
+        first, window = (int(policy[key][:-1]) for key in ("backoffDuration", "backoffMaxDuration"))
+        waits = [first * policy["backoffFactor"] ** retry for retry in range(cluster.retries)]
+        assert policy["maxRetryCount"] == cluster.retries
+        assert window > (cluster.retries + 1) * limit + sum(waits)
 
 
 def tolerating(**toleration):
@@ -254,6 +287,7 @@ def tolerating(**toleration):
         ({"parallel_runs": 0}, "parallel_runs=0: must be at least 1"),
         ({"retries": "often"}, "retries"),
         ({"retries": -1}, "retries=-1: must be at least 0"),
+        ({"retries": 11}, "retries=11: must be at most 10"),
         ({"steps": {"train": {"accelerators": -1}}}, "steps.train.accelerators=-1: must be at least 0"),
         ({"steps": {"train": {"timeout_seconds": -1}}}, "steps.train.timeout_seconds=-1: must be at least 0"),
         (
@@ -276,6 +310,20 @@ def test_a_mistake_in_the_cluster_file_is_named(change, message, tmp_path):
     OmegaConf.save(OmegaConf.create(change), path)
     with pytest.raises(UserError, match=rf"^{path}: .*{message}"):
         read_cluster(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("pipeline", "must end in .yaml"),
+        ("/proc/x/p.yaml", "cannot be written"),
+        ("file/p.yaml", "cannot be"),
+    ],
+)
+def test_a_place_that_cannot_hold_the_package_is_named(place, reason, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"^{tmp_path / place}: {reason}"):
+        compile_pipeline(ClusterSettings(), tmp_path / place)
 
 
 def test_a_missing_or_broken_cluster_file_ends_in_one_line(tmp_path):

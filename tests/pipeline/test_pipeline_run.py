@@ -1,39 +1,136 @@
 """`python -m pipelines.run`, as `make quickstart` calls it, at a micro size."""
 
+import argparse
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
 
 from dynamic_transformers.settings import PROJECT_ROOT
+from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
+from pipelines.run import execution_name, main
+
+
+def pipeline_command(output_dir, architectures, *arguments):
+    command = [sys.executable, "-m", "pipelines.run", f"run.output_dir={output_dir}"]
+    return [*command, "--architectures", architectures, "training.max_flops=2.0e9", *arguments]
+
+
+def environment(**variables):
+    kept = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", *POLICY)}
+    return kept | variables
 
 
 def run_pipeline(output_dir, architectures, *arguments, **variables):
-    command = [sys.executable, "-m", "pipelines.run", f"run.output_dir={output_dir}"]
-    command += ["--architectures", architectures]
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    command = pipeline_command(output_dir, architectures, *arguments)
     return subprocess.run(
-        [*command, "training.max_flops=2.0e9", *arguments],
-        cwd=PROJECT_ROOT,
-        env=environment | variables,
-        capture_output=True,
-        text=True,
+        command, cwd=PROJECT_ROOT, env=environment(**variables), capture_output=True, text=True
     )
 
 
+POLICY = ("OMP_WAIT_POLICY",)
+
+
+def processes_of(folder):
+    """Command lines of the processes that know of a folder, and their environments."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if str(folder) in (command := (path / "cmdline").read_text()):
+                found[command] = (path / "environ").read_text().split("\0")
+    return found
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 240
+    while not (value := condition()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    return value
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, micro_overrides):
+def ended(tmp_path_factory, micro_overrides):
+    """A pipeline that SIGTERM ended in the midst of its training, and what was seen of it."""
     output_dir = tmp_path_factory.mktemp("outputs")
     commits = tmp_path_factory.mktemp("commits")
     (commits / "git").write_text("#!/bin/sh\ndate +%s%N\n")  # somebody commits all the time
     (commits / "git").chmod(0o755)
-    variables = {"PATH": f"{commits}:{os.environ['PATH']}", "MLFLOW_TRACKING_URI": ""}
-    result = run_pipeline(output_dir, "sdt", "--seeds", "1", *micro_overrides, **variables)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return output_dir, result.stdout
+    variables = environment(PATH=f"{commits}:{os.environ['PATH']}", MLFLOW_TRACKING_URI="")
+    # Long enough to be ended in its midst.
+    budget = ("training.max_flops=1.0e10", "training.checkpoint_every=5")
+    arguments = ("sdt", "--seeds", "1", *micro_overrides, *budget)
+    command = pipeline_command(output_dir, *arguments)
+    options = dict(cwd=PROJECT_ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, **options)
+    wait_for(lambda: (output_dir / "quickstart" / ".pipeline.lock").exists(), first)
+    second = subprocess.run(command, cwd=PROJECT_ROOT, env=variables, capture_output=True, text=True)
+    wait_for(lambda: list(output_dir.glob("*/pipeline/*/*/train/**/step-*")), first)
+    steps = processes_of(output_dir)
+    first.terminate()  # it alone; its steps are in groups of their own
+    output, errors = first.communicate(timeout=120)
+    left = processes_of(output_dir)
+    again = subprocess.run(command, cwd=PROJECT_ROOT, env=variables, capture_output=True, text=True)
+    return SimpleNamespace(
+        output_dir=output_dir,
+        process=first,
+        output=output,
+        errors=errors,
+        second=second,
+        steps=steps,
+        left=left,
+        again=again,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(ended):
+    assert ended.again.returncode == 0, ended.again.stdout + ended.again.stderr
+    return ended.output_dir, ended.again.stdout
+
+
+def test_a_signal_ends_the_steps_with_the_pipeline(ended):
+    assert ended.process.returncode == 128 + signal.SIGTERM
+    assert ended.errors == "ended by SIGTERM; the same command goes on where it stopped\n"
+    assert ended.steps and not ended.left
+    assert "report-finished" not in ended.output and "Traceback" not in ended.output
+
+
+def test_steps_wait_without_spinning(ended):
+    assert all(
+        "OMP_WAIT_POLICY=PASSIVE" in variables
+        for command, variables in ended.steps.items()
+        if "kfp" in command
+    )
+
+
+def test_a_second_pipeline_of_the_same_name_is_refused_meanwhile(ended):
+    folder = ended.output_dir / "quickstart"
+    assert ended.second.returncode == 2 and ended.second.stdout == ""
+    owner = f"{socket.gethostname()}, process {ended.process.pid}"
+    assert ended.second.stderr == (
+        f"error: {folder}: a pipeline is run there by {owner}; wait for it, or give another run.name\n"
+    )
+
+
+def test_begun_again_it_goes_on_from_what_has_finished_and_from_the_checkpoint(ended, finished):
+    output_dir, stdout = finished
+    (execution,) = (path for path in (output_dir / "quickstart" / "pipeline").iterdir() if path.is_dir())
+    assert f"goes on in {execution}; --force begins anew" in stdout
+    assert re.search(r"warning: it was begun with \d+-dirty-\S+, and goes on with \d+", ended.again.stderr)
+    logs = output_dir / "quickstart" / "logs"
+    assert "data is finished" in (logs / "prepare-data.log").read_text()
+    assert "going on from" in (logs / "train-sdt-seed1.log").read_text()
 
 
 def test_it_prints_table_report_and_mlflow_command(finished):
@@ -49,7 +146,7 @@ def test_comparison_json_keeps_its_contract(finished):
     assert comparison["schema_version"] == 1
     (run,) = comparison["runs"]
     assert (run["architecture"], run["seed"]) == ("sdt", 1)
-    assert run["training_flops"] == pytest.approx(2e9, rel=0.05)
+    assert run["training_flops"] == pytest.approx(1e10, rel=0.05)
     assert run["eval"]["causal"] is True and run["eval"]["loss"] > 0
     assert {"dt_arithmetic", "dt_cloze"} <= set(run["bench"])
     assert run["efficiency"]["prefill_tokens_per_second"] > 0
@@ -68,8 +165,10 @@ def test_every_step_leaves_its_log(finished):
 
 def test_all_steps_are_of_one_revision(finished):
     manifests = [json.loads(path.read_text()) for path in finished[0].rglob("manifest.json")]
-    assert {manifest["step"] for manifest in manifests} >= {"prepare_data", "train", "evaluate", "compare"}
-    assert len({manifest["git_revision"] for manifest in manifests}) == 1
+    revisions = {manifest["step"]: manifest["git_revision"] for manifest in manifests}
+    prepared = revisions.pop("prepare_data")  # before the pipeline was begun again
+    assert revisions.keys() == {"train", "export", "evaluate", "compare"}
+    assert len(set(revisions.values())) == 1 and prepared not in revisions.values()
 
 
 def test_mlflow_has_the_run_under_its_parent(finished):
@@ -87,9 +186,22 @@ def test_mlflow_has_the_run_under_its_parent(finished):
     assert {"config", "evaluation", "model"} <= {a.path for a in client.list_artifacts(child.info.run_id)}
 
 
+def execution_of(output_dir, *arguments):
+    """The folder that a pipeline takes."""
+    parser = argparse.ArgumentParser()
+    add_pipeline_arguments(parser)
+    asked = parser.parse_intermixed_args(pipeline_command(output_dir, *arguments)[3:])
+    return output_dir / "quickstart" / "pipeline" / execution_name(*pipeline_arguments(asked))
+
+
 def test_a_failing_step_fails_the_run_and_shows_why(tmp_path, micro_overrides):
     sources = "data.dataset_configs=[{name: gone, path: json, data_files: /nowhere/gone.jsonl}]"
-    result = run_pipeline(tmp_path, "standard", *micro_overrides, sources)
+    execution = execution_of(tmp_path, "standard", *micro_overrides, sources)
+    (execution / "earlier").mkdir(parents=True)
+    result = run_pipeline(tmp_path, "standard", *micro_overrides, sources, "--force")
+    (aside,) = execution.parent.glob(f"{execution.name}.replaced-*")
+    assert (aside / "earlier").is_dir() and not (execution / "earlier").exists()
+    assert f"moved aside: {aside}" in result.stdout
     assert result.returncode == 2
     assert "/nowhere/gone.jsonl" in result.stdout
     assert "prepare-data" in result.stderr and "Traceback" not in result.stdout + result.stderr
@@ -121,8 +233,37 @@ def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_override
         (("mod,mod",), "architectures and seeds: name at least one"),
     ],
 )
-def test_a_wrong_run_is_refused_before_anything_starts(arguments, message, tmp_path):
-    result = run_pipeline(tmp_path, *arguments)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {message}")
+def test_a_wrong_run_is_refused_before_anything_starts(arguments, message, tmp_path, call):
+    assert call(tmp_path, *arguments).startswith(f"error: {message}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command in this process that must be refused in one line, and gives it."""
+
+    def run(output_dir, *arguments):
+        monkeypatch.setattr(sys, "argv", ["pipelines.run", *pipeline_command(output_dir, *arguments)[3:]])
+        monkeypatch.setattr(os, "environ", environment())
+        with pytest.raises(SystemExit) as end:
+            main()
+        errors = capsys.readouterr().err
+        assert end.value.code == 2 and len(errors.splitlines()) == 1
+        return errors
+
+    return run
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/etc/passwd"])
+def test_a_place_that_cannot_be_written_is_named(place, call):
+    assert call(place, "mod").startswith(
+        f"error: run.output_dir: {place}/quickstart/pipeline cannot be made: "
+    )
+
+
+def test_what_is_no_report_is_not_replaced(tmp_path, call):
+    mine = tmp_path / "quickstart" / "report" / "thesis.tex"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert f"{mine.parent}: is no report of a pipeline" in call(tmp_path, "mod")
+    assert mine.read_text() == "mine"

@@ -6,19 +6,21 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from hashlib import sha256
+from types import SimpleNamespace
 from typing import List  # noqa: UP035  (kfp reads the annotation)
 
 import kfp
 import pytest
 import yaml
-from fake_kfp import Handler, fake_kfp, serving, state
+from fake_kfp import Handler, Step, fake_kfp, pod_of, serving, state
 from kfp import compiler, dsl, kubernetes
 
 from dynamic_transformers import __version__
 from dynamic_transformers.configure import settings_from_json
 from dynamic_transformers.settings import PROJECT_ROOT
-from pipelines import submit
+from pipelines import progress, submit
 from pipelines.images import SERVER, STEPS, source_revision
 
 TOKEN = "a-secret-that-nobody-may-see"
@@ -33,21 +35,36 @@ def pushed(image):
 PUSHED = pushed("registry.example/train:1")
 
 
-def write_package(path, image=PUSHED, pull_policy=None, needs_more=False):
-    """A pipeline that takes what ours takes."""
+def write_package(path, image=PUSHED, pull_policy=None, needs_more=False, cached=True):
+    """A pipeline that takes what ours takes, of its form: configure, (train, export) in a loop, compare."""
 
     @dsl.component(base_image=image, install_kfp_package=False)
-    def train(settings: str, architecture: str, seeds: List[int]):  # noqa: UP006
+    def configure(settings: str, seeds: List[int]) -> List[str]:  # noqa: UP006
+        return []
+
+    @dsl.component(base_image=image, install_kfp_package=False)
+    def train(run: str) -> str:
+        return run
+
+    @dsl.component(base_image=image, install_kfp_package=False)
+    def export(run: str) -> str:
+        return run
+
+    @dsl.component(base_image=image, install_kfp_package=False)
+    def compare(runs: List[str]):  # noqa: UP006
         pass
 
     def pipeline(settings: str, architectures: List[str], seeds: List[int], dataset: str = "embedded"):  # noqa: UP006
-        with dsl.ParallelFor(architectures) as architecture:
-            task = train(settings=settings, architecture=architecture, seeds=seeds)
-            if pull_policy:
-                kubernetes.set_image_pull_policy(task, pull_policy)
+        configured = configure(settings=settings, seeds=seeds).set_caching_options(False)
+        with dsl.ParallelFor(configured.output) as run:
+            trained = train(run=run).set_caching_options(cached)
+            exported = export(run=trained.output).set_caching_options(cached)
+        compare(runs=dsl.Collected(exported.output)).set_caching_options(False)
+        if pull_policy:
+            kubernetes.set_image_pull_policy(trained, pull_policy)
 
     def needier_pipeline(settings: str, architectures: List[str], seeds: List[int], budget: float):  # noqa: UP006
-        train(settings=settings, architecture="mod", seeds=seeds)
+        train(run=settings)
 
     definition = dsl.pipeline(name="small-comparison")(needier_pipeline if needs_more else pipeline)
     compiler.Compiler().compile(definition, str(path))
@@ -65,7 +82,7 @@ def no_credentials_of_this_machine(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / ".config/kfp/context.json"))
-    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -219,44 +236,206 @@ def test_parameters_arrive(fake, run):
 
 
 def test_a_namespace_has_its_own_experiment_and_pipeline(fake, run):
+    fake.multi_user = True
     assert run(fake.url)[0] == run(fake.url, "--namespace", "team")[0] == 0
     assert [experiment.get("namespace") for experiment in fake.experiments] == ["", "team"]
     assert [pipeline.get("namespace") for pipeline in fake.pipelines] == [None, "team"]
     assert fake.runs[1]["pipeline_version_reference"]["pipeline_id"] == fake.pipelines[1]["pipeline_id"]
 
 
-def test_wait_prints_each_change_of_state_until_success(fake, run):
+def test_a_server_with_one_user_ignores_the_namespace_and_the_user_is_told(fake, run):
+    assert run(fake.url)[2] == ""
+    code, _, errors = run(fake.url, "--namespace", "team")
+    assert (code, errors) == (0, "warning: --namespace: this server has one user, and ignores it\n")
+    assert len(fake.experiments) == len(fake.pipelines) == 1
+
+
+RUNS = ("--architectures", "standard,mod", "--seeds", "0,1")  # standard:0, mod:0, standard:1, mod:1
+
+
+def test_wait_prints_a_line_when_a_step_of_ours_changes_state(fake, run):
+    done = {"configure": "SUCCEEDED", "train_0": Step("SUCCEEDED", cached=True)}
     fake.states = [
         state("PENDING"),
-        state("RUNNING", prepare="RUNNING"),
-        state("RUNNING", prepare="RUNNING"),
-        state("RUNNING", prepare="SUCCEEDED", train="RUNNING"),
-        state("SUCCEEDED", prepare="SUCCEEDED", train="SUCCEEDED"),
+        state("RUNNING"),
+        state("RUNNING", configure="RUNNING"),
+        state("RUNNING", **done, train_1=Step("RUNNING", attempts=1)),
+        state("RUNNING", **done, train_1=Step("RUNNING", attempts=1), train_3=Step("RUNNING")),
+        state("RUNNING", **done, train_1=Step("RUNNING", attempts=2), train_3=Step("RUNNING")),
+        state("RUNNING", **done, train_1=Step("SUCCEEDED", attempts=2), export_1="RUNNING"),
+        state(
+            "SUCCEEDED",
+            **done,
+            train_1=Step("SUCCEEDED", attempts=2),
+            export_1="SUCCEEDED",
+            compare="SUCCEEDED",
+        ),
     ]
-    code, output, errors = run(fake.url, "--wait")
+    code, output, errors = run(fake.url, "--wait", *RUNS)
     assert code == 0, errors
     assert [line.split(" ", 1)[1] for line in output.splitlines()[4:]] == [
         "run: PENDING",
-        "prepare: RUNNING",
         "run: RUNNING",
-        "prepare: SUCCEEDED",
-        "train: RUNNING",
-        "train: SUCCEEDED",
+        "configure: RUNNING",
+        "configure: SUCCEEDED",
+        "train of standard:0: SUCCEEDED, from the cache",
+        "train of mod:0: RUNNING",
+        "train of mod:1: RUNNING",
+        "train of mod:0: RUNNING, attempt 2",
+        "train of mod:0: SUCCEEDED, attempt 2",
+        "export of mod:0: RUNNING",
+        "export of mod:0: SUCCEEDED",
+        "compare: SUCCEEDED",
         "run: SUCCEEDED",
     ]
 
 
-def test_a_failed_run_names_the_tasks_that_failed_first(fake, refused):
-    tasks = {
-        "loop": ("FAILED", None, "2026-09-01T10:09:00Z"),
-        "prepare": ("SUCCEEDED", None, "2026-09-01T10:01:00Z"),
-        "train": ("FAILED", "exit code 2:\nout of memory", "2026-09-01T10:08:00Z"),
-    }
-    fake.states = [state("RUNNING"), state("FAILED", **tasks)]
-    line = refused(fake.url, "--wait")
+# What a pod of KFP prints around what the step does.
+LOG = """I0901 10:00:01.000000      24 launcher_v2.go:103] PIPELINE_DEFAULT_ROOT=minio://mlpipeline
+[KFP Executor 2026-09-01 10:00:02,000 INFO]: Looking for component `train` in --component_module_path
+10:00:03 step 1/100  loss 5.1
+{last}
+I0901 10:08:00.000000      24 launcher_v2.go:151] publish success.
+F0901 10:08:00.000000      24 main.go:57] failed to execute component: exit status 2
+goroutine 1 [running]:
+k8s.io/klog.Fatalf(...)
+time="2026-09-01T10:08:01.000Z" level=info msg="sub-process exited" argo=true error="<nil>"
+Error: exit status 1
+"""
+OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory."
+
+
+def failed(message="main: Error (exit code 1)", minute=8, **fields):
+    return Step("FAILED", message, f"2026-09-01T10:{minute:02}:00Z", **fields)
+
+
+@pytest.mark.parametrize(
+    ("steps", "pod", "reason"),
+    [
+        ({"configure": failed()}, ("configure", "executor"), "configure failed (main: Error (exit code 1))"),
+        (
+            {"configure": "SUCCEEDED", "train_0": "SUCCEEDED", "train_3": failed()},
+            ("train", 3, "executor"),
+            "train of mod:1 failed (main: Error (exit code 1))",
+        ),
+        (
+            {"configure": "SUCCEEDED", "train_2": failed(attempts=3)},
+            ("train", 2, "executor(2)"),
+            "train of standard:1 failed (main: Error (exit code 1))",
+        ),
+        (
+            {"train_0": "SUCCEEDED", "export_0": failed("pod deleted")},
+            ("export", 0, "executor"),
+            "export of standard:0 failed (pod deleted)",
+        ),
+        (
+            {"train_0": "SUCCEEDED", "export_0": "SUCCEEDED", "train_1": "SUCCEEDED", "compare": failed()},
+            ("compare", "executor"),
+            "compare failed (main: Error (exit code 1))",  # though runs of the loop came before it
+        ),
+        (
+            {"train_1": Step("OMITTED", driver="FAILED")},
+            ("train", 1, "driver"),
+            "train-driver of mod:0 failed",
+        ),
+    ],
+)
+@pytest.mark.parametrize("last", ["", OUT_OF_MEMORY])
+def test_a_failed_run_names_step_and_variant_and_the_last_line_of_its_log(
+    steps, pod, reason, last, fake, refused
+):
+    fake.states = [state("RUNNING"), state("FAILED", **steps)]
+    fake.logs = {pod_of(*pod): LOG.format(last=last)} if last else {}
+    line = refused(fake.url, "--wait", *RUNS)
     link = f"{fake.url}/#/runs/details/{fake.runs[0]['run_id']}"
-    reasons = "train failed (exit code 2: out of memory), loop failed"
-    assert line == f"the run ended FAILED: {reasons}; see {link}\n"
+    told = f"{reason}: {last}" if last else reason
+    assert line == f"the run ended FAILED: {told}; see {link}\n"
+
+
+def test_of_several_steps_that_failed_the_first_are_named(fake, refused):
+    failures = {f"train_{index}": failed(minute=9 - index) for index in range(4)}
+    fake.states = [state("FAILED", configure="SUCCEEDED", **failures)]
+    line = refused(fake.url, "--wait", *RUNS)
+    assert re.findall(r"train of (\S+) failed", line) == ["mod:1", "standard:1", "mod:0"]
+    assert "1 more failed; see http" in line
+
+
+def test_a_run_that_failed_is_begun_again_until_it_succeeds(fake, run):
+    fake.states = [
+        state("FAILED", configure="SUCCEEDED", train_1=failed("pod deleted")),
+        state("FAILED", configure="SUCCEEDED", train_1=failed("The node was low on resource: memory.")),
+        state("SUCCEEDED", configure="SUCCEEDED", train_1="SUCCEEDED"),
+    ]
+    code, output, errors = run(fake.url, "--wait", "--resubmit", "3", "--run-name", "mine", *RUNS)
+    assert (code, errors) == (0, "")
+    assert [started["display_name"] for started in fake.runs] == ["mine", "mine-again1", "mine-again2"]
+    first, *others = ({**started, "run_id": 0, "display_name": ""} for started in fake.runs)
+    assert others == [first, first]  # the same version, so that the cache knows it, and the same parameters
+    assert len(fake.versions) == 1
+    assert output.count("train of mod:0 failed (pod deleted)") == 1
+    assert "begun again, 2 of 3:" in output and output.splitlines()[-1].endswith(" run: SUCCEEDED")
+
+
+@pytest.mark.parametrize(
+    ("end", "runs"),
+    [
+        (state("FAILED", configure="SUCCEEDED", train_1=failed()), 3),
+        (state("FAILED", error="the controller lost it"), 3),
+        (state("FAILED", configure=failed()), 1),  # the user's mistake stays one
+        (state("CANCELED", configure="SUCCEEDED"), 1),
+    ],
+)
+def test_what_begins_a_run_again_and_how_often(end, runs, fake, refused):
+    fake.states = [end]
+    assert refused(fake.url, "--wait", "--resubmit", "2").startswith(f"the run ended {end['state']}: ")
+    assert len(fake.runs) == runs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--resubmit", "1"), "--resubmit needs --wait"),
+        (("--wait", "--resubmit", "-1"), "--resubmit -1: must be at least 0"),
+        (
+            ("--wait", "--resubmit", "1", "--no-cache"),
+            "--resubmit takes what has finished from the cache, which",
+        ),
+        (
+            ("--pipeline-root", "bucket/folder"),
+            "--pipeline-root bucket/folder: must be like s3://bucket/folder",
+        ),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(arguments, message, fake, refused):
+    assert refused(fake.url, *arguments).startswith(message)
+    assert not fake.requests
+
+
+def test_a_pipeline_that_was_compiled_without_cache_cannot_be_begun_again(fake, refused, tmp_path):
+    package = write_package(tmp_path / "pipeline.yaml", cached=False)
+    line = refused(fake.url, "--package", package, "--wait", "--resubmit", "1")
+    assert line.startswith(
+        "--resubmit takes what has finished from the cache, which this pipeline was compiled"
+    )
+
+
+def caching(part):
+    """Caching options of all tasks of an uploaded pipeline."""
+    if isinstance(part, dict):
+        yield from (part["cachingOptions"],) if "cachingOptions" in part else ()
+        for value in part.values():
+            yield from caching(value)
+
+
+def test_no_cache_and_pipeline_root_reach_the_server(fake, run):
+    for options in ((), ("--no-cache",), ("--no-cache", "--pipeline-root", "s3://bucket/folder")):
+        code, _, errors = run(fake.url, *options)
+        assert code == 0, errors
+    with_cache, without = (list(caching(version["pipeline_spec"])) for version in fake.versions)
+    assert len(with_cache) == len(without) and {"enableCache": True} in with_cache
+    assert all(options == {} for options in without)
+    roots = [started["runtime_config"].get("pipeline_root") for started in fake.runs]
+    assert roots == [None, None, "s3://bucket/folder"]
 
 
 def test_a_run_that_fails_before_any_task_shows_its_own_reason(fake, refused):
@@ -267,7 +446,7 @@ def test_a_run_that_fails_before_any_task_shows_its_own_reason(fake, refused):
 def test_a_canceled_run_ends_the_wait(fake, refused):
     fake.states = [state("RUNNING"), state("CANCELING"), state("CANCELED")]
     assert refused(fake.url, "--wait").startswith(
-        "the run ended CANCELED: the server names no failed task; see http"
+        "the run ended CANCELED: the server names no step that failed; see http"
     )
 
 
@@ -275,8 +454,19 @@ def test_the_wait_ends_and_the_run_goes_on(fake, refused):
     fake.states = [state("RUNNING")]
     line = refused(fake.url, "--wait", "--timeout", "0.05")
     link = f"{fake.url}/#/runs/details/{fake.runs[0]['run_id']}"
-    assert line == f"the run has not ended after 0.05 s and goes on: {link}\n"
+    assert line == f"the run has not ended within --timeout, and goes on: {link}\n"
     assert refused(fake.url, "--timeout", "5") == "--timeout needs --wait\n"
+
+
+def test_ctrl_c_ends_the_wait_and_says_that_the_run_goes_on(fake, run, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
+    fake.states = [state("RUNNING")]
+    code, _, errors = run(fake.url, "--wait")
+    link = f"{fake.url}/#/runs/details/{fake.runs[0]['run_id']}"
+    assert (code, errors) == (130, f"no longer waiting; the run goes on: {link}\n")
 
 
 def test_the_wait_outlasts_a_short_outage_only(fake, run, refused, caplog):
@@ -313,6 +503,7 @@ def test_the_token_of_a_service_account_is_used_in_a_cluster(guarded, run, tmp_p
 
 
 def test_credentials_that_kfp_keeps_are_used(guarded, run, tmp_path):
+    guarded.multi_user = True
     context = tmp_path / ".config/kfp/context.json"
     context.parent.mkdir(parents=True)
     header = {"client_authentication_header_name": "Authorization"}

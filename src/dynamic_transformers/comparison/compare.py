@@ -21,9 +21,8 @@ from dynamic_transformers.evaluation.evaluate import PROMPT
 from dynamic_transformers.evaluation.routing_page import PICTURE
 from dynamic_transformers.manifest import (
     digest,
-    finished,
-    fresh_folder,
     read_manifest,
+    step_output,
     write_json,
     write_manifest,
 )
@@ -88,8 +87,20 @@ def compare(
     loaded = [(Path(folder), load_evaluation(Path(folder))) for folder in evaluations]
     # The runs' contents, not their manifests: an evaluation that was repeated has the same configuration.
     config = {"title": title, "runs": sorted(digest(run) for _, run in loaded), "measured": bool(models)}
-    if not force and finished(output_dir, "compare", config):
-        return output_dir
+    with step_output(output_dir, "compare", config, force) as output:
+        if output is not None:
+            fill(output, loaded, models, config, title)
+    return output_dir
+
+
+def fill(
+    output: Path,
+    loaded: Sequence[tuple[Path, dict[str, Any]]],
+    models: Sequence[Path],
+    config: dict[str, Any],
+    title: str,
+) -> None:
+    """Write the comparison's files into an empty folder."""
     if models:
         measure(loaded, models)
     for folder, run in loaded:
@@ -99,14 +110,12 @@ def compare(
     runs = [run for group in group_runs([run for _, run in loaded]) for run in group.runs]
     inputs = {_role(run): folders[_role(run)] for run in runs}
     manifests = [read_manifest(folder) for folder in inputs.values()]
-    with fresh_folder(output_dir, "compare") as folder:
-        write_json(folder / "comparison.json", {"schema_version": SCHEMA_VERSION, "runs": runs})
-        plots = write_plots(runs, folder)
-        pictures = {role: inputs[role] / PICTURE for role in inputs if (inputs[role] / PICTURE).is_file()}
-        report = render_report(runs, manifests, plots, pictures, title)
-        (folder / "report.html").write_text(report, encoding="utf-8")
-        write_manifest(folder, "compare", config, inputs)
-    return output_dir
+    write_json(output / "comparison.json", {"schema_version": SCHEMA_VERSION, "runs": runs})
+    plots = write_plots(runs, output)
+    pictures = {role: inputs[role] / PICTURE for role in inputs if (inputs[role] / PICTURE).is_file()}
+    report = render_report(runs, manifests, plots, pictures, title)
+    (output / "report.html").write_text(report, encoding="utf-8")
+    write_manifest(output, "compare", config, inputs)
 
 
 def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path]) -> None:

@@ -43,6 +43,10 @@ class Corpus:
     counts: dict[str, SourceCounts] = field(default_factory=dict)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
 
+    def held_out(self, source: str) -> int:
+        """Documents of a source that are not trained on, since their hash puts them into another split."""
+        return sum(len(self.splits[split][source]) for split in SPLITS if split != "train")
+
 
 def collect(data: DataSettings) -> Corpus:
     """Read every source; the first of equal texts, in configuration order, is the one that stays.
@@ -71,12 +75,13 @@ def split_of(digest: bytes, data: DataSettings) -> str:
 def _read_source(source: SourceSettings, data: DataSettings, corpus: Corpus, seen: set[bytes]) -> None:
     counts = corpus.counts[source.name] = SourceCounts()
     broken = []
-    for index, record in enumerate(read_records(source)):
+    for row in read_records(source):
+        record = row.value
         counts.documents_in += 1
-        if reason := _broken(record):
+        if reason := row.fault or _broken(record):
             counts.quarantined += 1
             if len(broken) < QUARANTINE_RECORDS:
-                place = {"source": source.name, "index": index}
+                place = {"source": source.name, "file": row.file and str(row.file), "row": row.number}
                 broken.append({**place, "reason": reason, "record": repr(record)[:200]})
             continue
         if len(record) < data.min_characters:
@@ -89,12 +94,13 @@ def _read_source(source: SourceSettings, data: DataSettings, corpus: Corpus, see
         seen.add(digest)
         corpus.splits[split_of(digest, data)][source.name].append(Document(record, source.name, digest))
     corpus.quarantine += broken
-    if counts.quarantined > data.max_broken_fraction * counts.documents_in:
+    if broken and counts.quarantined > data.max_broken_fraction * counts.documents_in:
         first = broken[0]
         raise UserError(
             f"data.dataset_configs.{source.name}: {counts.quarantined} of {counts.documents_in} records are "
             f"broken, more than data.max_broken_fraction={data.max_broken_fraction}; "
-            f"the first is record {first['index']}, {first['reason']}: {first['record'][:60]}"
+            f"the first is {first['file'] or 'the source'}, row {first['row']}, {first['reason']}: "
+            f"{first['record'][:60]}"
         )
     logger.info(
         "source %s: %d records read, %d too short, %d duplicates, %d quarantined",
@@ -112,7 +118,7 @@ def _broken(record: Any) -> str | None:
     try:
         record.encode()
     except UnicodeEncodeError:
-        return "no valid Unicode"
+        return "no valid UTF-8"
     return None
 
 

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.settings import UserError
 
 IGNORED = -100  # label of a token without a loss, as in transformers
+REPAIR = "prepare the data again with --force"
 
 
 def load_split(data_dir: Path, split: str) -> Dataset:
     """Blocks of `train`, `validation` or `test`: input_ids, position_ids (T,) and num_bytes, as numpy.
 
     Raises:
-        UserError: the data folder is missing or unfinished.
+        UserError: the data folder is missing, unfinished or damaged.
     """
-    read_manifest(data_dir)
-    return Dataset.load_from_disk(str(Path(data_dir) / split)).with_format("numpy")
+    files = _files(data_dir, split)
+    try:
+        # Not load_from_disk: to it, :: in a path chains addresses.
+        shards = [Dataset.from_file(str(file)) for file in files]
+        return concatenate_datasets(shards).with_format("numpy")
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{Path(data_dir) / split}: damaged: {reason}; {REPAIR}") from error
+
+
+def verify_split(data_dir: Path, split: str) -> None:
+    """Compare a split's files with their SHA-256 in the manifest.
+
+    Raises:
+        UserError: the data folder is missing or unfinished, or a file of the split is missing or differs.
+    """
+    for file, expected in _files(data_dir, split).items():
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
+                raise UserError(f"{file}: damaged: sha256 differs; {REPAIR}")
 
 
 def batches_of(split: Dataset, batch_size: int) -> DataLoader:
@@ -40,7 +62,7 @@ def load_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
         UserError: the data folder is missing or unfinished.
     """
     read_manifest(data_dir)
-    return AutoTokenizer.from_pretrained(Path(data_dir) / "tokenizer")
+    return PreTrainedTokenizerFast.from_pretrained(Path(data_dir) / "tokenizer")
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -55,3 +77,14 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     )
     labels = input_ids.masked_fill(position_ids == 0, IGNORED)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def _files(data_dir: Path, split: str) -> dict[Path, str]:
+    """The files of a split, each with the SHA-256 that it had when it was written."""
+    folder = Path(data_dir) / split
+    files = {
+        folder / name: sha256 for name, sha256 in read_manifest(data_dir)["splits"][split]["files"].items()
+    }
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"{missing[0]}: damaged: no such file; {REPAIR}")
+    return files

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-import platform
+import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.documents import SPLITS, Corpus, collect
+from dynamic_transformers.data.files import digest_of, fingerprints, first_change
 from dynamic_transformers.data.mixing import count_tokens, mix, sample_text, shares
 from dynamic_transformers.data.packing import PackedSplit, pack, unigram_loss
 from dynamic_transformers.data.probes import write_tasks
@@ -25,7 +27,8 @@ from dynamic_transformers.data.tokenization import (
     load_pretrained_tokenizer,
     train_tokenizer,
 )
-from dynamic_transformers.manifest import digest, finished, fresh_folder, write_manifest
+from dynamic_transformers.folders import sole_writer
+from dynamic_transformers.manifest import MANIFEST, digest, fresh_folder, read_manifest, write_manifest
 from dynamic_transformers.settings import DataSettings, Settings, UserError
 
 STEP = "prepare_data"
@@ -35,43 +38,95 @@ logger = logging.getLogger("dynamic_transformers")
 
 
 def data_config(settings: Settings) -> dict[str, Any]:
-    """All that the data depend on: the data settings without batch size and place, and the seed."""
+    """The settings that the data depend on: the data settings without batch size and place, and the seed."""
     config = dataclasses.asdict(settings.data)
     del config["batch_size"], config["output_dir"]
     return {**config, "seed": settings.run.seed}
 
 
 def default_data_dir(settings: Settings) -> Path:
-    """`data.output_dir`, else a folder under `run.output_dir` that the data settings name."""
+    """`data.output_dir`, else the folder under `run.output_dir` of these data settings and source files.
+
+    Every source file is read for it (SHA-256): a changed file gets a folder of its own, and runs on the old
+    data keep theirs.
+    """
     if settings.data.output_dir:
         return Path(settings.data.output_dir)
-    return Path(settings.run.output_dir) / "data" / digest(data_config(settings))[:12]
+    config, now = data_config(settings), fingerprints(settings.data)
+    parent = Path(settings.run.output_dir) / "data"
+    changes = []
+    for made in _made_with(parent, config):
+        change = first_change(read_manifest(made)["config"]["fingerprints"], now)
+        if change is None:
+            return made
+        changes.append(change)
+    if changes:
+        logger.info("data: %s: prepared anew", changes[0])
+    return parent / digest({**config, "fingerprints": now})[:12]
 
 
 def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
-    """Write the data folder, or find it finished for the same settings.
+    """Write the data folder, or find it finished for the same settings and source files.
 
     Args:
         settings: their `data` part and `run.seed`.
-        output_dir: where it goes; a data folder that stands there is replaced, nothing else is.
-        force: make it anew though it is finished.
+        output_dir: where it goes. Data made of other source files are replaced, nothing else is.
+        force: make it anew though it is finished, or holds data of other settings.
 
     Returns:
         `output_dir`.
 
     Raises:
-        UserError: a source or tokenizer cannot be had, too many records are broken, a split is empty.
+        UserError: a source or tokenizer cannot be had, too many records are broken, a split is empty, or
+            `output_dir` holds data of other settings.
     """
     output_dir = Path(output_dir)
-    config = data_config(settings)
-    if not force and finished(output_dir, STEP, config):
-        logger.info("data: %s is finished", output_dir)
-        return output_dir
-    with fresh_folder(output_dir, STEP) as folder:
-        facts = _fill(folder, settings.data, settings.run.seed)
-        write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
+    config = {**data_config(settings), "fingerprints": fingerprints(settings.data)}
+    with sole_writer(output_dir, wait=True):
+        if not force and _serves(output_dir, config):
+            logger.info("data: %s is finished", output_dir)
+            return output_dir
+        with fresh_folder(output_dir, STEP) as folder:
+            facts = _fill(folder, settings.data, settings.run.seed)
+            write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
     logger.info("data: written to %s", output_dir)
     return output_dir
+
+
+def _serves(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether `folder` is finished and holds what `config` asks for."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(folder)
+    if manifest["step"] != STEP:
+        return False  # fresh_folder refuses it
+    made = manifest["config"]
+    differing = [
+        f"data.{key}={value} (there {made.get(key)})"
+        for key, value in config.items()
+        if key != "fingerprints" and value != made.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder}: holds data of other settings: {', '.join(differing)}; "
+            "name another data.output_dir, or replace them with --force"
+        )
+    change = first_change(made["fingerprints"], config["fingerprints"])
+    if change:
+        logger.info("data: %s since %s was made: prepared anew", change, folder)
+    return change is None
+
+
+def _made_with(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
+    """Finished data folders under `parent` of the same settings, the newest first."""
+    manifests = [path for path in parent.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+    for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            manifest = read_manifest(path.parent, STEP)
+        except UserError:
+            continue  # another step's, or damaged
+        if {**manifest["config"], "fingerprints": None} == {**config, "fingerprints": None}:
+            yield path.parent
 
 
 def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
@@ -97,9 +152,19 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
         packed[split] = pack(mixed[split], data.block_size)
         _write_split(folder / split, packed[split], mixed[split], data.block_size)
     write_tasks(folder / "tasks", corpus, data)
+    splits = {split: _split_facts(folder / split, packed[split], mixed[split]) for split in SPLITS}
     return {
         "sources": _source_facts(corpus, weights, mixed["train"]),
-        "splits": {split: _split_facts(packed[split], mixed[split]) for split in SPLITS},
+        "splits": splits,
+        # What a training reads. Neither where the data came from nor what made them is part of it.
+        "content_digest": digest(
+            {
+                "splits": {split: facts["sha256"] for split, facts in splits.items()},
+                "tokenizer": digest_of(folder / "tokenizer" / "tokenizer.json"),
+                "vocab_size": len(tokenizer),
+                "block_size": data.block_size,
+            }
+        ),
         "unigram_loss": {
             split: unigram_loss(packed["train"], packed[split], len(tokenizer))
             for split in ("validation", "test")
@@ -107,8 +172,6 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
         "vocab_size": len(tokenizer),
         "block_size": data.block_size,
         "tokenizer_name": data.tokenizer_name,
-        # The standard library, hence the embedded documents, differ between Python versions.
-        "python": platform.python_version(),
     }
 
 
@@ -132,21 +195,37 @@ def _write_split(folder: Path, packed: PackedSplit, mixed: list[EncodedDocument]
     block = datasets.Sequence(datasets.Value("int32"), length=block_size)
     features = {"input_ids": block, "position_ids": block, "num_bytes": datasets.Value("int64")}
     dataset = datasets.Dataset.from_dict(packed._asdict(), features=datasets.Features(features))
-    dataset.save_to_disk(str(folder))
+    folder.mkdir()
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "split"  # to `datasets`, :: in a path chains addresses
+        link.symlink_to(folder.absolute())
+        dataset.save_to_disk(str(link))
     logger.info("%s: %d tokens of %d documents in %d blocks", folder.name, tokens, len(mixed), len(dataset))
 
 
 def _source_facts(
     corpus: Corpus, weights: dict[str, float], mixed: list[EncodedDocument]
 ) -> list[dict[str, Any]]:
+    """The account of each source.
+
+    documents_in is the sum of documents_used (trained on), unused (of the training split, beyond the source's
+    part of the mixture), held_out (of the validation and test splits, evaluated on or not), filtered (too
+    short), duplicates and quarantined (broken).
+    """
     facts = []
     for name, asked in shares(weights).items():
         used = [encoded for encoded in mixed if encoded.document.source == name]
+        counts = corpus.counts[name]
         facts.append(
             {
                 "name": name,
-                **dataclasses.asdict(corpus.counts[name]),
+                "documents_in": counts.documents_in,
                 "documents_used": len(used),
+                "unused": len(corpus.splits["train"][name]) - len(used),
+                "held_out": corpus.held_out(name),
+                "filtered": counts.filtered,
+                "duplicates": counts.duplicates,
+                "quarantined": counts.quarantined,
                 "tokens": count_tokens(used),
                 "proportion_asked": asked,
                 "proportion_realised": count_tokens(used) / count_tokens(mixed),
@@ -155,12 +234,16 @@ def _source_facts(
     return facts
 
 
-def _split_facts(packed: PackedSplit, mixed: list[EncodedDocument]) -> dict[str, Any]:
+def _split_facts(folder: Path, packed: PackedSplit, mixed: list[EncodedDocument]) -> dict[str, Any]:
+    content = hashlib.sha256()
+    for column in packed:
+        content.update(np.ascontiguousarray(column).data)
     return {
         "documents": len(mixed),
         "blocks": len(packed.input_ids),
         "tokens": packed.input_ids.size,
         "target_tokens": int(np.count_nonzero(packed.position_ids)),
         "bytes": int(packed.num_bytes.sum()),
-        "sha256": hashlib.sha256(packed.input_ids.tobytes()).hexdigest(),
+        "sha256": content.hexdigest(),
+        "files": {file.name: digest_of(file) for file in sorted(folder.glob("*.arrow"))},
     }

@@ -1,15 +1,24 @@
-"""Raw records of a source: embedded in the Python installation, or anything `datasets.load_dataset` reads."""
+"""Records of a source: embedded in the Python installation, local files, or what `datasets` reads."""
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import datasets
-from datasets.exceptions import DatasetsError
 
 from dynamic_transformers.data import arithmetic, embedded
+from dynamic_transformers.data.files import (
+    FILE_BUILDERS,
+    READ_ERRORS,
+    LocalFiles,
+    hub_commit,
+    local_files,
+    one_line,
+)
+from dynamic_transformers.data.rows import DAMAGE, READERS, NoSuchColumnError, Row
 from dynamic_transformers.settings import SourceSettings, UserError
 
 EMBEDDED: dict[str, Callable[[], Iterable[str]]] = {
@@ -17,58 +26,95 @@ EMBEDDED: dict[str, Callable[[], Iterable[str]]] = {
     "code": embedded.code,
     "math": arithmetic.documents,
 }
-# These builders take the files of the working directory when no data_files are named.
-_FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "webdataset", "xml")
-_READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
 
 
-def read_records(source: SourceSettings) -> Iterator[Any]:
-    """What stands in the text column of each record: a str where the record is sound.
+def read_records(source: SourceSettings) -> Iterator[Row]:
+    """The records of a source, sound and broken ones.
 
     Raises:
-        UserError: no such source, path, configuration, file, split or column; an unreadable file.
+        UserError: no such source, path, configuration, file, split or column; a cut or unreadable file.
     """
-    if source.type == "hub":
-        records = _read_hub(source)
-    elif source.name in EMBEDDED:
-        records = EMBEDDED[source.name]()
-    else:
-        known = ", ".join(EMBEDDED)
-        raise UserError(
-            f"data.dataset_configs.{source.name}: type=embedded has only {known}; others are type=hub"
-        )
-    return islice(records, source.max_documents)
-
-
-def _read_hub(source: SourceSettings) -> Iterator[Any]:
     place = f"data.dataset_configs.{source.name}"
-    if not source.path:
-        raise UserError(f"{place}.path is missing: give a hub name, a folder, or a builder such as json")
-    if source.path in _FILE_BUILDERS and not source.data_files:
-        raise UserError(f"{place}.data_files is missing: the builder {source.path!r} needs files to read")
+    if source.max_documents is not None and source.max_documents < 1:
+        raise UserError(f"{place}.max_documents={source.max_documents}: must be at least 1")
+    if source.type == "embedded":
+        if source.name not in EMBEDDED:
+            known = ", ".join(EMBEDDED)
+            raise UserError(f"{place}: type=embedded has only {known}; others are type=hub")
+        rows = (Row(text, None, number) for number, text in enumerate(EMBEDDED[source.name](), 1))
+    elif (files := local_files(source)) is None:
+        by_name = source.path not in FILE_BUILDERS
+        revision = (hub_commit(source) or source.revision) if by_name else None
+        rows = _read_hub(source, place, str(source.path), source.data_files, revision)
+    elif files.builder in READERS and not any(file.suffix == ".zip" for file in files.all):
+        rows = _read_files(source, place, files)
+    else:
+        named = {split: [glob.escape(str(file)) for file in paths] for split, paths in files.splits.items()}
+        rows = _read_hub(source, place, files.builder, named, None)
+    return islice(rows, source.max_documents)
+
+
+def _read_files(source: SourceSettings, place: str, files: LocalFiles) -> Iterator[Row]:
+    read = READERS[files.builder]
+
+    def rows_of(split: str) -> Iterator[Row]:
+        for file in files.splits[split]:
+            row = None
+            try:
+                for row in read(file, source.text_column):
+                    yield row
+            except NoSuchColumnError as error:
+                raise UserError(
+                    f"{place}.text_column={source.text_column}: no such column in {file}; there are {error}"
+                ) from error
+            except DAMAGE as error:
+                after = f"after row {row.number}" if row else "before its first row"
+                raise UserError(
+                    f"{place}: {file} is cut off or damaged {after}: {one_line(error)}"
+                ) from error
+
+    if source.split in files.splits:
+        yield from rows_of(source.split)
+        return
+    try:  # a part, such as train[:10%] or train+test
+        instruction = datasets.ReadInstruction.from_spec(source.split)
+        sizes = {split: sum(1 for _ in rows_of(split)) for split in files.splits}
+        parts = instruction.to_absolute(sizes)
+    except UserError:
+        raise
+    except (ValueError, AssertionError) as error:
+        known = ", ".join(files.splits)
+        raise UserError(f"{place}.split={source.split}: no such split; there are {known}") from error
+    for part in parts:
+        yield from islice(rows_of(part.splitname), part.from_, part.to)
+
+
+def _read_hub(
+    source: SourceSettings, place: str, path: str, data_files: Any, revision: str | None
+) -> Iterator[Row]:
     try:
         dataset: Any = datasets.load_dataset(
-            source.path,
+            path,
             name=source.config,
-            data_files=source.data_files,
+            data_files=data_files,
             split=source.split,
             streaming=source.max_documents is not None,
+            revision=revision,
         )
         columns = dataset.column_names or list(next(iter(dataset), {}))
-    except _READ_ERRORS as error:
-        raise UserError(f"{place}: cannot read {source.path!r}: {_one_line(error)}") from error
+    except READ_ERRORS as error:
+        raise UserError(f"{place}: cannot read {source.path!r}: {one_line(error)}") from error
     if source.text_column not in columns:
         raise UserError(
             f"{place}.text_column={source.text_column}: no such column; there are {', '.join(columns)}"
         )
+    number = 0
     try:
         for batch in dataset.select_columns([source.text_column]).iter(batch_size=256):
-            yield from batch[source.text_column]
-    except _READ_ERRORS as error:
-        raise UserError(f"{place}: {source.path!r} breaks off: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    # "An error occurred while generating the dataset" says nothing; its cause does.
-    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            for value in batch[source.text_column]:
+                number += 1
+                yield Row(value, None, number)
+    except READ_ERRORS as error:
+        raise UserError(
+            f"{place}: {source.path!r} breaks off after row {number}: {one_line(error)}"
+        ) from error

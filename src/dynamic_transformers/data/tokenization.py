@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,6 +15,7 @@ from dynamic_transformers.data.documents import Document
 from dynamic_transformers.settings import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+LONG_WORD = re.compile(r"(\S{1000}|\s{1000})")
 MINIMUM_VOCABULARY = 256 + 1  # every byte, and the end of text
 
 
@@ -36,10 +38,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"data.vocab_size={vocab_size}: must be at least {MINIMUM_VOCABULARY} (bytes and end of text)"
         )
     backend = Tokenizer(models.BPE())
-    # Qwen2's own rule, which splits digits: AutoTokenizer gives every folder whose config says
-    # qwen2 a Qwen2Tokenizer, whatever tokenizer.json holds, and another rule would then change
-    # the tokens of the exported standard model silently. Only its NFC step is left out, so that
-    # decoding gives back exactly what was encoded.
+    # Qwen2's own rule, which splits digits. Its NFC step is left out, so that decoding gives back exactly
+    # what was encoded.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
@@ -53,13 +53,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    # Training takes time by the square of a word's length: without a gap, a megabyte would take minutes.
+    pieces = (piece for text in texts for piece in LONG_WORD.split(text) if piece)
+    backend.train_from_iterator(pieces, trainer)
+    return exact_tokenizer(backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def exact_tokenizer(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that reads a text in one way only, wherever it is loaded.
+
+    It has no rules beyond tokenizer.json, adds no markers by itself, and splits the spelling of a special
+    token: a text that mentions `<|endoftext|>` does not end there.
+
+    Args:
+        options: special tokens, chat template.
+    """
+    backend = Tokenizer.from_str(backend.to_str())
+    backend.post_processor = None  # type: ignore[assignment]  # which would add markers
+    backend.no_padding()
+    backend.no_truncation()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, split_special_tokens=True, **options
     )
 
 
@@ -80,7 +94,9 @@ def load_pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise UserError(f"data.tokenizer_name={name}: needs a fast tokenizer (one with a tokenizer.json)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"data.tokenizer_name={name}: has no eos_token, which documents must end with")
-    return tokenizer
+    return exact_tokenizer(
+        tokenizer.backend_tokenizer, chat_template=tokenizer.chat_template, **tokenizer.special_tokens_map
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[EncodedDocument]:
@@ -90,7 +106,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) ->
     batch = tokenizer(
         [document.text for document in documents],
         add_special_tokens=False,
-        split_special_tokens=True,  # a text that mentions <|endoftext|> does not end there
         return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from dynamic_transformers.command_line import path
+from dynamic_transformers.evaluation.results import add_results, results_path
+from dynamic_transformers.evaluation.task_index import check_tasks
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the benchmark command."""
-    parser.add_argument("--model_path", type=Path, required=True, help="folder of the exported model")
+    parser.add_argument("--model_path", type=path, required=True, help="folder of the exported model")
     parser.add_argument(
         "--tasks",
         default="quick_test",
         help="suites (quick_test, general, math, code) and lm-eval tasks, by commas (default: quick_test)",
     )
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--data_dir", type=Path, help="data folder of quick_test (default: the model's own)")
+    parser.add_argument("--data_dir", type=path, help="data folder of quick_test (default: the model's own)")
     parser.add_argument("--limit", type=int, help="documents per task (default: all)")
     parser.add_argument(
         "--num_fewshot", type=int, help="examples in front of each question (default: the task's)"
@@ -25,6 +28,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--selection_rule", help="replaces a routed model's rule; topk is a non-causal upper bound"
     )
     parser.add_argument(
+        "--output_path",
+        type=path,
+        help="file that gets the results (default: results.json in the model's folder)",
+    )
+    parser.add_argument(
         "--confirm_run_unsafe_code",
         action="store_true",
         help="allow tasks that run code which the model writes",
@@ -32,16 +40,19 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_command(args: argparse.Namespace) -> None:
-    """Run the benchmarks, print the table, write `results.json` beside the model."""
+    """Run the benchmarks, print the table, add to `results.json` beside the model or to `--output_path`."""
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    check_tasks(tasks, args.confirm_run_unsafe_code)
+    file = results_path(args.model_path, args.output_path)
+    # Not above: what is refused is refused at once, without seconds of imports.
     import torch
     from rich.console import Console
 
     from dynamic_transformers.evaluation.harness import render_table, run_benchmarks
-    from dynamic_transformers.manifest import write_json
 
     result = run_benchmarks(
         args.model_path,
-        [name.strip() for name in args.tasks.split(",") if name.strip()],
+        tasks,
         data_dir=args.data_dir,
         batch_size=args.batch_size,
         limit=args.limit,
@@ -51,7 +62,6 @@ def bench_command(args: argparse.Namespace) -> None:
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    path = args.model_path / "results.json"
-    write_json(path, result)
+    add_results(file, result)
     Console().print(render_table(result))
-    print(f"written: {path}")
+    print(f"written: {file}")

@@ -24,7 +24,7 @@ from dynamic_transformers.manifest import (
 )
 from dynamic_transformers.models import RoutedConfig
 from dynamic_transformers.settings import Settings
-from dynamic_transformers.tracking import METRICS, RunTracker
+from dynamic_transformers.tracking import METRICS, RunTracker, send_rest
 from dynamic_transformers.training.flops import forward_flops, target_fraction
 from dynamic_transformers.training.heldout import evaluate_heldout
 
@@ -54,10 +54,10 @@ def evaluate(
     }
     if not force and finished(output_dir, "evaluate", config):
         logger.info("evaluate: %s is finished, nothing to do", output_dir)
+        send_rest(settings, run_dir)
         return output_dir
     options = settings.evaluation
     tracker = RunTracker(run_dir, settings.tracking, settings.run.output_dir)
-    tracker.sync()
     model = load_model(model_dir)
     assert isinstance(model.config, Qwen2Config)
     test = load_split(data_dir, "test")
@@ -111,7 +111,7 @@ def evaluate(
             },
         },
         "history": [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
-        "model_dir": str(model_dir),
+        "model_dir": str(model_dir.resolve()),
         "mlflow_run_id": tracker.run_id,
         "variant": digest(variant(model_manifest["run_config"])),
         "model_digest": model_manifest["digest"],
@@ -135,7 +135,7 @@ def comparison_of(settings: Settings) -> str:
 
 def variant(run_config: dict[str, Any]) -> dict[str, Any]:
     """What runs must share to count as seeds of one another: all but the seed and the data it shuffles."""
-    return {key: value for key, value in run_config.items() if key not in ("seed", "data_digest")}
+    return {key: value for key, value in run_config.items() if key not in ("run.seed", "data_digest")}
 
 
 def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:
@@ -155,20 +155,18 @@ def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:
 
 
 def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict, comparison: str) -> None:
-    """Attach the evaluation, the model and, last, the test figures to the training run.
+    """Attach the test figures, the evaluation and, last, the model to the training run.
 
-    It can be found by its `comparison` only if all files have arrived. Once one has not, no other is tried.
+    It can be found by its `comparison` only once all files have arrived.
     """
     figures = {"test/loss": result["eval"]["loss"], "test/bits_per_byte": result["eval"]["bits_per_byte"]}
     for task, metrics in result["bench"].items():
         figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
     figures["efficiency/forward_flops_per_token"] = result["efficiency"]["forward_flops_per_token"]
-    small = (
-        (tracker.run_dir / "config.yaml", "config"),
-        (tracker.run_dir / "manifest.json", "config"),
-        (output_dir, "evaluation"),
-    )
-    arrived = all(tracker.log_artifacts(path, place) for path, place in small)
-    arrived = arrived and tracker.log_artifacts(model_dir, "model", large=True)
-    tracker.log_final(result["training_tokens"], figures, comparison if arrived else None)
-    tracker.close(finished=True)
+    tracker.log_final(result["training_tokens"], figures)
+    for path in (tracker.run_dir / "config.yaml", tracker.run_dir / "manifest.json"):
+        tracker.log_artifacts(path, "config")
+    tracker.log_artifacts(output_dir, "evaluation")
+    tracker.log_artifacts(model_dir, "model", large=True)
+    tracker.log_comparison(comparison)
+    tracker.close("FINISHED")

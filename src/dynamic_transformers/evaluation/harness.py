@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import json
 import logging
 import os
@@ -18,9 +16,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import dynamic_transformers.models  # noqa: F401  (registers the routed models)
-from dynamic_transformers.evaluation.suites import SUITES, expand_tasks, needs_data_folder
-from dynamic_transformers.manifest import MANIFEST, read_manifest
+from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
+from dynamic_transformers.evaluation.task_index import check_tasks, task_manager
+from dynamic_transformers.manifest import MANIFEST, input_folder
 from dynamic_transformers.settings import UserError
+
+logger = logging.getLogger("dynamic_transformers")
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -58,8 +59,9 @@ def run_benchmarks(
         confirm_run_unsafe_code: consent to run code that the model writes (humaneval, mbpp).
 
     Returns:
-        `{"results": lm-eval's results, "config": how they were made}`. `config["causal"]` is False, and
-        `config["label"]` says so, exactly when the selection rule looks at the future (`topk`).
+        `{"results": lm-eval's results, "config": how they were made, "configs": the same by task}`, with the
+        few-shot examples that lm-eval really gave. `config["causal"]` is False, and `config["label"]` says
+        so, exactly when the selection rule looks at the future (`topk`).
 
     Raises:
         UserError: lm-eval is missing, no such model, task or data folder, no consent, an impossible
@@ -89,7 +91,7 @@ def run_benchmarks(
                 tokenizer=tokenizer,
                 backend="causal",
                 batch_size=batch_size,
-                max_length=_context_length(model_dir, config),
+                max_length=max(config.max_position_embeddings, SHORTEST_CONTEXT),
             )
         output: Any = simple_evaluate(
             model=lm,
@@ -107,18 +109,25 @@ def run_benchmarks(
         )
     rule = getattr(model.config, "selection_rule", None)
     causal = rule != "topk"
-    facts = {
-        "tasks": tasks,
+    results = json.loads(json.dumps(output["results"], default=float))  # numpy scalars become plain numbers
+    shots = {task: output["n-shot"].get(task) for task in results}
+    if num_fewshot is not None and (
+        fixed := [task for task, n in shots.items() if n not in (None, num_fewshot)]
+    ):
+        logger.warning("%s: fixed at 0 examples; num_fewshot=%d is not used", ", ".join(fixed), num_fewshot)
+    made = {
         "batch_size": batch_size,
         "limit": limit,
-        "num_fewshot": num_fewshot,
         "seed": seed,
         "selection_rule": rule,
         "causal": causal,
         "label": None if causal else NON_CAUSAL_LABEL,
     }
-    results = json.loads(json.dumps(output["results"], default=float))  # numpy scalars become plain numbers
-    return {"results": results, "config": facts}
+    return {
+        "results": results,
+        "config": {"tasks": tasks, "num_fewshot": shots, **made},
+        "configs": {task: {"num_fewshot": n, **made} for task, n in shots.items()},
+    }
 
 
 def render_table(result: dict[str, Any]) -> Table:
@@ -144,19 +153,7 @@ def render_table(result: dict[str, Any]) -> Table:
 def _data_dir_of(model_dir: Path) -> Path | None:
     if not (model_dir / MANIFEST).is_file():
         return None
-    data_dir = read_manifest(model_dir).get("data_dir")
-    return None if data_dir is None else Path(data_dir)
-
-
-def _context_length(model_dir: Path, config: PreTrainedConfig) -> int:
-    """Longest context: what a model trained from scratch has seen, else what its configuration allows."""
-    longest = config.max_position_embeddings
-    if not (model_dir / MANIFEST).is_file():
-        return longest
-    manifest = read_manifest(model_dir, "export")
-    if manifest["run_config"]["training"]["mode"] != "scratch":
-        return longest
-    return min(longest, max(manifest["block_size"], SHORTEST_CONTEXT))
+    return input_folder(model_dir, "data")
 
 
 def _load_config(model_dir: Path, selection_rule: str | None) -> PreTrainedConfig:
@@ -182,45 +179,20 @@ def _check_selection_rule(config: Any, rule: str) -> None:
         )
 
 
-@functools.cache
-def task_manager(include_defaults: bool) -> TaskManager:
-    """lm-eval's index of its own tasks, or an empty one: reading thousands of files takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=include_defaults)
-
-
-def check_tasks(names: Sequence[str], confirm_run_unsafe_code: bool) -> TaskManager:
-    """lm-eval's index, once it knows all of these tasks and nothing runs a model's code without consent.
-
-    Raises:
-        UserError: no such task, or no consent.
-    """
-    manager = task_manager(include_defaults=bool(names))
-    for name in names:
-        if name not in manager.task_index:
-            raise UserError(_unknown_task(name, manager.all_tasks))
-    unsafe = _unsafe_tasks(names, manager)
-    if unsafe and not confirm_run_unsafe_code:
-        raise UserError(
-            f"{', '.join(unsafe)}: runs code that the model writes; consent with --confirm_run_unsafe_code, "
-            "in settings evaluation.confirm_run_unsafe_code=true"
-        )
-    if unsafe:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    return manager
-
-
 def _load_tasks(
     specs: dict[str, str | dict[str, Any]], confirm_run_unsafe_code: bool
 ) -> tuple[TaskManager, list[Any]]:
     """The manager, and the tasks and groups of `specs`, their data loaded."""
+    check_tasks(list(specs), confirm_run_unsafe_code)
     names = [name for name, spec in specs.items() if isinstance(spec, str)]
-    manager = check_tasks(names, confirm_run_unsafe_code)
+    manager = task_manager(include_defaults=bool(names))
+    if confirm_run_unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     loaded: list[Any] = []
     for name, spec in specs.items():
         try:
-            found = manager.load([spec])
+            with _log_level("lm_eval.api.task", logging.ERROR if isinstance(spec, dict) else logging.WARNING):
+                found = manager.load([spec])  # which warns that data of our own take no options
         except Exception as error:  # whatever a data set, a hub or a missing package brings up
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"task {name!r} cannot be loaded: {reason}") from error
@@ -262,33 +234,3 @@ def _bars_on_terminals_only() -> Iterator[None]:
     finally:
         for module, original in zip(modules, before, strict=True):
             module.tqdm = original
-
-
-def _unknown_task(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, [*SUITES, *known], n=5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"suites are {', '.join(SUITES)}"
-    return f"no suite or lm-eval task {name!r}; {hint}"
-
-
-def _unsafe_tasks(names: Sequence[str], manager: TaskManager) -> list[str]:
-    """Tasks among `names`, or inside their groups and tags, that run code which a model wrote.
-
-    Read from the index, because loading such a task already runs code.
-    """
-    unsafe = []
-    pending: list[Any] = list(names)
-    while pending:
-        item = pending.pop(0)
-        if isinstance(item, dict):  # a member of a group, with overrides
-            pending.extend(
-                item["task"] if isinstance(item.get("task"), list) else [item.get("task", item.get("group"))]
-            )
-        elif entry := manager.task_index.get(item):
-            config = entry.cfg or {}
-            if config.get("unsafe_code"):
-                unsafe.append(item)
-            if isinstance(config.get("task"), list):
-                pending.extend(config["task"])
-            elif not config:
-                pending.extend(sorted(entry.tags))
-    return unsafe

@@ -8,13 +8,18 @@ lm-eval has every task and reads it from the data set named here; the data sets 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dynamic_transformers.settings import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 QUICK_TEST = "quick_test"
 EMBEDDED_PREFIX = "dt_"
@@ -56,14 +61,27 @@ def embedded_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
     folder = Path(data_dir).resolve() / "tasks"
     tasks = {}
     for path in sorted(folder.glob("*.jsonl")):
-        template = TEMPLATES / f"{path.stem.partition('_')[0]}.yaml"
+        template = template_of(path.stem)
         if template.is_file():
             config = yaml.safe_load(template.read_text())
             name = f"{EMBEDDED_PREFIX}{path.stem}"
-            tasks[name] = {"task": name, **config, "dataset_kwargs": {"data_files": {"test": str(path)}}}
+            tasks[name] = {"task": name, **config, "custom_dataset": partial(_read_rows, path)}
     if not tasks:
         raise UserError(f"{folder}: no task files; --data_dir must be a folder that prepare_data wrote")
     return tasks
+
+
+def template_of(stem: str) -> Path:
+    """File of lm-eval settings for the embedded task file `stem`.jsonl; it exists if there is such a task."""
+    return TEMPLATES / f"{stem.partition('_')[0]}.yaml"
+
+
+def _read_rows(path: Path, **_: Any) -> dict[str, Dataset]:
+    """The split `test`. Read here, since `datasets` takes a path for a pattern or an address."""
+    from datasets import Dataset
+
+    with path.open(encoding="utf-8") as lines:
+        return {"test": Dataset.from_list([json.loads(line) for line in lines])}
 
 
 def needs_data_folder(tasks: Sequence[str]) -> bool:

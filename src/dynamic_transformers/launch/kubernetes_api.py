@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +15,20 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
+from dynamic_transformers.launch.job_state import describe, is_ready, outcome, why_replaced
+from dynamic_transformers.launch.job_watch import JobWatch
 from dynamic_transformers.settings import UserError
 
 logger = logging.getLogger("dynamic_transformers")
 
 GROUP, VERSION = "trainer.kubeflow.org", "v1alpha1"
-LIMIT, LATE = "activeDeadlineSeconds", "DeadlineExceeded"
 POLL_SECONDS = 10.0
 REQUEST_SECONDS = 30.0
 OUTAGE_SECONDS = 600.0  # how long the API may be away
 DELETION_SECONDS = 600.0  # how long a job's pods may take to end
-LAST_LINES = 30
 OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+# Fields without which nothing can be trained, and the first Trainer that has them all.
+NEEDED_FIELDS, NEEDED_TRAINER = {"runtimePatches", "terminationGracePeriodSeconds"}, "2.3"
 
 
 class TrainJobs:
@@ -37,74 +40,84 @@ class TrainJobs:
 
     def __init__(self):
         self.namespace = connect()
-        self.jobs, self.pods = client.CustomObjectsApi(), client.CoreV1Api()
+        self.objects, self.core = client.CustomObjectsApi(), client.CoreV1Api()
         self.place = (GROUP, VERSION, self.namespace, "trainjobs")
 
-    def run(self, manifest: dict[str, Any]) -> None:
+    def run(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Create a job, or take up the one of its name that runs already, and follow it to its end.
 
         A job of its name that has ended is deleted before: what it left on the volume is gone on with. But
-        one that has used up its time has failed for good, unless the limit is another now.
+        one that has used up its time has failed for good, unless the limit is another now. One that no node
+        runs for is deleted when it was made of other settings of `launch`.
+
+        Returns:
+            The job as it ended, complete or failed.
 
         Raises:
             UserError: the API refuses something.
-            RuntimeError: the job failed or was deleted, or the API has been away too long.
+            RuntimeError: the job was deleted, or the API has been away too long.
         """
         name = manifest["metadata"]["name"]
         job = self.get(name)
-        if job is not None and is_replaced(job, manifest):
-            logger.info("TrainJob %s has ended before: it is created again", name)
+        if job is None:
+            self.create(manifest)
+        elif why := why_replaced(job, manifest):
+            logger.info("TrainJob %s %s: it is created again", name, why)
             self.delete(name)
-        self.create(manifest)
-        self.follow(name)
+            self.create(manifest)
+        else:
+            logger.info("TrainJob %s is there already: this task follows it", name)
+        return self.follow(name)
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The job; None: there is none."""
-        try:
-            return self.request(self.jobs.get_namespaced_custom_object, *self.place, name)
-        except ApiException as error:
-            if error.status == 404:
-                return None
-            raise refusal("get", error) from error
+        return self._get("a TrainJob", *self.place, name)
 
     def create(self, manifest: dict[str, Any]) -> None:
         """Create the job, unless there is one of its name."""
-        create = self.jobs.create_namespaced_custom_object
+        create = self.objects.create_namespaced_custom_object
         try:
             # Else an API that does not know a field drops it, and the job starts without its claim.
             self.request(create, *self.place, manifest, field_validation="Strict")
         except ApiException as error:
             if error.status != 409:
-                raise refusal("create", error) from error
+                raise refusal("create a TrainJob", error) from error
 
     def delete(self, name: str) -> None:
-        """Delete the job, and wait until it and its pods are gone.
+        """Delete the job, and wait until nothing is left that could write to its run, or answer for it.
 
         Raises:
-            RuntimeError: they stay.
+            RuntimeError: its pods stay.
         """
-        delete = self.jobs.delete_namespaced_custom_object
+        delete = self.objects.delete_namespaced_custom_object
         try:
-            # Foreground: the job goes after its pods, so that none of them still writes to the run.
-            self.request(delete, *self.place, name, propagation_policy="Foreground")
+            # In the background: a Trainer builds a job anew as long as it is still there.
+            self.request(delete, *self.place, name, propagation_policy="Background")
         except ApiException as error:
             if error.status != 404:
-                raise refusal("delete", error) from error
+                raise refusal("delete a TrainJob", error) from error
         deadline = time.monotonic() + DELETION_SECONDS
-        while self.get(name) is not None:
+        while left := self._left_of(name):
             if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"TrainJob {name} is still there {DELETION_SECONDS:.0f} s after its deletion"
-                )
+                raise RuntimeError(f"{left} is still there {DELETION_SECONDS:.0f} s after its deletion")
             time.sleep(POLL_SECONDS)
 
-    def follow(self, name: str) -> None:
-        """Log every change of the job's state, until it is complete.
+    def _left_of(self, name: str) -> str:
+        """What is left of a job; the Trainer takes the state of an old JobSet for that of a new job."""
+        if self.get(name) is not None:
+            return f"TrainJob {name}"
+        place = ("jobset.x-k8s.io", "v1alpha2", self.namespace, "jobsets")
+        if self._get("a JobSet", *place, name) is not None:
+            return f"JobSet {name}"
+        return ", ".join(f"pod {pod.metadata.name}" for pod in self.pods(name))
+
+    def follow(self, name: str) -> dict[str, Any]:
+        """Log every change of the job's state, restarts, and what it waits for; returns it as it ended.
 
         Raises:
-            RuntimeError: it failed or was deleted.
+            RuntimeError: it was deleted.
         """
-        shown = ""
+        shown, watch = "", None
         while True:
             job = self.get(name)
             if job is None:
@@ -112,38 +125,47 @@ class TrainJobs:
             if (state := describe(job)) != shown:
                 logger.info("TrainJob %s/%s: %s", self.namespace, name, state)
                 shown = state
-            if end := outcome(job):
-                break
+            watch = watch or JobWatch(job)
+            if outcome(job):
+                watch.end(job)
+                return job
+            self._look(watch, job)
             time.sleep(POLL_SECONDS)
-        if end["type"] == "Complete":
-            return
-        self.log_failed_pods(name)
-        reason, message = end["reason"], end["message"]
-        if reason == LATE:
-            reason += f", timeout_seconds={job['spec'].get(LIMIT)}"
-            message += (
-                "; a higher one, or the job's deletion, lets the training go on from its last checkpoint"
-            )
-        raise RuntimeError(f"TrainJob {name} failed ({reason}): {message}")
 
-    def log_failed_pods(self, name: str) -> None:
-        """Log the last lines that the failed nodes of a job printed, where they can be had."""
+    def _look(self, watch: JobWatch, job: dict[str, Any]) -> None:
+        """Let a watch see pods and events, where the account may read them."""
         try:
-            selector = f"jobset.sigs.k8s.io/jobset-name={name}"
-            pods = self.request(self.pods.list_namespaced_pod, self.namespace, label_selector=selector)
-            for pod in pods.items:
-                if pod.status.phase != "Failed":
-                    continue
-                lines = self.request(
-                    self.pods.read_namespaced_pod_log,
-                    pod.metadata.name,
-                    self.namespace,
-                    container="node",
-                    tail_lines=LAST_LINES,
+            pods = self.pods(job["metadata"]["name"])
+            watch.restarts(pods)
+            if is_ready(job):
+                watch.ready()
+            elif watch.is_late():
+                watch.explain(
+                    job, pods, self._list(self.core.list_namespaced_event, field_selector="type=Warning")
                 )
-                logger.info("last lines of %s:\n%s", pod.metadata.name, lines)
-        except (ApiException, RuntimeError) as error:
-            logger.warning("no logs of the failed nodes: %s", str(error).splitlines()[0])
+        except UserError as error:
+            watch.blind(str(error))
+
+    def pods(self, name: str) -> list[Any]:
+        """The pods of a job."""
+        return self._list(
+            self.core.list_namespaced_pod, label_selector=f"jobset.sigs.k8s.io/jobset-name={name}"
+        )
+
+    def _list(self, call: Callable[..., Any], **options: Any) -> list[Any]:
+        try:
+            return self.request(call, self.namespace, **options).items
+        except ApiException as error:
+            what = call.__name__.removeprefix("list_namespaced_")
+            raise refusal(f"list {what}s", error) from error
+
+    def _get(self, what: str, *place: str) -> dict[str, Any] | None:
+        try:
+            return self.request(self.objects.get_namespaced_custom_object, *place)
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            raise refusal(f"get {what}", error) from error
 
     def request(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call the API, which may be away for a while.
@@ -153,6 +175,7 @@ class TrainJobs:
             RuntimeError: it has been away for too long.
         """
         deadline = time.monotonic() + OUTAGE_SECONDS
+        told = ""
         while True:
             try:
                 return call(*arguments, _request_timeout=REQUEST_SECONDS, **options)
@@ -164,7 +187,9 @@ class TrainJobs:
                 reason = str(error)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no Kubernetes API for {OUTAGE_SECONDS:.0f} s: {reason}")
-            logger.warning("the Kubernetes API is away, trying again: %s", reason)
+            if reason != told:
+                logger.warning("the Kubernetes API is away, trying again: %s", reason)
+                told = reason
             time.sleep(POLL_SECONDS)
 
 
@@ -183,44 +208,16 @@ def connect() -> str:
     return context["context"].get("namespace", "default")
 
 
-def outcome(job: dict[str, Any]) -> dict[str, Any] | None:
-    """The condition that ended the job, `Complete` or `Failed`; None: it goes on."""
-    for condition in job.get("status", {}).get("conditions", []):
-        if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
-            return condition
-    return None
-
-
-def is_replaced(job: dict[str, Any], manifest: dict[str, Any]) -> bool:
-    """Whether a job that is there makes way for the one of a manifest."""
-    if "deletionTimestamp" in job["metadata"]:
-        return True
-    end = outcome(job)
-    if end is None:
-        return False
-    return end["reason"] != LATE or job["spec"].get(LIMIT) != manifest["spec"].get(LIMIT)
-
-
-def describe(job: dict[str, Any]) -> str:
-    """State of a job in one line."""
-    status = job.get("status", {})
-    holding = [entry["type"] for entry in status.get("conditions", []) if entry["status"] == "True"]
-    parts = [", ".join(holding) or "Created"]
-    for child in status.get("jobsStatus", []):
-        counts = ("active", "ready", "succeeded", "failed")
-        parts.append(f"{child['name']}: " + ", ".join(f"{child[count]} {count}" for count in counts))
-    return "; ".join(parts)
-
-
-def refusal(verb: str, error: ApiException) -> UserError:
+def refusal(what: str, error: ApiException) -> UserError:
     """What to tell a person about a request that the API has refused."""
     try:
         message = json.loads(error.body or "")["message"]
     except (ValueError, KeyError, TypeError):
         message = f"{error.status} {error.reason}"
-    text = f"the Kubernetes API refuses to {verb} a TrainJob: {message}"
-    if "unknown field" in message:
-        text += "; Kubeflow Trainer 2.2 or newer is needed"
+    text = f"the Kubernetes API refuses to {what}: {message}"
+    unknown = {path.split(".")[-1] for path in re.findall(r'unknown field "([^"]*)"', message)}
+    if unknown & NEEDED_FIELDS:
+        text += f"; Kubeflow Trainer {NEEDED_TRAINER} or newer is needed"
     if error.status == 404:
         text += "; is Kubeflow Trainer v2 installed, and is there such a namespace?"
     # Admission webhooks, too, answer 403: then it is the job, not the account.

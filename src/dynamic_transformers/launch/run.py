@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import torch
 from dynamic_transformers.launch.settings import Launch
 from dynamic_transformers.launch.worker import WORKER, write_job
 from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.training.interruption import Interrupted, Interruption
 from dynamic_transformers.training.trainer import train
 
 logger = logging.getLogger("dynamic_transformers")
 
+SECONDS_TO_END = 600  # that workers get for a step and a checkpoint; torchrun's own are 30
 TIME = re.compile(r"^\d\d:\d\d:\d\d ")  # which our logger would put there again
 
 
@@ -42,9 +45,12 @@ def launch_training(settings: Settings, data_dir: Path, run_dir: Path, launch: L
 def train_in_processes(settings: Settings, data_dir: Path, run_dir: Path, processes: int) -> Path:
     """Train in several processes of this machine, and log what they print as it comes.
 
+    A signal is passed on to them; they end their step and write a checkpoint.
+
     Raises:
         UserError: more processes than GPUs, where there are any.
         RuntimeError: a process failed.
+        Interrupted: SIGTERM or SIGINT came.
     """
     devices = torch.cuda.device_count()
     if settings.system.device != "cpu" and 0 < devices < processes:
@@ -54,14 +60,24 @@ def train_in_processes(settings: Settings, data_dir: Path, run_dir: Path, proces
         write_job(job, settings, data_dir.resolve(), run_dir.resolve())
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, "--nproc-per-node", str(processes), "-m", WORKER, str(job)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_END)},
+            start_new_session=True,  # a terminal's Ctrl-C comes once, through this process
+        ) as child:
             assert child.stdout is not None
-            try:
+            with Interruption(then=child.send_signal) as interruption:
                 for line in child.stdout:
-                    logger.info(TIME.sub("", line.rstrip()))
-            except BaseException:
-                child.terminate()
-                raise
+                    # torchrun answers a signal with tracebacks of its own.
+                    if interruption.number is None or TIME.match(line):
+                        logger.info(TIME.sub("", line.rstrip()))
+                child.wait()
+    if interruption.number is not None:
+        raise Interrupted(interruption.number)
     if child.returncode:
         raise RuntimeError(
             f"training in {processes} processes failed with exit code {child.returncode}; "

@@ -45,9 +45,11 @@ class Launch:
     image_pull_secrets: list[str] = field(default_factory=list)
     shared_memory: str | None = None  # size of /dev/shm; None: what a node's memory allows
     timeout_seconds: int = 0  # 0: no limit
+    grace_seconds: int = 300  # for a step and a checkpoint, when a node is to end
 
     def __post_init__(self):
-        for name, least in (("processes", 1), ("nodes", 1), ("timeout_seconds", 0)):
+        least_of = {"processes": 1, "nodes": 1, "timeout_seconds": 0, "grace_seconds": 30}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise UserError(f"launch.{name}={value}: must be a whole number, at least {least}")

@@ -1,26 +1,32 @@
 """Training on other nodes: one TrainJob of Kubeflow Trainer v2, whose data and run are on a shared volume.
 
 On the volume, below `dynamic-transformers/`: `data-<digest>/`, once for all jobs that train on it, and of
-each job `<job>/job.json` and `<job>/run/`. A job's name follows from what it computes, so that a task that
-is tried again finds its job, whatever became of it.
+each job `<job>/job-….json`, `<job>/run/` and, as its nodes printed it, `<job>/logs/<time>/node-<rank>/`. A
+job's name follows from what it computes, so that a task that is tried again finds its job, whatever became
+of it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
 import logging
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from dynamic_transformers.folders import flush, new_sibling
+from dynamic_transformers.launch.job_state import LIMIT, OF_LAUNCH, OF_LOGS, holding, why_failed
 from dynamic_transformers.launch.kubernetes_api import GROUP, VERSION, TrainJobs
 from dynamic_transformers.launch.settings import Launch
 from dynamic_transformers.launch.worker import WORKER, write_job
 from dynamic_transformers.manifest import digest, finished, fresh_folder
 from dynamic_transformers.settings import Settings, UserError, holds_credentials
-from dynamic_transformers.training.trainer import training_config
+from dynamic_transformers.training.interruption import Interrupted, Interruption
+from dynamic_transformers.training.run_folder import training_config
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -34,19 +40,25 @@ PASSED_ON = (
 )
 VISIBLE_SECONDS = 120.0  # a network volume may show other machines' files late
 LOOK_SECONDS = 2.0
+LEFTOVER_SECONDS = 86400.0  # what has not become a data folder by then, never will
+MANAGER = "dynamic-transformers.github.io/train"  # the Trainer wants a domain and a path
+USER = 1000  # of the images
+MEETING_SECONDS = 300  # how much later than the others the first node may start
+CLOSING_SECONDS = 10  # of the grace period, for torchrun after its workers
 
 
 def train_on_nodes(settings: Settings, data_dir: Path, run_dir: Path, launch: Launch) -> Path:
     """Train by a TrainJob, and copy the finished run to `run_dir`.
 
     A run that is finished on the volume is taken as it is. A job that runs already is followed; one that has
-    failed is replaced, and its training goes on from the last checkpoint (`training.resume=auto`).
+    failed is replaced, and its training goes on from the last checkpoint (`training.resume=auto`). A signal
+    ends this task, not the job.
 
     Raises:
         UserError: the volume is not here, or the cluster refuses the job.
         RuntimeError: the job failed, or the cluster cannot be reached.
     """
-    config = training_config(settings, data_dir)
+    config = training_config(settings, data_dir, launch.world_size)
     if finished(run_dir, "train", config):
         return run_dir
     if not os.access(launch.mount_path, os.W_OK):
@@ -62,30 +74,50 @@ def train_on_nodes(settings: Settings, data_dir: Path, run_dir: Path, launch: La
     if not finished(run, "train", config):
         data = volume / f"data-{config['data_digest'][:16]}"
         share(data_dir, data)
-        write_job(job / "job.json", settings, data, run)
-        TrainJobs().run(train_job(name, launch, job / "job.json"))
+        # Its own for each way to split the batch over ranks: a job that runs already may have another.
+        job_file = job / f"job-{digest(settings.to_dict())[:8]}.json"
+        write_job(job_file, settings, data, run)
+        ended = run_job(train_job(name, launch, job_file))
+        if holding(ended, "Failed"):
+            raise RuntimeError(why_failed(ended))
         wait_until_visible(name, run, config)
     with fresh_folder(run_dir, "train") as temporary:
         shutil.copytree(run, temporary, dirs_exist_ok=True)
     return run_dir
 
 
+def run_job(manifest: dict[str, Any]) -> dict[str, Any]:
+    """`TrainJobs.run`, which SIGTERM and SIGINT end, with a line and the exit code that a shell expects."""
+
+    def leave(number: int) -> None:
+        name = manifest["metadata"]["name"]
+        logger.warning("this task ends, TrainJob %s goes on: the task follows it when it is run again", name)
+        raise Interrupted(number)
+
+    with Interruption(then=leave):
+        return TrainJobs().run(manifest)
+
+
 def job_name(architecture: str, config: dict, launch: Launch) -> str:
     """A DNS label that is the same for the same training: settings, data, batch over all ranks, program."""
-    what = {"config": config, "world_size": launch.world_size, "image": launch.image}
-    return f"dt-{architecture}-{digest(what)[:16]}"
+    return f"dt-{architecture}-{digest({'config': config, 'image': launch.image})[:16]}"
 
 
 def share(data_dir: Path, shared: Path) -> None:
     """Copy a data folder to the volume, unless it is there. Several tasks may do so at the same time."""
+    for leftover in shared.parent.glob(".data-*.new-*"):  # locks are not to be had on every network volume
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
     if shared.exists():
         return
-    temporary = Path(tempfile.mkdtemp(dir=shared.parent, prefix=f".{shared.name}."))
+    temporary = new_sibling(shared)
     try:
         shutil.copytree(data_dir, temporary, dirs_exist_ok=True)
+        flush(temporary)
         temporary.rename(shared)
-    except OSError:
-        if not shared.exists():  # else another task was faster
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another task was faster
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -109,7 +141,10 @@ def wait_until_visible(name: str, run: Path, config: dict) -> None:
 
 def node_environment(launch: Launch) -> list[dict[str, Any]]:
     """Variables of a node's container: this task's MLflow run, what `launch` says, secrets by reference."""
-    values = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)} | launch.environment
+    values = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
+    # From torch 2.12 on; before, its workers have 30 seconds.
+    values["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(launch.grace_seconds - CLOSING_SECONDS)
+    values |= launch.environment
     for entry in launch.secrets:
         values.pop(entry.variable, None)
     if holds_credentials(values.get("MLFLOW_TRACKING_URI", "")):
@@ -126,25 +161,42 @@ def node_environment(launch: Launch) -> list[dict[str, Any]]:
 def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
     """The TrainJob that runs one worker for each process on each node.
 
-    torchrun takes numbers of nodes and processes, rank and address from the PET_* variables, which the
+    torchrun takes numbers of nodes and processes and the address from the PET_* variables, which the
     Trainer's torch runtime sets. Volumes, mounts and placement are patches of that runtime: its replicated
     job and its container are both called `node`.
     """
+    # Of its own for every job of this name, so that a failure is not explained by an earlier one.
+    logs = job_file.parent / "logs" / time.strftime("%Y%m%d-%H%M%S")
+    torchrun = [
+        # Not torchrun's default: there a node that starts again before the others have noticed meets the past
+        # of the first node, and then all wait for one another.
+        *("--rdzv-backend", "c10d", "--rdzv-id", name),
+        *("--rdzv-endpoint", "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)"),  # Kubernetes puts the values there
+        *("--rdzv-conf", f"read_timeout={MEETING_SECONDS}"),
+        *(
+            "--log-dir",
+            f"{logs}/node-$(PET_NODE_RANK)",
+            "--tee",
+            "3",
+        ),  # 3: both streams, also to the pod's log
+    ]
     trainer: dict[str, Any] = {
         "image": launch.image,
         "command": ["python", "-m", "torch.distributed.run"],
-        "args": ["-m", WORKER, str(job_file)],
+        "args": [*torchrun, "-m", WORKER, str(job_file)],
         "numNodes": launch.nodes,
         "numProcPerNode": launch.processes,
+        "env": node_environment(launch),
     }
-    if variables := node_environment(launch):
-        trainer["env"] = variables
     if launch.resources:
         trainer["resourcesPerNode"] = {"limits": launch.resources}
     shared_memory = {"medium": "Memory"}
     if launch.shared_memory:
         shared_memory["sizeLimit"] = launch.shared_memory
     pod: dict[str, Any] = {
+        "terminationGracePeriodSeconds": launch.grace_seconds,
+        # Where the storage heeds it, the volume is the images' to write to, without a look at every file.
+        "securityContext": {"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"},
         "volumes": [
             {"name": "shared", "persistentVolumeClaim": {"claimName": launch.claim}},
             # A pod's own /dev/shm is 64 MB: too little for NCCL and data loaders.
@@ -172,16 +224,20 @@ def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
         "trainer": trainer,
         "runtimePatches": [
             {
-                "manager": "dynamic-transformers",
+                "manager": MANAGER,
                 "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [patch]}}},
             }
         ],
     }
     if launch.timeout_seconds:
-        spec["activeDeadlineSeconds"] = launch.timeout_seconds
+        spec[LIMIT] = launch.timeout_seconds
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
-        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "dynamic-transformers"}},
+        "metadata": {
+            "name": name,
+            "labels": {"app.kubernetes.io/name": "dynamic-transformers"},
+            "annotations": {OF_LOGS: str(logs), OF_LAUNCH: digest(dataclasses.asdict(launch))[:16]},
+        },
         "spec": spec,
     }

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from accelerate import PartialState
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from dynamic_transformers.command_line import run_command
 from dynamic_transformers.configure import settings_from_dict
@@ -25,6 +26,7 @@ def write_job(path: Path, settings: Settings, data_dir: Path, run_dir: Path) -> 
     write_json(path, {"settings": settings.to_dict(), "data_dir": str(data_dir), "run_dir": str(run_dir)})
 
 
+@record  # so that torchrun, and the file that it names, tell the first exception of all ranks
 def work(args: argparse.Namespace) -> None:
     """Train as one of the ranks that torchrun has started."""
     job = json.loads(args.job.read_text())

@@ -7,9 +7,16 @@ same batches.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from dynamic_transformers.data.loading import collate, load_split
+from dynamic_transformers.settings import Settings
 
 
 class BlockOrder:
@@ -59,3 +66,32 @@ class MicroBatches:
         while True:
             yield [self.order[place + i] for i in range(self.batch_size)]
             place += micro
+
+
+def training_batches(
+    settings: Settings, data_dir: Path, accelerator: Accelerator, first_step: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless micro-batches of this rank from a step onwards, as `collate` gives them."""
+    blocks = load_split(data_dir, "train")
+    sampler = MicroBatches(
+        BlockOrder(len(blocks), settings.run.seed),
+        settings.data.batch_size,
+        settings.training.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+        first_step,
+    )
+    loader = DataLoader(
+        blocks,  # type: ignore[arg-type]  # a Dataset has all that torch asks of one, but is not of its class
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=settings.system.num_workers,
+        worker_init_fn=_without_interrupts,
+        generator=torch.Generator(),  # the global one is the training's
+    )
+    return iter(loader)
+
+
+def _without_interrupts(_: int) -> None:
+    """Leave a terminal's Ctrl-C to the training process, which ends its workers after the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,15 +1,13 @@
-"""MLflow as it really is: a SQLite store, and a server that is away."""
+"""A run as MLflow shows it: a SQLite store, and a server that is away."""
 
 import json
 import os
-import socket
-import threading
+import shutil
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 import mlflow
 import pytest
+from servers import SlowServer
 
 from dynamic_transformers.evaluation.evaluate import track
 from dynamic_transformers.settings import TrackingSettings, UserError
@@ -19,63 +17,12 @@ from dynamic_transformers.tracking import (
     download,
     find_evaluated,
     forget_after,
+    replace_run,
     track_comparison,
     tracking_uri,
 )
 
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return TrackingSettings(experiment="test"), tmp_path / "outputs"
-
-
-class Server(BaseHTTPRequestHandler):
-    """The one run of an MLflow server that takes its time to store and to fetch some files."""
-
-    slow = "artifacts/model"
-    seconds = 2
-    stored: ClassVar[list[str]] = []  # what it was asked to store
-
-    def answer(self):
-        length = int(self.headers["Content-Length"] or 0)
-        self.rfile.read(length)
-        if self.command == "PUT":
-            self.stored.append(self.path.rpartition("/")[2])
-        if self.slow in self.path:
-            time.sleep(self.seconds)
-        run_id = f"at-{self.server.server_port}"  # MLflow's client remembers the server of a run's artifacts
-        info = {
-            "run_id": run_id,
-            "experiment_id": "1",
-            "artifact_uri": f"mlflow-artifacts:/1/{run_id}/artifacts",
-        }
-        answer = {"experiment": {"experiment_id": "1"}, "run": {"info": info}, "run_info": info}
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    do_GET = do_POST = do_PUT = answer  # noqa: N815 (names of http.server)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def address():
-    """Of a `Server`."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.fixture
-def nowhere():
-    """Address at which nothing answers."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{closed.getsockname()[1]}"
+MANIFEST = {"digest": "d" * 64, "splits": {"train": {"tokens": 9}}}
 
 
 def client(settings, output_dir):
@@ -99,7 +46,7 @@ def test_a_run_hangs_under_its_parent_with_both_axes(store, tmp_path):
     params = {"model": {"type": "mod"}, "data": {"long": "x" * 9000}}
     tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", params, {"seed": "0"})
     write_metrics(tracker, range(1, 6))
-    tracker.close(finished=True)
+    tracker.close("FINISHED")
     run = client(*store).get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["model.type"] == "mod"
@@ -121,8 +68,9 @@ def test_a_run_that_a_task_was_given_is_used(store, tmp_path, monkeypatch):
     tags = {"architecture": "mod", "seed": "0"}
     tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", {"a": 1}, tags)
     write_metrics(tracker, [1])
-    tracker.log_final(100, {"test/loss": 1.0}, "this")
-    tracker.close(finished=False)
+    tracker.log_final(100, {"test/loss": 1.0})
+    tracker.log_comparison("this")
+    tracker.close(None)
     assert tracker.run_id == given[0]
     assert client(*store).get_run(given[0]).data.params == {"a": "1"}
     monkeypatch.setenv("MLFLOW_RUN_ID", given[1])
@@ -134,8 +82,10 @@ def test_a_run_that_a_task_was_given_is_used(store, tmp_path, monkeypatch):
     assert "mlflow.parentRunId" not in client(*store).get_run(given[0]).data.tags
 
 
-def test_a_run_that_another_server_gave_is_not_used(store, tmp_path, monkeypatch):
+def test_a_run_that_another_server_gave_is_not_used(store, tmp_path, monkeypatch, empty_database):
     settings, output_dir = store
+    for name in ("ours", "theirs"):
+        shutil.copy(empty_database, tmp_path / f"{name}.db")
     settings.mlflow_uri = f"sqlite:///{tmp_path}/ours.db"
     theirs = f"sqlite:///{tmp_path}/theirs.db"
     given = mlflow.MlflowClient(theirs).create_run("0").info.run_id
@@ -143,7 +93,9 @@ def test_a_run_that_another_server_gave_is_not_used(store, tmp_path, monkeypatch
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     tags = {"architecture": "mod", "seed": "0"}
     tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", tags=tags)
-    tracker.log_final(100, {"test/loss": 1.0}, "this")
+    tracker.log_final(100, {"test/loss": 1.0})
+    tracker.log_comparison("this")
+    assert tracker.close("FINISHED")
     assert tracker.run_id not in (None, given)
     assert find_evaluated(settings, output_dir, "this") == {"mod:0": tracker.run_id}
     track_comparison(settings, output_dir, "comparison", [tracker.run_id], report_in(tmp_path))
@@ -151,44 +103,137 @@ def test_a_run_that_another_server_gave_is_not_used(store, tmp_path, monkeypatch
     assert [a.path for a in client(*store).list_artifacts(parent, "report")] == ["report/report.html"]
 
 
-def test_a_run_that_could_not_be_described_is_not_made_again(store, tmp_path, monkeypatch):
+def runs_of(store):
+    experiment = client(*store).get_experiment_by_name("test").experiment_id
+    return client(*store).search_runs([experiment])
+
+
+@pytest.mark.parametrize("lost", ["create_run", "log_batch"])
+def test_a_run_is_not_made_twice_whatever_answer_was_lost(store, tmp_path, monkeypatch, lost):
     settings, output_dir = store
-    log_batch = mlflow.MlflowClient.log_batch
+    real = getattr(mlflow.MlflowClient, lost)
     calls = []
 
-    def fail_at_first(self, *arguments, **values):
+    def answer_lost_at_first(self, *arguments, **values):
+        result = real(self, *arguments, **values)
         calls.append(values)
         if len(calls) == 1:
             raise ConnectionError("away")
-        log_batch(self, *arguments, **values)
+        return result
 
-    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", fail_at_first)
+    monkeypatch.setattr(mlflow.MlflowClient, lost, answer_lost_at_first)
     first = RunTracker(tmp_path, settings, output_dir, "a", {"x": 1}, {"seed": "0"})
-    assert not first.sync()
+    first.close("FINISHED")
     later = RunTracker(tmp_path, settings, output_dir)
-    assert later.sync() and later.run_id == first.run_id
-    experiment = client(*store).get_experiment_by_name("test").experiment_id
-    (run,) = client(*store).search_runs([experiment])
+    assert later.sync()
+    (run,) = runs_of(store)
+    assert run.info.run_id == later.run_id and run.info.run_name == "a"
     assert run.data.params == {"x": "1"} and run.data.tags["seed"] == "0"
     described = len(calls)
     assert later.sync() and len(calls) == described
 
 
-def test_an_interrupted_run_does_not_repeat_itself_in_the_run_it_was_given(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", [False, True])
+def test_a_resumed_run_goes_on_in_its_own_mlflow_run(store, tmp_path, monkeypatch, given):
     settings, output_dir = store
-    RunTracker(tmp_path / "other", settings, output_dir, "makes the experiment").sync()
-    experiment = client(*store).get_experiment_by_name("test").experiment_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", client(*store).create_run(experiment).info.run_id)
+    if given:
+        experiment = client(*store).create_experiment("of KFP", artifact_location=tmp_path.as_uri())
+        monkeypatch.setenv("MLFLOW_RUN_ID", client(*store).create_run(experiment).info.run_id)
     first = RunTracker(tmp_path, settings, output_dir, "a")
     write_metrics(first, [1, 2, 3])
-    first.close(finished=False)
+    assert first.close("KILLED")
+    assert client(*store).get_run(first.run_id).info.status == "KILLED"
     forget_after(tmp_path, 1)
     again = RunTracker(tmp_path, settings, output_dir, "a")
-    write_metrics(again, [2])
-    again.close(finished=False)
-    assert again.run_id != first.run_id
-    history = client(*store).get_metric_history(again.run_id, "train/loss")
+    assert again.sync() and client(*store).get_run(first.run_id).info.status == "RUNNING"
+    write_metrics(again, [2, 3])
+    again.log(3, {"tokens": 300, "eval/loss": 0.5})  # which the first had not got to
+    write_metrics(again, [4])
+    assert again.close("FINISHED") and again.run_id == first.run_id
+    steps = {
+        key: [m.step for m in client(*store).get_metric_history(first.run_id, key)]
+        for key in ("train/loss", "eval/loss", "progress/training_flops")
+    }
+    assert steps["train/loss"] == steps["progress/training_flops"] == [100, 200, 300, 400]
+    assert steps["eval/loss"] == [300]
+    assert client(*store).get_run(first.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("ended", [None, "FINISHED", "FAILED"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_that_was_replaced_is_marked_and_ended(store, run_dir, monkeypatch, ended, given):
+    settings, output_dir = store
+    if given:
+        experiment = client(*store).create_experiment("of KFP", artifact_location=run_dir.as_uri())
+        monkeypatch.setenv("MLFLOW_RUN_ID", client(*store).create_run(experiment).info.run_id)
+    first = RunTracker(run_dir, settings, output_dir, "a", {"lr": 1})
+    write_metrics(first, [1, 2])
+    assert first.close(ended)  # None: as `kill -9` leaves it
+    aside = run_dir.rename(output_dir / "run.replaced")
+    run_dir.mkdir()
+    replace_run(aside, run_dir)
+    again = RunTracker(run_dir, settings, output_dir, "a", {"lr": 2})
+    write_metrics(again, [1])
+    assert again.close("FINISHED") and again.run_id != first.run_id
+    old, new = (client(*store).get_run(run.run_id) for run in (first, again))
+    assert old.info.status == (ended or "KILLED") and old.data.tags["replaced_by"] == again.run_id
+    assert new.data.params["lr"] == "2" and "replaced_by" not in new.data.tags
+    assert [m.step for m in client(*store).get_metric_history(again.run_id, "train/loss")] == [100]
+
+
+def test_a_store_that_does_not_know_the_run_gets_all_of_it(store, run_dir, empty_database):
+    settings, output_dir = store
+    first = RunTracker(run_dir, settings, output_dir, "a", {"x": 1})
+    first.log_data(run_dir, MANIFEST)
+    write_metrics(first, [1, 2])
+    assert first.close("FINISHED")
+    other = output_dir.parent / "other"
+    other.mkdir()
+    shutil.copy(empty_database, other / "mlflow.db")
+    assert RunTracker(run_dir, settings, other).close(None)
+    (run,) = runs_of((settings, other))
+    assert run.info.status == "FINISHED" and run.data.params == {"x": "1"}
+    assert len(run.inputs.dataset_inputs) == 1
+    history = client(settings, other).get_metric_history(run.info.run_id, "train/loss")
     assert [m.step for m in history] == [100, 200]
+
+
+def test_the_data_are_an_input_once_over_resumes(store, run_dir):
+    for _ in range(2):
+        tracker = RunTracker(run_dir, *store, "a")
+        tracker.log_data(run_dir, MANIFEST)
+        assert tracker.close("KILLED")
+    assert len(tracker.file.record.attachments) == 1
+    (entry,) = client(*store).get_run(tracker.run_id).inputs.dataset_inputs
+    assert entry.dataset.digest == MANIFEST["digest"][:36]
+
+
+def test_the_log_is_not_read_anew_at_each_line(store, run_dir):
+    tracker = RunTracker(run_dir, *store, "a")
+    write_metrics(tracker, range(1, 11))
+    assert tracker.sync()
+    log = run_dir / "metrics.jsonl"
+    log.write_bytes(b"?" * (log.stat().st_size - 1) + b"\n")  # whoever reads that again fails
+    write_metrics(tracker, [11])
+    assert tracker.close("FINISHED")
+    history = client(*store).get_metric_history(tracker.run_id, "train/loss")
+    assert [m.step for m in history] == [step * 100 for step in range(1, 12)]
+
+
+def test_half_a_line_waits_for_its_end(store, run_dir):
+    tracker = RunTracker(run_dir, *store, "a")
+    write_metrics(tracker, [1, 2])
+    log = run_dir / "metrics.jsonl"
+    whole = log.read_bytes()
+    tracker.sync()
+    with log.open("ab") as file:
+        file.write(b'{"step": 3, "time": 1e10, "toke')
+    assert tracker.sync()
+    with log.open("ab") as file:
+        file.write(b'ns": 300, "train/loss": 0.5}\n')
+    assert tracker.close("FINISHED") and log.stat().st_size > len(whole)
+    history = client(*store).get_metric_history(tracker.run_id, "train/loss")
+    assert [m.step for m in history] == [100, 200, 300]
 
 
 def test_what_was_evaluated_is_found_again_by_its_comparison(store, tmp_path):
@@ -200,8 +245,9 @@ def test_what_was_evaluated_is_found_again_by_its_comparison(store, tmp_path):
         tracker = RunTracker(folder, settings, output_dir, f"{place}", tags=tags)
         write_metrics(tracker, [1])
         tracker.log_artifacts(report_in(folder), "evaluation")
-        tracker.log_final(100, {"test/loss": 1.0}, comparison)
-        tracker.close(finished=True)
+        tracker.log_final(100, {"test/loss": 1.0})
+        tracker.log_comparison(comparison)
+        assert tracker.close("FINISHED")
     found = find_evaluated(settings, output_dir, "this")
     assert set(found) == {"mod:0", "mod:1"}
     assert client(*store).get_run(found["mod:0"]).info.run_name == "1"  # the newest
@@ -215,9 +261,9 @@ def test_a_model_may_take_longer_to_store_than_a_metric(address, tmp_path, monke
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     settings = TrackingSettings(mlflow_uri=f"http://{address}")
     tracker = RunTracker(tmp_path, settings, tmp_path, "a")
-    assert tracker.log_artifacts(report_in(tmp_path), "model", large=True)
-    run_id = tracker.run_id
-    assert download(settings, tmp_path, run_id, "model/report.html", tmp_path / "copies").is_file()
+    tracker.log_artifacts(report_in(tmp_path), "model", large=True)
+    assert tracker.close("FINISHED")
+    assert download(settings, tmp_path, tracker.run_id, "model/report.html", tmp_path / "copies").is_file()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
 
 
@@ -241,12 +287,12 @@ def test_once_a_file_does_not_get_through_no_other_is_tried(address, tmp_path, m
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     # Where a small file is given as long as a large one, it gets through.
-    monkeypatch.setattr("dynamic_transformers.tracking.FILE_TIMEOUT", 2)
-    monkeypatch.setattr(Server, "slow", f"artifacts/{stuck}")
-    monkeypatch.setattr(Server, "seconds", 4 if stuck == "model" else 1.5)
-    monkeypatch.setattr(Server, "stored", stored := [])
+    monkeypatch.setattr("dynamic_transformers.tracking.store.FILE_TIMEOUT", 2)
+    monkeypatch.setattr(SlowServer, "slow", f"artifacts/{stuck}")
+    monkeypatch.setattr(SlowServer, "seconds", 4 if stuck == "model" else 1.5)
+    monkeypatch.setattr(SlowServer, "stored", stored := [])
     track_evaluation(RunTracker(tmp_path, TrackingSettings(mlflow_uri=f"http://{address}"), tmp_path, "a"))
-    assert stored == tried
+    assert list(dict.fromkeys(stored)) == tried
 
 
 @pytest.mark.parametrize("lost", ["evaluation", "model", None])
@@ -261,17 +307,20 @@ def test_only_what_has_arrived_can_be_found(store, tmp_path, monkeypatch, lost):
     track_evaluation(tracker)
     assert client(*store).get_run(tracker.run_id).data.metrics["test/loss"] == 1.0
     assert set(find_evaluated(settings, output_dir, "this")) == (set() if lost else {"mod:0"})
+    monkeypatch.undo()
+    assert RunTracker(tmp_path, settings, output_dir).sync()
+    assert set(find_evaluated(settings, output_dir, "this")) == {"mod:0"}
 
 
 def test_lines_are_sent_once_also_by_a_later_step(store, tmp_path):
     settings, output_dir = store
     first = RunTracker(tmp_path, settings, output_dir, "a")
     write_metrics(first, [1, 2])
-    first.close(finished=False)
+    first.close(None)
     later = RunTracker(tmp_path, settings, output_dir)
     assert later.run_id == first.run_id
     write_metrics(later, [3])
-    later.close(finished=True)
+    later.close("FINISHED")
     history = client(*store).get_metric_history(first.run_id, "train/loss")
     assert [m.step for m in history] == [100, 200, 300]
 
@@ -284,16 +333,18 @@ def test_an_outage_neither_stops_nor_slows_and_is_made_up_for(store, nowhere, tm
     with pytest.raises(UserError, match="MLflow"):
         find_evaluated(gone, output_dir, "any")
     tracker = RunTracker(tmp_path, gone, output_dir, "a", params={"x": 1})
+    tracker.log_data(tmp_path, MANIFEST)
     start = time.perf_counter()
-    write_metrics(tracker, range(1, 51))
+    write_metrics(tracker, range(1, 251))
     assert time.perf_counter() - start < 1
-    tracker.close(finished=False)
+    assert not tracker.close("FINISHED")
     assert tracker.run_id is None
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 50
-    back = RunTracker(tmp_path, settings, output_dir, "a", params={"x": 1})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 250
+    back = RunTracker(tmp_path, settings, output_dir)
     assert back.sync()
-    history = client(*store).get_metric_history(back.run_id, "train/loss")
-    assert len(history) == 50
+    run = client(*store).get_run(back.run_id)
+    assert run.info.status == "FINISHED" and run.data.params == {"x": "1"} and run.inputs.dataset_inputs
+    assert len(client(*store).get_metric_history(back.run_id, "train/loss")) == 250
 
 
 def test_a_password_in_the_uri_is_shown_nowhere(
@@ -309,7 +360,7 @@ def test_a_password_in_the_uri_is_shown_nowhere(
             download(settings, output_dir, "one", "model", tmp_path)
         find_evaluated(settings, output_dir, "any")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:sesame@{address}")
-    RunTracker(tmp_path, settings, output_dir, "a").close(finished=True)
+    RunTracker(tmp_path, settings, output_dir, "a").close("FINISHED")
     shown = "".join([caplog.text, log.with_name("step.log").read_text(), *capfd.readouterr()])
     assert "http://***@127" in shown and "sesame" not in shown and "tulip" not in shown
 
@@ -318,7 +369,7 @@ def test_switched_off_nothing_is_made(tmp_path):
     settings = TrackingSettings(mlflow=False)
     tracker = RunTracker(tmp_path, settings, tmp_path / "outputs", "a")
     write_metrics(tracker, [1])
-    tracker.close(finished=True)
+    tracker.close("FINISHED")
     track_comparison(settings, tmp_path / "outputs", "c", [], tmp_path)
     assert find_evaluated(settings, tmp_path / "outputs", "any") == {}
     assert not (tmp_path / "outputs").exists()

@@ -1,0 +1,242 @@
+# pyright: reportArgumentType=false, reportOptionalOperand=false
+# The server's API, generated for kfp, declares every field of an answer as optional.
+"""What a server tells of a run: its steps, told from Argo's nodes, how they change, and why one failed.
+
+`task_details` are the nodes of Argo, which KFP runs on. A step's name stands on a node between its driver and
+its executors: `train-driver` → `train` → `executor`, or, with retries, `executor` → `executor(0)` …
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from kfp_server_api import ApiException, V2beta1PipelineTaskDetail, V2beta1Run
+from urllib3.exceptions import HTTPError
+
+from dynamic_transformers.settings import UserError
+from pipelines.package import Package
+from pipelines.server import Client
+
+POLL_SECONDS = 5.0
+PATIENCE = 12  # polls in a row without an answer before --wait gives up
+ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
+SHOWN = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELING", "CANCELED")  # not what never ran
+NAMED = 3  # of the steps that failed
+
+ATTEMPT = re.compile(r"executor\((\d+)\)")
+ITERATION = re.compile(r"iteration-iterations\((\d+):.*\)")
+DRIVER = "-driver"
+# What KFP's launcher and Argo's executor print around a step's own lines.
+AROUND = re.compile(r"[IWE]\d{4} |time=\S+ level=|Error: exit status|\[KFP ")
+LAUNCHER_GIVES_UP = re.compile(r"F\d{4} ")  # and all that follows, which is Go's stack
+
+NEVER = datetime.max.replace(tzinfo=UTC)
+
+
+@dataclass
+class StepState:
+    """A step, or one of its runs in a loop.
+
+    Attributes:
+        step: as in the pipeline: `train`; `train-driver` where that is what failed.
+        name: with the run, where it has one: `train of mod:0`.
+        pod: that of the last attempt.
+        message: Argo's, such as `main: Error (exit code 1)`.
+    """
+
+    step: str
+    name: str
+    state: str
+    attempts: int
+    cached: bool
+    pod: str
+    message: str
+    start: datetime
+    end: datetime
+
+    def __str__(self) -> str:
+        state = self.state + (f", attempt {self.attempts}" if self.attempts > 1 else "")
+        return f"{self.name}: {state}{', from the cache' if self.cached else ''}"
+
+
+@dataclass
+class Nodes:
+    """Argo's nodes, and which follows which."""
+
+    details: list[V2beta1PipelineTaskDetail]
+    children: dict[str, list[V2beta1PipelineTaskDetail]] = field(default_factory=dict)
+    parents: dict[str, list[V2beta1PipelineTaskDetail]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        by_key = {key_of(detail.pod_name or detail.task_id): detail for detail in self.details}
+        for key, detail in by_key.items():
+            names = [child.pod_name or child.task_id for child in detail.child_tasks or []]
+            self.children[key] = [by_key[key_of(name)] for name in names if key_of(name) in by_key]
+            for child in self.children[key]:
+                self.parents[key_of(child.pod_name or child.task_id)].append(detail)
+
+    def after(self, detail: V2beta1PipelineTaskDetail) -> list[V2beta1PipelineTaskDetail]:
+        """The nodes that follow directly."""
+        return self.children[key_of(detail.pod_name or detail.task_id)]
+
+    def before(self, detail: V2beta1PipelineTaskDetail) -> Iterator[V2beta1PipelineTaskDetail]:
+        """All nodes that came before, the nearest first."""
+        found, seen = [detail], set()
+        for node in found:
+            for parent in self.parents[key_of(node.pod_name or node.task_id)]:
+                if id(parent) not in seen:
+                    seen.add(id(parent))
+                    found.append(parent)
+                    yield parent
+
+
+def key_of(name: str) -> str:
+    """What a node's id and its pod's name have in common, of which a server tells now this, now that."""
+    return name.rpartition("-")[2]
+
+
+def step_states(run: V2beta1Run, steps: dict[str, bool], runs: Sequence[str]) -> list[StepState]:
+    """The steps that have begun, in that order.
+
+    Args:
+        steps: names, and whether they are in the loop over the runs.
+        runs: `architecture:seed` each, in the order of the loop.
+    """
+    nodes = Nodes(task_details(run))
+    found = []
+    for detail in nodes.details:
+        name = detail.display_name or ""
+        driver_failed = name.endswith(DRIVER) and detail.state == "FAILED"
+        step = name.removesuffix(DRIVER) if driver_failed else name
+        if step not in steps:
+            continue
+        executors = [node for node in nodes.after(detail) if node.display_name == "executor"]
+        retries = [node for executor in executors for node in nodes.after(executor)]
+        attempts = sorted(
+            (node for node in retries if ATTEMPT.fullmatch(node.display_name or "")),
+            key=lambda node: int(ATTEMPT.fullmatch(node.display_name)[1]),  # type: ignore[index]
+        )
+        last = (attempts or executors or [detail])[-1]
+        errors = [node.error.message for node in (last, *executors, detail) if node.error]
+        found.append(
+            StepState(
+                step=name,
+                name=name + (run_of(detail, nodes, runs) if steps[step] else ""),
+                state=detail.state or "",
+                attempts=len(attempts),
+                cached=detail.state == "SUCCEEDED" and {node.state for node in executors} == {"SKIPPED"},
+                pod=last.pod_name or "",
+                message=errors[0] if errors else "",
+                start=detail.start_time or NEVER,
+                end=detail.end_time or NEVER,
+            )
+        )
+    return sorted(found, key=lambda state: (state.start, state.name))
+
+
+def run_of(detail: V2beta1PipelineTaskDetail, nodes: Nodes, runs: Sequence[str]) -> str:
+    """` of architecture:seed`, by the iteration that a node is in; empty where the server does not tell."""
+    for node in nodes.before(detail):
+        if iteration := ITERATION.fullmatch(node.display_name or ""):
+            index = int(iteration[1])
+            return f" of {runs[index]}" if index < len(runs) else ""
+    return ""
+
+
+def task_details(run: V2beta1Run) -> list[Any]:
+    """Nodes of a run, as far as the server tells."""
+    return (run.run_details and run.run_details.task_details) or []
+
+
+@dataclass
+class Failure:
+    """Why a run did not succeed: in a line, and the steps that failed."""
+
+    line: str
+    steps: list[str]
+
+
+@dataclass
+class Watch:
+    """Follows runs of `package` over `runs` (`architecture:seed` each)."""
+
+    client: Client
+    package: Package
+    runs: Sequence[str]
+
+    def states(self, run: V2beta1Run) -> list[StepState]:
+        """The run's steps."""
+        return step_states(run, self.package.steps, self.runs)
+
+    def follow(self, run_id: str, link: str, deadline: float) -> V2beta1Run:
+        """Print each change of state of the run and its steps until the run ends.
+
+        Raises:
+            UserError: it has not ended at `deadline`, of `time.monotonic`.
+            ApiException, HTTPError: the server has not answered for a minute.
+        """
+        known, silent = {}, 0
+        while True:
+            try:
+                run, silent = self.client.get_run(run_id), 0
+            except (ApiException, HTTPError) as error:
+                silent += 1
+                if silent > PATIENCE or (isinstance(error, ApiException) and error.status < 500):
+                    raise
+                run = V2beta1Run()
+            lines = {state.name: str(state) for state in self.states(run) if state.state in SHOWN}
+            if run.state:
+                lines["run"] = f"run: {run.state}"
+            for name, line in lines.items():
+                if known.get(name) != line:
+                    known[name] = line
+                    print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
+            if run.state in ENDED:
+                return run
+            if time.monotonic() >= deadline:
+                raise UserError(f"the run has not ended within --timeout, and goes on: {link}")
+            time.sleep(POLL_SECONDS)
+
+    def failure(self, run: V2beta1Run, run_id: str, link: str) -> Failure | None:
+        """Why a run that has ended did not succeed: its first failed steps, each with its last line."""
+        if run.state == "SUCCEEDED":
+            return None
+        failed = [state for state in self.states(run) if state.state == "FAILED"]
+        failed.sort(key=lambda state: state.end)
+        reasons = [self.reason(run_id, state) for state in failed[:NAMED]]
+        if len(failed) > NAMED:
+            reasons.append(f"{len(failed) - NAMED} more failed")
+        if not reasons and run.error:
+            reasons = [run.error.message]
+        if not reasons:  # of what is not ours, the last says most: the first only holds the others
+            others = [detail for detail in task_details(run) if detail.state == "FAILED"]
+            others.sort(key=lambda detail: detail.end_time or NEVER)
+            reasons = [f"{detail.display_name} failed" for detail in others[:1]]
+        line = "; ".join(reasons) or "the server names no step that failed"
+        return Failure(
+            f"the run ended {run.state}: {' '.join(line.split())}; see {link}",
+            [state.step for state in failed],
+        )
+
+    def reason(self, run_id: str, state: StepState) -> str:
+        """Which step failed, Argo's message, and the last line that the step printed."""
+        message = f" ({state.message})" if state.message else ""
+        last = last_line(self.client.log_of(run_id, state.pod)) if state.pod else ""
+        return f"{state.name} failed{message}" + (f": {last}" if last else "")
+
+
+def last_line(log: str) -> str:
+    """The last line of a pod's log that a step printed itself; empty if there is none."""
+    last = ""
+    for line in log.splitlines():
+        if LAUNCHER_GIVES_UP.match(line):
+            break
+        if line.strip() and not AROUND.match(line):
+            last = line.strip()
+    return last

@@ -1,0 +1,240 @@
+"""Which local files a source consists of, and the fingerprint that tells whether a source has changed."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+
+from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
+
+# These builders take the files of the working directory when no data_files are named.
+FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "webdataset", "xml")
+BUILDER_OF_SUFFIX = {
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".xml": "xml",
+}
+HUB_SECONDS = 10  # to wait for the hub's answer to which commit is the newest
+READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
+
+Patterns = Mapping[str, Sequence[str]]
+Fingerprint = dict[str, str]  # SHA-256 of each file, the commit of a hub data set, or the Python version
+
+
+class LocalFiles(NamedTuple):
+    """Files of a source by split, each split sorted; `builder` is what `datasets` reads them with."""
+
+    builder: str
+    splits: dict[str, list[Path]]
+
+    @property
+    def all(self) -> list[Path]:
+        """Files of all splits."""
+        return [file for files in self.splits.values() for file in files]
+
+
+def local_files(source: SourceSettings) -> LocalFiles | None:
+    """Files of a source of this machine; None for an embedded source, a hub data set, or files behind URLs.
+
+    Raises:
+        UserError: no such file or folder, no file matches, a file of 0 bytes, or the wrong kind of setting.
+    """
+    if source.type == "embedded":
+        return None
+    place = f"data.dataset_configs.{source.name}"
+    if not source.path:
+        raise UserError(f"{place}.path is missing: give a hub name, a folder, or a builder such as json")
+    patterns = _patterns(place, source.data_files)
+    path = Path(source.path)
+    if source.path in FILE_BUILDERS:
+        if not patterns:
+            raise UserError(f"{place}.data_files is missing: the builder {source.path!r} needs files to read")
+        if any("://" in pattern for group in patterns.values() for pattern in group):
+            return None
+        files = LocalFiles(source.path, _matching(place, patterns, Path()))
+    elif path.is_file():
+        builder = _builder_of(path) or "json"
+        raise UserError(
+            f"{place}.path={source.path}: is a file; give path: {builder}, data_files: {source.path}"
+        )
+    elif path.is_dir():
+        files = _files_of_folder(place, source, path, patterns)
+    elif source.path[0] in "./~" or source.path.count("/") > 1 or _builder_of(path):
+        raise UserError(f"{place}.path={source.path}: no such file or folder")
+    else:
+        return None
+    for file in files.all:
+        if not file.stat().st_size:
+            raise UserError(f"{place}: {file} is empty (0 bytes): remove it, or leave it out of data_files")
+    return files
+
+
+def fingerprints(data: DataSettings) -> dict[str, Fingerprint | None]:
+    """What each source is made of; None where it cannot be told now: a file is gone, the hub is far."""
+    return {source.name: _fingerprint(source) for source in data.dataset_configs}
+
+
+def first_change(made: Mapping[str, Fingerprint | None], now: Mapping[str, Fingerprint | None]) -> str | None:
+    """What differs first between the fingerprints of two times, in words; what is unknown never does."""
+    for name, before in made.items():
+        after = now[name]
+        if before is None or after is None:
+            continue
+        for thing in sorted({*before, *after}):
+            if thing not in before:
+                return f"source {name}: {thing} is new"
+            if thing not in after:
+                return f"source {name}: {thing} is gone"
+            if before[thing] != after[thing]:
+                change = f"{before[thing]:.12} became {after[thing]:.12}"
+                return f"source {name}: {thing} has changed ({change})"
+    return None
+
+
+def hub_commit(source: SourceSettings) -> str | None:
+    """Commit that a hub data set's `revision` names, or None when the hub does not say; asked once."""
+    if re.fullmatch("[0-9a-f]{40}", source.revision or ""):
+        return source.revision
+    return _ask_for_commit(str(source.path), source.revision)
+
+
+@cache
+def _ask_for_commit(path: str, revision: str | None) -> str | None:
+    try:
+        return HfApi().dataset_info(path, revision=revision, timeout=HUB_SECONDS).sha
+    except Exception:  # offline, refused, or whatever the hub's HTTP client raises; told when the set is read
+        return None
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file; as long as its size and time stay it is read once."""
+    status = file.stat()
+    return _digest(file.absolute(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest(file: Path, size: int, time: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fingerprint(source: SourceSettings) -> Fingerprint | None:
+    if source.type == "embedded":
+        # The standard library, hence the embedded documents, differ between Python versions.
+        return {"Python": platform.python_version()}
+    try:
+        files = local_files(source)
+        if files is not None:
+            return {str(file): digest_of(file) for file in files.all}
+    except (UserError, OSError):
+        return None  # told when the source is read
+    if source.path in FILE_BUILDERS:
+        return {}  # behind URLs
+    commit = hub_commit(source)
+    return {"commit": commit} if commit else None
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error of a library."""
+    # "An error occurred while generating the dataset" says nothing; its cause does.
+    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
+def _patterns(place: str, data_files: Any) -> dict[str, list[str]]:
+    groups = data_files if isinstance(data_files, Mapping) else {"train": data_files or []}
+    patterns = {str(split): [group] if isinstance(group, str) else group for split, group in groups.items()}
+    for group in patterns.values():
+        if not isinstance(group, Sequence) or not all(isinstance(pattern, str) for pattern in group):
+            raise UserError(
+                f"{place}.data_files={data_files}: must be a pattern, a list of them, or these by split"
+            )
+    return {split: list(group) for split, group in patterns.items() if group}
+
+
+def _matching(place: str, patterns: Patterns, base: Path) -> dict[str, list[Path]]:
+    splits = {}
+    for split, group in patterns.items():
+        files: set[Path] = set()
+        for pattern in group:
+            found = _glob(base / pattern)
+            if not found:
+                hint = (
+                    f"; it is a folder: name its files, as in {pattern}/*"
+                    if (base / pattern).is_dir()
+                    else ""
+                )
+                raise UserError(f"{place}.data_files: no file matches {pattern!r}{hint}")
+            files.update(found)
+        splits[split] = sorted(files)
+    return splits
+
+
+def _glob(pattern: Path) -> list[Path]:
+    """Files that a pattern names; what exists as it is written is no pattern, be it `exp[1]/a.jsonl`."""
+    base = next(path for path in (pattern, *pattern.parents) if path.exists())
+    if base == pattern:
+        return [base] if base.is_file() else []
+    # Unlike Path.glob, it leaves out hidden files.
+    found = glob.glob(str(pattern.relative_to(base)), root_dir=base, recursive=True)  # noqa: PTH207
+    return [base / name for name in found if (base / name).is_file()]
+
+
+def _files_of_folder(place: str, source: SourceSettings, folder: Path, patterns: Patterns) -> LocalFiles:
+    if patterns:
+        splits = _matching(place, patterns, folder)
+        first = next(iter(splits.values()))[0]
+        if builder := _builder_of(first):
+            return LocalFiles(builder, splits)
+        known = ", ".join(BUILDER_OF_SUFFIX)
+        raise UserError(f"{place}.data_files: {first}: the ending says no format; known are {known}")
+    # `datasets` knows which files of a folder belong to which split, but takes the folder's own name for a
+    # pattern: it is shown a copy that consists of links, under a name without special characters.
+    with tempfile.TemporaryDirectory() as temporary:
+        mirror = Path(temporary).resolve() / "data"
+        try:
+            shutil.copytree(folder.absolute(), mirror, copy_function=_link, ignore=_hidden)
+            built = datasets.load_dataset_builder(str(mirror), name=source.config, cache_dir=temporary)
+        except (*READ_ERRORS, shutil.Error) as error:
+            reason = one_line(error).replace(str(mirror), str(folder))
+            raise UserError(f"{place}: cannot read {source.path!r}: {reason}") from error
+        real = folder.absolute()
+        splits = {
+            str(split): sorted(folder / Path(name).readlink().relative_to(real) for name in names)
+            for split, names in (built.config.data_files or {}).items()
+        }
+        return LocalFiles(type(built).__module__.rpartition(".")[2], splits)
+
+
+def _link(file: str, link: str) -> None:
+    name = Path(file).name.replace("::", "--")  # to `datasets`, :: chains addresses
+    Path(link).with_name(name).symlink_to(file)
+
+
+def _hidden(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.startswith(".")]
+
+
+def _builder_of(path: Path) -> str | None:
+    """Builder that the ending names, `.jsonl` and `.jsonl.gz` alike."""
+    builders = map(BUILDER_OF_SUFFIX.get, reversed(path.suffixes[-2:]))
+    return next(filter(None, builders), None)

@@ -1,0 +1,44 @@
+"""MLflow (and Weights & Biases) behind one small face, which an outage cannot stop or slow.
+
+`metrics.jsonl` in the run folder is the truth. `tracking.json` beside it says how far a run has been sent and
+what else is to be sent. A thread sends it during training. Any later step that opens the same run folder goes
+on where it stopped, and so does `dynamic-transformers sync`. Only rank 0 tracks.
+
+- `tracker`: the face
+- `record`: what a run has to tell, and how much of it has been sent
+- `store`: MLflow's client, and what its errors mean
+- `delivery`, `sender`: what brings the record to the store, and the thread that does it
+- `search`: what was tracked, found again
+- `sync`: the command
+- `wandb_run`: Weights & Biases
+"""
+
+from dynamic_transformers.tracking.record import METRICS, STATE, forget_after, replace_run
+from dynamic_transformers.tracking.search import (
+    COMPARISON_TAG,
+    REPORT_TAG,
+    download,
+    find_evaluated,
+    report_of,
+    track_comparison,
+)
+from dynamic_transformers.tracking.store import tracking_uri
+from dynamic_transformers.tracking.sync import send_rest
+from dynamic_transformers.tracking.tracker import RunTracker, description
+
+__all__ = [
+    "COMPARISON_TAG",
+    "METRICS",
+    "REPORT_TAG",
+    "STATE",
+    "RunTracker",
+    "description",
+    "download",
+    "find_evaluated",
+    "forget_after",
+    "replace_run",
+    "report_of",
+    "send_rest",
+    "track_comparison",
+    "tracking_uri",
+]

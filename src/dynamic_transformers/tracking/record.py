@@ -1,0 +1,155 @@
+"""What a run has to tell a tracking server, and how much of it has been sent: `tracking.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynamic_transformers.folders import write_whole
+
+logger = logging.getLogger("dynamic_transformers")
+
+STATE = "tracking.json"
+METRICS = "metrics.jsonl"
+MAX_PARAM_LENGTH = 500
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # MLflow's
+
+
+@dataclass
+class Record:
+    """One tracked run."""
+
+    name: str = ""
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)  # a tag: finds a run whose id was never told
+    run_id: str | None = None  # MLflow's
+    described: bool = False  # parameters and tags are there
+    status: str = RUNNING
+    sent_status: str | None = None
+    sent_bytes: int = 0  # of metrics.jsonl
+    sent_steps: dict[str, int] = field(
+        default_factory=dict
+    )  # of lines that were sent, and cut off afterwards
+    attachments: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # data, figures, files: sent in this order
+    sent_attachments: int = 0
+    replaced: list[str] = field(default_factory=list)  # MLflow's ids of runs that this one took the place of
+    sent_replaced: int = 0
+    wandb_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def begin_anew(self) -> None:
+        """Nothing has been sent: the server does not know the run."""
+        self.run_id, self.described, self.sent_status = None, False, None
+        self.sent_bytes = self.sent_attachments = self.sent_replaced = 0
+        self.sent_steps = {}
+
+
+class RecordFile:
+    """The record of a run folder, changed by the run and by the thread that sends it."""
+
+    def __init__(self, run_dir: Path, default: Record):
+        self.path = run_dir / STATE
+        self.record = read_record(run_dir) or default
+        self.frozen = False  # by a run that has been closed: a later step may own the file by now
+        self._lock = threading.Lock()
+        self._told = False
+
+    @contextmanager
+    def changing(self) -> Iterator[Record]:
+        """Change the record and write it down. A disk that is full costs only the note of what was sent."""
+        with self._lock:
+            yield self.record
+            if not self.frozen:
+                try:
+                    save_record(self.path.parent, self.record)
+                except OSError as error:
+                    if not self._told:
+                        logger.warning("%s: not written (%s)", self.path, error.strerror)
+                    self._told = True
+
+
+def read_record(run_dir: Path) -> Record | None:
+    """The record of a run folder; None: it has none."""
+    path = run_dir / STATE
+    return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def save_record(run_dir: Path, record: Record) -> None:
+    """Write a record down."""
+    write_whole(run_dir / STATE, json.dumps(asdict(record), indent=2))
+
+
+def is_sent(record: Record, run_dir: Path) -> bool:
+    """Whether a run has ended and a server has got all of it."""
+    path = run_dir / METRICS
+    return (
+        record.described
+        and record.status == record.sent_status != RUNNING
+        and record.sent_attachments == len(record.attachments)
+        and record.sent_replaced == len(record.replaced)
+        and record.sent_bytes == (path.stat().st_size if path.is_file() else 0)
+    )
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Drop what an interrupted run logged after the checkpoint of `step`, from which it goes on.
+
+    MLflow keeps what it was sent of that. Those lines come again, with equal values, but are not sent twice.
+    """
+    path = run_dir / METRICS
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    kept = b"".join(line for line in lines if json.loads(line)["step"] <= step)
+    record = read_record(run_dir)
+    if record:
+        sent, end = 0, 0
+        for line in lines:
+            end += len(line)
+            values = json.loads(line)
+            if end > record.sent_bytes:
+                break
+            if values["step"] <= step:
+                sent = end
+                continue
+            for key in values:
+                record.sent_steps[key] = max(values["step"], record.sent_steps.get(key, 0))
+        # Steps only grow, so that what is kept is the beginning.
+        record.sent_bytes = sent
+        save_record(run_dir, record)
+    write_whole(path, kept.decode())
+
+
+def replace_run(aside: Path, run_dir: Path) -> None:
+    """Let the run that begins anew in `run_dir` mark the MLflow run of the one that was moved to `aside`.
+
+    To be called between the two. The old run gets the tag `replaced_by`; if it was RUNNING it ends as KILLED.
+    """
+    old = read_record(aside)
+    if old is None or old.run_id is None:
+        return
+    if old.status == RUNNING:
+        old.status = KILLED
+        save_record(aside, old)
+    save_record(run_dir, Record(replaced=[*old.replaced, old.run_id], sent_replaced=old.sent_replaced))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow parameters `a.b.c`, cut at what every server accepts."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = str(value)[:MAX_PARAM_LENGTH]
+    return flat

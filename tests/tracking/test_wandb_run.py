@@ -1,0 +1,118 @@
+"""Weights & Biases, the real package: without its server, which no test can reach."""
+
+import json
+import struct
+import time
+
+import pytest
+from servers import answering, closed_port, hanging, serving
+
+from dynamic_transformers.settings import TrackingSettings, UserError
+from dynamic_transformers.tracking import RunTracker
+
+BLOCK = 32768
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    package = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{closed_port()}")
+    monkeypatch.setenv("WANDB_DATA_DIR", "")  # so that what the product sets ends with the test
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield package
+    package.teardown()
+
+
+def track(run_dir, steps, status="FINISHED", **settings):
+    tracker = RunTracker(
+        run_dir, TrackingSettings(mlflow=False, wandb=True, **settings), run_dir, "my-run", {"x": 1}
+    )
+    for step in steps:
+        tracker.log(step, {"tokens": step * 100, "train/loss": 1 / step})
+        folder = run_dir / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(f"{step}")
+        tracker.log_checkpoint(folder)
+    start = time.perf_counter()
+    tracker.close(status)
+    return time.perf_counter() - start
+
+
+def records(path):
+    """Of a `.wandb` file: LevelDB's log format, behind a header of its own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if BLOCK - place % BLOCK < 7:
+            place += BLOCK - place % BLOCK
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def histories(run_dir):
+    """Of each offline file: id and name of the run, losses by step, files of artifacts."""
+    found = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        run, losses, files = None, {}, []
+        for record in records(path):
+            if record.HasField("run"):
+                run = record.run.run_id, record.run.display_name
+            for item in record.history.item:
+                if (item.key or item.nested_key[0]) == "train/loss":
+                    losses[record.history.step.num] = item.number or json.loads(item.value_json)
+            for artifact in (record.artifact, record.request.log_artifact.artifact):
+                files += [file.path for file in artifact.manifest.contents]
+        found.append((run, losses, files))
+    return found
+
+
+def test_resumes_are_one_run_in_the_run_folder(wandb, run_dir, tmp_path, caplog):
+    assert track(run_dir, [1, 2], "KILLED") < 5
+    assert track(run_dir, [3]) < 5
+    (first, second) = histories(run_dir)
+    assert first[0] == second[0] and first[0][1] == "my-run"
+    assert (first[1], second[1]) == ({1: 1.0, 2: 0.5}, {3: 1 / 3})
+    assert first[2] == second[2] == []
+    assert "does not answer; `wandb sync" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
+
+
+def test_checkpoints_are_artifacts_when_asked_for(wandb, run_dir, tmp_path):
+    track(run_dir, [1, 2], wandb_checkpoints=True)
+    ((_, _, files),) = histories(run_dir)
+    assert files == ["weights", "weights"]
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
+
+
+def test_a_server_that_hangs_costs_seconds(wandb, run_dir, monkeypatch, caplog):
+    with hanging() as address:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://{address}")
+        assert track(run_dir, [1]) < 5
+    ((_, losses, _),) = histories(run_dir)
+    assert losses == {1: 1.0}
+
+
+@pytest.mark.parametrize(("key", "line"), [(False, "nobody has logged in"), (True, "`wandb sync ")])
+def test_a_key_that_is_missing_or_refused_asks_no_question(wandb, run_dir, monkeypatch, caplog, key, line):
+    if not key:
+        monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(run_dir / "none"))
+    with serving(answering(401, b"{}")) as address:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://{address}")
+        assert track(run_dir, [1]) < 5
+    assert line in caplog.text and histories(run_dir)[0][1] == {1: 1.0}
+
+
+def test_without_the_package_it_is_refused(run_dir, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tracking.wandb=true: the package wandb is not installed"):
+        track(run_dir, [])
