@@ -64,7 +64,11 @@ CLI = "src/dynamic_transformers/cli.py"
         (["train.py", "model.tpye=mod"], 2, "error: model.tpye: no such key; did you mean model.type?"),
         (["train.py", "--config-name=nothing"], 2, "error: no configuration 'nothing'"),
         (["train.py", "training.resume=nonsense"], 2, "error: training.resume=nonsense: no such folder"),
-        (["train.py", "evaluation.tasks=[code]"], 2, "error: evaluation.tasks: code runs code"),
+        (
+            ["train.py", "evaluation.tasks=[code]"],
+            2,
+            "error: humaneval, mbpp: runs code that the model writes",
+        ),
         (
             ["train.py", "model.capacity=0.5"],
             2,
