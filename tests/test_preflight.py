@@ -44,13 +44,11 @@ def test_sound_settings_pass_and_leave_nothing(given, tmp_path):
         ),
         (
             ["code"],
-            "code runs code that the model writes; consent with evaluation.confirm_run_unsafe_code=true",
+            "mbpp: runs code that the model writes; consent with",
         ),
-        (["mbpp"], "mbpp runs code that the model writes"),
-        (
-            ["dt_perplexity_mth"],
-            "no task 'dt_perplexity_mth'; there are: dt_cloze, dt_arithmetic, dt_perplexity_math",
-        ),
+        (["mbpp"], "evaluation.confirm_run_unsafe_code=true"),
+        (["dt_perplexity_mth"], "dt_perplexity_mth is of no source; there are math"),
+        (["dt_clouze"], "no task 'dt_clouze'"),
     ],
 )
 @pytest.mark.parametrize("here", [True, False])

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from dynamic_transformers.accelerate_environment import check_accelerate_environment
 from dynamic_transformers.configure import settings_from_dict
-from dynamic_transformers.settings import EvaluationSettings, ModelSettings, Settings, UserError
+from dynamic_transformers.evaluation.suites import EMBEDDED_PREFIX
+from dynamic_transformers.evaluation.task_index import check_tasks
+from dynamic_transformers.settings import ModelSettings, Settings, UserError
 
 
 def preflight(settings: Settings, architectures: Sequence[str] = (), here: bool = True) -> None:
@@ -34,7 +36,7 @@ def preflight(settings: Settings, architectures: Sequence[str] = (), here: bool 
         check_packages(settings)
         check_resume(settings)
         check_places(settings)
-    check_tasks(settings.evaluation, [source.name for source in settings.data.dataset_configs])
+    check_evaluation(settings)
     if here:
         check_device(settings)
 
@@ -103,31 +105,14 @@ def check_writable(key: str, folder: Path) -> None:
         raise UserError(f"{key}: {folder} cannot be written ({place}: {error.strerror})") from error
 
 
-def check_tasks(evaluation: EvaluationSettings, sources: Sequence[str]) -> None:
-    """Refuse tasks that do not exist, and those that run a model's code without consent.
-
-    Suites and the embedded tasks are known here. For others lm-eval's index is read, which takes seconds;
-    where lm-eval is not installed, the step that evaluates looks.
-    """
-    from dynamic_transformers.evaluation.suites import EMBEDDED_PREFIX, SUITES
-
-    embedded = [f"{EMBEDDED_PREFIX}{name}" for name in ("cloze", "arithmetic")]
-    embedded += [f"{EMBEDDED_PREFIX}perplexity_{source}" for source in sources]
-    others = []
-    for name in evaluation.tasks:
-        if (name == "code" or name in SUITES["code"]) and not evaluation.confirm_run_unsafe_code:
-            raise UserError(
-                f"evaluation.tasks: {name} runs code that the model writes; consent with "
-                "evaluation.confirm_run_unsafe_code=true"
-            )
-        if name.startswith(EMBEDDED_PREFIX) and name not in embedded:
-            raise UserError(f"evaluation.tasks: no task {name!r}; there are: {', '.join(embedded)}")
-        if name not in SUITES and name not in embedded:
-            others.append(name)
-    if others and importlib.util.find_spec("lm_eval"):
-        from dynamic_transformers.evaluation.task_index import check_tasks
-
-        check_tasks(others, evaluation.confirm_run_unsafe_code)
+def check_evaluation(settings: Settings) -> None:
+    """Refuse tasks that do not exist, and those that run a model's code without consent."""
+    check_tasks(settings.evaluation.tasks, settings.evaluation.confirm_run_unsafe_code)
+    sources = [source.name for source in settings.data.dataset_configs]
+    for name in settings.evaluation.tasks:
+        source = name.removeprefix(f"{EMBEDDED_PREFIX}perplexity_")
+        if source != name and source not in sources:
+            raise UserError(f"evaluation.tasks: {name} is of no source; there are {', '.join(sources)}")
 
 
 def check_device(settings: Settings) -> None:
