@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 import time
 
 import pytest
@@ -27,6 +28,7 @@ def wandb(monkeypatch, tmp_path):
 
 
 def track(run_dir, steps, status="FINISHED", **settings):
+    before = len(list(run_dir.glob("wandb/offline-run-*/*.wandb")))
     tracker = RunTracker(
         run_dir, TrackingSettings(mlflow=False, wandb=True, **settings), run_dir, "my-run", {"x": 1}
     )
@@ -36,6 +38,10 @@ def track(run_dir, steps, status="FINISHED", **settings):
         folder.mkdir(parents=True)
         (folder / "weights").write_text(f"{step}")
         tracker.log_checkpoint(folder)
+    for _ in range(600):  # a run lasts longer than W&B takes to start
+        if len(list(run_dir.glob("wandb/offline-run-*/*.wandb"))) > before:
+            break
+        time.sleep(0.1)
     start = time.perf_counter()
     tracker.close(status)
     return time.perf_counter() - start
@@ -60,6 +66,7 @@ def records(path):
 
 def histories(run_dir):
     """Of each offline file: id and name of the run, losses by step, files of artifacts."""
+    sys.modules["wandb"].teardown()  # as at the end of a process: its service writes the last records
     found = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         run, losses, files = None, {}, []
@@ -77,6 +84,7 @@ def histories(run_dir):
 
 def test_resumes_are_one_run_in_the_run_folder(wandb, run_dir, tmp_path, caplog):
     assert track(run_dir, [1, 2], "KILLED") < 5
+    time.sleep(1)  # W&B names its folders by the second
     assert track(run_dir, [3]) < 5
     (first, second) = histories(run_dir)
     assert first[0] == second[0] and first[0][1] == "my-run"

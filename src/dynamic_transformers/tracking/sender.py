@@ -91,7 +91,7 @@ class Sender:
                 number, self._hurry = self._asked, False
             arrived = self._attempt()
             with self._state:
-                if arrived and self._failures:
+                if arrived and self._failures and not self._stopped:
                     logger.info("MLflow: answers, and has everything")
                 self._failures = 0 if arrived else self._failures + 1
                 self._done, self._arrived = number, arrived
