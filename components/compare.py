@@ -22,15 +22,18 @@ def compare(
         evaluations: what the evaluate steps wrote.
         report: the comparison.
     """
+    from contextlib import suppress
     from pathlib import Path
 
     from dynamic_transformers.comparison.compare import compare as compare_step
     from dynamic_transformers.comparison.compare import tracked_runs
     from dynamic_transformers.configure import settings_from_json
+    from dynamic_transformers.settings import UserError
     from dynamic_transformers.step_log import step_log
-    from dynamic_transformers.tracking import track_comparison
+    from dynamic_transformers.tracking import report_of, track_comparison
 
     output = Path(report.path)
+    again = (output / "comparison.json").is_file()
     with step_log(output):
         values = settings_from_json(settings)
         compare_step(
@@ -38,6 +41,8 @@ def compare(
             output,
             models=[Path(model.path) for model in models],
         )
-        track_comparison(
-            values.tracking, values.run.output_dir, values.run.name, tracked_runs(output), output
-        )
+        place = (values.tracking, values.run.output_dir)
+        with suppress(UserError):  # nobody answers, which track_comparison takes as it does
+            if again and report_of(*place, tracked_runs(output)):
+                return
+        track_comparison(*place, values.run.name, tracked_runs(output), output)

@@ -10,6 +10,7 @@ import pytest
 from kfp.dsl import PipelineTaskFinalStatus
 from synthetic_evaluations import make_run, write_run
 
+from components.compare import compare as compare_component
 from components.report_finished import report_finished
 from dynamic_transformers.comparison.compare import compare, tracked_runs
 from dynamic_transformers.evaluation.evaluate import comparison_of
@@ -165,3 +166,17 @@ def test_runs_of_another_revision_are_not_of_this_pipeline(pipeline, monkeypatch
 def test_without_tracking_it_ends_in_peace(pipeline):
     pipeline.settings.tracking.mlflow = False
     assert told(pipeline.end("RUNNING")).startswith("No comparison: ")
+
+
+def test_a_comparison_that_is_made_again_is_tracked_once(pipeline):
+    for run in RUNS:
+        pipeline.evaluate(run)
+    folders = [SimpleNamespace(path=str(pipeline.folder / run.split(":")[0] / "evaluation")) for run in RUNS]
+    report = SimpleNamespace(path=str(pipeline.folder / "compare" / "report"))
+    experiment = pipeline.client.get_experiment_by_name(pipeline.settings.tracking.experiment)
+    for _ in range(2):
+        compare_component.python_func(
+            settings=pipeline.settings.to_json(), models=[], evaluations=folders, report=report
+        )
+        runs = pipeline.client.search_runs([experiment.experiment_id])
+        assert sorted(run.info.run_name for run in runs) == ["mod:0", "pipeline", "stt:0"]
