@@ -1,4 +1,4 @@
-"""What the objects of a TrainJob say, in a person's words: the job as a dictionary, pods and events as models."""
+"""What a TrainJob (a dictionary) and its pods and events (the client's models) say, in a person's words."""
 
 from __future__ import annotations
 
