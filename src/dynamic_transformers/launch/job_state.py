@@ -1,4 +1,4 @@
-"""What a TrainJob (a dictionary) and its pods and events (the client's models) say, in a person's words."""
+"""What the objects of a TrainJob say: the job is a dictionary, pods and events are models."""
 
 from __future__ import annotations
 
