@@ -248,7 +248,7 @@ class FakeKubernetes(Controllers):
             self.start(name)  # and so again and again
         else:
             del self.jobs[name]
-            self.left[name] = [2, 2]
+            self.left[name] = [4, 2]  # looks: its JobSet, then its pods
         return {}
 
     def get_jobset(self, name):
