@@ -32,4 +32,5 @@ def train(
     with step_log(Path(run_folder.path)):
         architecture, _, seed = run.partition(":")
         values = settings_from_json(settings, [f"model.type={architecture}", f"run.seed={int(seed or 0)}"])
+        values.run.name = f"{values.run.name}-{architecture}-seed{values.run.seed}"  # as tracking shows it
         launch_training(values, Path(data.path), Path(run_folder.path), Launch.from_json(launch))

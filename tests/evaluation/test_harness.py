@@ -244,7 +244,7 @@ def test_a_plain_model_has_no_rule_to_replace(model_dir: Path) -> None:
         run_benchmarks(model_dir, ["arc_easy"], data_dir=None, batch_size=4, selection_rule="topk")
 
 
-def test_without_lm_eval_the_extra_is_named(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lm_eval_its_installation_is_named(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
-    with pytest.raises(UserError, match=r"dynamic-transformers\[evaluate\]"):
+    with pytest.raises(UserError, match=r"lm-eval is not installed: pip install 'lm-eval\[hf\]'"):
         run_benchmarks(model_dir, ["quick_test"], data_dir=None, batch_size=4)
