@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from dynamic_transformers.data.loading import load_tokenizer
 from dynamic_transformers.manifest import (
@@ -113,7 +113,7 @@ def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) ->
     return difference
 
 
-def trained_context(config: Qwen2Config, run_config: dict[str, Any], block_size: int) -> int:
+def trained_context(config: PreTrainedConfig, run_config: dict[str, Any], block_size: int) -> int:
     """Tokens of context that a model has seen: its blocks, or more if it was pretrained.
 
     No result depends on it; programs that load the model, as lm-eval, take it for the longest text.
