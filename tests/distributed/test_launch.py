@@ -46,7 +46,7 @@ def test_the_component_trains_in_two_processes_what_one_process_trains(
         if "threshold" not in name:  # the mean of two quantiles is not the quantile of both
             torch.testing.assert_close(weights(two)[name], value, atol=2e-3, rtol=1e-2)
     # What the processes log is in the log of the step.
-    assert "mod step 6/6" in (tmp_path / "two.log").read_text()
+    assert "mod-mod-seed0 step 6/6" in (tmp_path / "two.log").read_text()
 
 
 def test_a_process_that_fails_fails_the_launch(make_settings, data_dir, tmp_path, caplog):

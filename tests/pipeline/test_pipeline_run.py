@@ -221,7 +221,7 @@ def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_override
     experiment = client.get_experiment_by_name("dynamic-transformers")
     runs = {entry.info.run_name: entry for entry in client.search_runs([experiment.experiment_id])}
     parent = runs["quickstart-unfinished"].info.run_id
-    assert runs["mod-seed0"].data.tags["mlflow.parentRunId"] == parent
+    assert runs["quickstart-mod-seed0"].data.tags["mlflow.parentRunId"] == parent
     assert "report/report.html" in {artifact.path for artifact in client.list_artifacts(parent, "report")}
 
 
