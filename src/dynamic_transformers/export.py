@@ -83,7 +83,6 @@ def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) ->
     run = read_manifest(run_dir, "train")
     block_size = read_manifest(data_dir, "prepare_data")["block_size"]
     model, tokenizer = load_run(run_dir), load_tokenizer(data_dir)
-    assert isinstance(model.config, Qwen2Config)
     model.config.max_position_embeddings = trained_context(model.config, run["config"], block_size)
     model.save_pretrained(output)
     save_tokenizer(tokenizer, output, stock=model.config.model_type == "qwen2")
