@@ -29,7 +29,7 @@ def hold(folder, held):
 def holder(tmp_path):
     """Another process that writes `tmp_path/out`."""
     held = FORK.Event()
-    process = FORK.Process(target=hold, args=(tmp_path / "out", held))
+    process = FORK.Process(target=hold, args=(tmp_path / "out", held), daemon=True)
     process.start()
     held.wait()
     yield process
@@ -54,9 +54,10 @@ def test_a_dead_writers_lock_is_taken_over_and_what_it_left_removed(holder, tmp_
 
 def test_a_writer_that_waits_gets_its_turn(holder, tmp_path, caplog):
     caplog.set_level("INFO", "dynamic_transformers")
-    threading.Timer(0.3, holder.kill).start()
+    killed = []
+    threading.Timer(0.3, lambda: (killed.append(True), holder.kill())).start()
     with sole_writer(tmp_path / "out", wait=True):
-        assert not holder.is_alive() or holder.join(1) is None
+        assert killed
     assert f"waiting for process {holder.pid}" in caplog.text
 
 
@@ -75,7 +76,7 @@ def test_a_folder_is_whole_at_every_moment_of_many_kills(exchanges, tmp_path, mo
     write_many(folder, 1)
     missing = 0
     for turn in range(40):
-        process = FORK.Process(target=write_many, args=(folder, 10**6))
+        process = FORK.Process(target=write_many, args=(folder, 10**6), daemon=True)
         process.start()
         time.sleep(0.005 + 0.0007 * turn)
         process.kill()
@@ -136,6 +137,18 @@ def test_folders_set_aside_do_not_replace_one_another(tmp_path):
     assert sorted((path / "x").read_text() for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_is_replaced_is_kept(exchanges, tmp_path, monkeypatch):
+    if not exchanges:
+        monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    for name in ("run", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    aside = folders.replace(tmp_path / "new", tmp_path / "run")
+    assert aside.name.startswith("run.replaced-") and (aside / "x").read_text() == "run"
+    assert (tmp_path / "run" / "x").read_text() == "new" and not (tmp_path / "new").exists()
+
+
 def test_a_lock_that_the_file_system_does_not_know_is_done_without(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(folders.errno.ENOLCK, "No locks available")
@@ -156,3 +169,51 @@ def test_contents_are_on_the_disk_before_they_are_in_place(tmp_path, monkeypatch
     (new / "deep" / "x").write_text("x")
     put_in_place(new, tmp_path / "out")
     assert order == [str(new / "deep" / "x"), str(new / "deep"), str(new), str(tmp_path)]
+
+
+def take_turns(folder, count):
+    for _ in range(count):
+        with sole_writer(folder, wait=True):
+            (folder.parent / "inside").touch(exist_ok=False)
+            (folder.parent / "inside").unlink()
+
+
+def test_many_that_wait_take_turns(tmp_path):
+    family = [FORK.Process(target=take_turns, args=(tmp_path / "out", 150), daemon=True) for _ in range(4)]
+    for process in family:
+        process.start()
+    for process in family:
+        process.join()
+    assert [process.exitcode for process in family] == [0, 0, 0, 0]
+
+
+def hold_with_a_child(folder, told):
+    with sole_writer(folder):
+        child = FORK.Process(target=time.sleep, args=(60,))  # as the worker of a data loader
+        child.start()
+        told.put(child.pid)
+        time.sleep(60)
+
+
+def test_a_lock_ends_with_its_process_though_a_fork_of_it_lives(tmp_path):
+    told = FORK.Queue()
+    process = FORK.Process(target=hold_with_a_child, args=(tmp_path / "out", told))
+    process.start()
+    child = told.get()
+    process.kill()
+    process.join()
+    try:
+        os.kill(child, 0)  # it lives
+        with sole_writer(tmp_path / "out"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_what_nobody_can_write_needs_no_lock(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(folders.errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may write everywhere
+    with sole_writer(tmp_path / "out"):
+        pass

@@ -15,7 +15,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -23,6 +23,7 @@ from dynamic_transformers.settings import UserError
 
 logger = logging.getLogger("dynamic_transformers")
 
+_held: set[TextIO] = set()  # the open lock files of this process
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
@@ -41,22 +42,43 @@ def sole_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     folder = folder.resolve()
     make_folder(folder.parent)
     path = folder.parent / f".{folder.name}.lock"
-    with _locked(path, folder, wait) as file:
+    file = _locked(path, folder, wait)
+    if file is None:
+        yield
+        return
+    _held.add(file)
+    try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         sweep(folder)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # while it is locked: whoever waits for this file opens another
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked: whoever waits for this file opens another
+        fcntl.flock(file, fcntl.LOCK_UN)
+        _held.discard(file)
+        file.close()
 
 
-def _locked(path: Path, folder: Path, wait: bool) -> TextIO:
-    """The open lock file, locked."""
+def _let_go() -> None:
+    """Close, in a process that was forked, the locks of its parent: they end with the parent alone."""
+    while _held:
+        _held.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _locked(path: Path, folder: Path, wait: bool) -> TextIO | None:
+    """The open lock file, locked; None where nothing can be written, or the file system has no locks."""
     told = False
     while True:
-        file = path.open("a+")
+        try:
+            file = path.open("a+")
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS):
+                raise
+            return None  # nobody writes there
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if told else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -70,13 +92,15 @@ def _locked(path: Path, folder: Path, wait: bool) -> TextIO:
             logger.info("waiting for %s, which writes %s", owner, folder)
             told = True
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            file.close()
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             logger.warning("%s: this file system has no locks; start one process there at a time", folder)
-            return file
+            return None
         else:
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+            with suppress(FileNotFoundError):  # its owner has removed it meanwhile
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
         file.close()
 
 
@@ -98,9 +122,8 @@ def check_target(folder: Path) -> None:
 
 def new_sibling(folder: Path) -> Path:
     """An empty folder beside `folder`, to be filled and put in its place."""
-    make_folder(folder.parent)
     sibling = folder.parent / f".{folder.name}.new-{uuid.uuid4().hex[:12]}"
-    sibling.mkdir()
+    make_folder(sibling)
     return sibling
 
 
@@ -116,25 +139,39 @@ def put_in_place(new: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if _exchange(new, folder):
-            shutil.rmtree(new)
-        else:
+        old = new
+        if not _exchange(new, folder):
             old = folder.parent / f".{folder.name}.new-old-{uuid.uuid4().hex[:12]}"
             folder.rename(old)
             new.rename(folder)
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # what cannot be removed now is swept by the next writer
     _flush_one(folder.parent)
 
 
 def set_aside(folder: Path) -> Path:
     """Rename a folder to `<name>.replaced-<time>`, and return that."""
+    return folder.rename(_aside(folder))
+
+
+def replace(new: Path, folder: Path) -> Path:
+    """Let `new` be `folder` at once, as `put_in_place`; returns where what stood there is kept."""
+    flush(new)
+    aside = new.rename(_aside(folder))
+    if not _exchange(aside, folder):
+        new, aside = aside, set_aside(folder)
+        new.rename(folder)
+    _flush_one(folder.parent)
+    return aside
+
+
+def _aside(folder: Path) -> Path:
+    """A free name for a folder that is replaced."""
     stem = f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"
     aside = folder.with_name(stem)
     count = 1
     while aside.exists():
         count += 1
         aside = folder.with_name(f"{stem}-{count}")
-    folder.rename(aside)
     return aside
 
 

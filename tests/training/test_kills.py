@@ -53,7 +53,7 @@ CONFIGURATIONS = {
 
 
 def started(settings, data_dir, run_dir):
-    process = FORK.Process(target=train, args=(settings, data_dir, run_dir))
+    process = FORK.Process(target=train, args=(settings, data_dir, run_dir), daemon=True)
     process.start()
     return process
 
@@ -77,6 +77,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(name, make_settings, da
     for lines in sorted(chance.choices(range(lines_of(tmp_path / "straight")), k=KILLS)):
         process = started(settings, data_dir, killed)
         while lines_of(killed) < lines:
+            assert process.is_alive()
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.05))
         process.kill()

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from dynamic_transformers.settings import UserError
 from dynamic_transformers.training import checkpoint, run_folder
 from dynamic_transformers.training.checkpoint import checkpoints, save_checkpoint
 from dynamic_transformers.training.interruption import Interrupted
-from dynamic_transformers.training.observers import Checkpoints, Log
+from dynamic_transformers.training.observers import Checkpoints
+from dynamic_transformers.training.run_folder import claim, plan_start, run_identity
+from dynamic_transformers.training.step import OptimizerStep
 from dynamic_transformers.training.trainer import train
 
 STEPS = {"max_steps": 12, "checkpoint_every": 4}
@@ -116,12 +120,21 @@ def test_a_full_disk_is_noticed_first(run, make_settings, data_dir, monkeypatch)
     assert snapshot(run) == before
 
 
-@pytest.mark.parametrize("how", ["force", "none"])
-def test_a_run_that_is_begun_anew_is_kept_under_another_name(how, run, make_settings, data_dir, tmp_path):
+@pytest.mark.parametrize("how", ["force", "none", "link"])
+@pytest.mark.parametrize("architecture", ["mod", "sdt"])
+def test_a_run_that_is_begun_anew_is_kept_under_another_name(
+    how, architecture, run, make_settings, data_dir, tmp_path
+):
     before = snapshot(run)
-    training = {"max_steps": 2, "resume": "none" if how == "none" else "auto"}
-    train(make_settings("sdt", training=training), data_dir, run, force=how == "force")
-    assert read_manifest(run)["architecture"] == "sdt"
+    training = STEPS | {"resume": "none" if how == "none" else "auto"}
+    place = run
+    if how == "link":
+        (tmp_path / "elsewhere").mkdir()
+        place = tmp_path / "elsewhere" / "link"
+        place.symlink_to(run)
+    train(make_settings(architecture, training=training), data_dir, place, force=how != "none")
+    assert read_manifest(run)["architecture"] == architecture
+    assert (run / "manifest.json").stat().st_mtime_ns > before["manifest.json"][1]
     (aside,) = (path for path in tmp_path.iterdir() if path.name.startswith("run.replaced-"))
     assert snapshot(aside) == before
 
@@ -250,6 +263,24 @@ def test_the_last_checkpoints_and_the_best_are_kept(make_settings, data_dir, tmp
     assert [path.name[-1] for path in checkpoints(run)] == ["2", "5", "6"]
 
 
+def test_a_damaged_checkpoint_is_kept_aside_and_does_not_stop_what_comes_after(
+    unfinished, finished, make_settings, data_dir
+):
+    empty(checkpoints(unfinished)[-1] / "model.safetensors")
+    often = {"checkpoint_every": 1, "keep_checkpoints": 2}
+    train(make_settings("mod", training=STEPS | often), data_dir, unfinished)
+    assert_equal_ends(unfinished, finished)
+    names = [path.name for path in (unfinished / "checkpoints").iterdir()]
+    assert any(name.startswith("step-00000012.damaged-") for name in names)
+
+
+def test_a_folder_that_a_person_named_is_no_checkpoint(unfinished, make_settings, data_dir):
+    kept = unfinished / "checkpoints" / "step-00000004-before-the-change"
+    shutil.copytree(unfinished / "checkpoints" / "step-00000004", kept)
+    train(make_settings("mod", training=STEPS | {"checkpoint_every": 1}), data_dir, unfinished)
+    assert kept.is_dir() and kept not in checkpoints(unfinished)
+
+
 def test_nothing_is_pruned_for_a_damaged_checkpoint(run):
     empty(checkpoints(run)[-1] / "model.safetensors")
     with pytest.raises(UserError):
@@ -265,7 +296,7 @@ def test_a_finished_run_is_extended_as_if_it_had_not_ended(make_settings, data_d
     assert read_manifest(run)["training_steps"] == 8
     rates = [line["train/learning_rate"] for line in numbers(run) if "train/learning_rate" in line]
     assert rates[4:] == pytest.approx([3e-4] * 4)  # where the schedule of 4 steps had ended
-    with pytest.raises(UserError, match="a finished run of 8 step, which a budget of 4 step does not extend"):
+    with pytest.raises(UserError, match="has done 8 steps, more than the budget of 4 steps"):
         train(make_settings("stt", training=optimizer | {"max_steps": 4}), data_dir, run)
 
 
@@ -277,6 +308,132 @@ def test_an_extended_run_gets_a_new_schedule_only_if_that_is_said(run, make_sett
     train(make_settings("mod", training=STEPS | {"max_steps": 16, "reschedule": True}), data_dir, run)
     rates = [line["train/learning_rate"] for line in numbers(run) if "train/learning_rate" in line]
     assert rates[11] < rates[12] > rates[15]
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"max_steps": 5}, "has done 12 steps, more than the budget of 5 steps"),
+        (
+            {"max_steps": None, "max_tokens": 200.0},
+            "has done 1536 tokens, more than the budget of 200 tokens",
+        ),
+        ({"max_steps": 20}, r"learning rate ends at 0 after 12 steps; training\.reschedule=true"),
+        ({"max_steps": None, "max_tokens": 1e6}, r"after 12 steps; .* over the 1000000 tokens asked for"),
+    ],
+)
+def test_an_unfinished_run_is_not_taken_for_one_of_another_length(
+    budget, message, unfinished, make_settings, data_dir
+):
+    before = snapshot(unfinished)
+    with pytest.raises(UserError, match=message):
+        train(make_settings("mod", training=STEPS | budget), data_dir, unfinished)
+    assert snapshot(unfinished) == before
+
+
+@pytest.mark.parametrize("name", ["identity.json", "metrics.jsonl"])
+def test_damaged_files_of_a_run_end_in_a_line_or_are_mended(
+    name, unfinished, finished, make_settings, data_dir
+):
+    settings = make_settings("mod", training=STEPS)
+    if name == "identity.json":
+        empty(unfinished / name)
+        with pytest.raises(UserError, match=r"identity\.json: damaged"):
+            train(settings, data_dir, unfinished)
+    else:
+        with (unfinished / name).open("ab") as file:
+            file.write(b'\x00\x00{"step": 12, "train/lo\n{"st')
+        train(settings, data_dir, unfinished)
+        assert_equal_ends(unfinished, finished)
+
+
+def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own(
+    finished, make_settings, data_dir, tmp_path, monkeypatch
+):
+    source = finished / "checkpoints" / "step-00000004"
+    settings = make_settings("mod", training=STEPS | {"resume": str(source)})
+    honest = OptimizerStep.__call__
+
+    def with_a_signal(self, step, *rest):
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, step, *rest)
+
+    monkeypatch.setattr(OptimizerStep, "__call__", with_a_signal)
+    for _ in range(2):  # the second begins after step 9
+        with pytest.raises(Interrupted):
+            train(settings, data_dir, tmp_path / "run")
+        monkeypatch.setattr(OptimizerStep, "__call__", honest)
+        break
+    train(settings, data_dir, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing was begun again and set aside
+    assert [line["step"] for line in numbers(tmp_path / "run") if "train/loss" in line] == list(range(5, 13))
+    first, second = weights(tmp_path / "run"), weights(finished)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def fatal_calls(action):
+    """Runs `action` in a process that is killed before its n-th change of a file, for n = 1, 2, …"""
+
+    def child(number):
+        left = number
+
+        def count(event, arguments):
+            nonlocal left
+            changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod")
+            if changes or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        action()
+
+    for number in range(1, 10**6):
+        process = multiprocessing.get_context("fork").Process(target=child, args=(number,), daemon=True)
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            assert number > 5  # else nothing was counted
+            return
+        assert process.exitcode == -signal.SIGKILL
+        yield number
+
+
+@pytest.mark.parametrize("how", ["new", "force", "back", "extended", "on"])
+def test_no_kill_while_a_folder_is_claimed_loses_or_wedges_a_run(
+    how, finished, make_settings, data_dir, tmp_path
+):
+    training = STEPS | ({"max_steps": 16, "reschedule": True} if how == "extended" else {})
+    run = tmp_path / "run"
+    if how == "back":
+        training["resume"] = str(run / "checkpoints" / "step-00000004")
+    settings = make_settings("mod", training=training)
+    identity = run_identity(settings, data_dir)
+
+    def renewed():
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path)
+        if how != "new":
+            shutil.copytree(finished, run)
+        if how in ("back", "on"):
+            (run / "manifest.json").unlink()
+
+    def act():
+        claim(run, plan_start(run, identity, settings, how == "force"), identity, settings)
+
+    renewed()
+    contents = {path.read_bytes() for path in run.rglob("*.safetensors") if "checkpoints" in path.parts}
+    kills = 0
+    for _ in fatal_calls(act):
+        kills += 1
+        left = {path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+        assert contents <= left
+        with sole_writer(run):
+            assert not list(tmp_path.glob(".run.new-*"))
+            plan_start(run, identity, settings, False)
+        renewed()
+    assert kills
 
 
 def test_a_run_without_a_checkpoint_says_that_it_begins_anew(unfinished, make_settings, data_dir, caplog):
@@ -295,23 +452,54 @@ def test_time_saves_where_no_interval_does(make_settings, data_dir, tmp_path):
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_run_goes_on(
     number, code, finished, make_settings, data_dir, tmp_path, monkeypatch, caplog
 ):
-    honest = Log.after_step
+    honest = OptimizerStep.__call__
 
-    def with_a_signal(self, moment):
-        honest(self, moment)
-        if moment.progress.step == 5:
+    def with_a_signal(self, step, *rest):
+        if step == 4:  # the fifth
             os.kill(os.getpid(), number)
+        return honest(self, step, *rest)
 
-    monkeypatch.setattr(Log, "after_step", with_a_signal)
+    monkeypatch.setattr(OptimizerStep, "__call__", with_a_signal)
     settings = make_settings("mod", training=STEPS)
     with pytest.raises(Interrupted) as ended:
         train(settings, data_dir, tmp_path / "run")
     assert ended.value.code == code
-    assert checkpoints(tmp_path / "run")[-1].name == "step-00000006"
-    assert "interrupted after step 6" in caplog.text
-    monkeypatch.setattr(Log, "after_step", honest)
+    assert checkpoints(tmp_path / "run")[-1].name == "step-00000005"
+    assert "interrupted after step 5" in caplog.text
+    monkeypatch.setattr(OptimizerStep, "__call__", honest)
     train(settings, data_dir, tmp_path / "run")
     assert_equal_ends(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_the_evaluation_of_a_step_that_was_interrupted_is_made_up_for(
+    step, make_settings, data_dir, tmp_path, monkeypatch
+):
+    settings = make_settings("stt", training={"max_steps": 8, "eval_every": 4})
+    straight = train(settings, data_dir, tmp_path / "straight")
+    honest = OptimizerStep.__call__
+
+    def with_a_signal(self, number, *rest):
+        if number == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, number, *rest)
+
+    monkeypatch.setattr(OptimizerStep, "__call__", with_a_signal)
+    with pytest.raises(Interrupted):
+        train(settings, data_dir, tmp_path / "run")
+    monkeypatch.setattr(OptimizerStep, "__call__", honest)
+    before = numbers(tmp_path / "run")
+    assert not any("eval/loss" in line and line["step"] == step for line in before)
+    train(settings, data_dir, tmp_path / "run")
+    assert_equal_ends(tmp_path / "run", straight)
+    # As if it had been killed between the line and the next checkpoint: the line does not come twice.
+    again = shutil.copytree(straight, tmp_path / "again")
+    (again / "manifest.json").unlink()
+    state = json.loads((checkpoints(again)[-1] / "state.json").read_text())
+    state["progress"]["evaluation"] = {"step": 4, "loss": 1.0}
+    (checkpoints(again)[-1] / "state.json").write_text(json.dumps(state))
+    train(settings, data_dir, again)
+    assert_equal_ends(again, straight)
 
 
 def test_means_of_a_line_do_not_depend_on_where_a_run_was_interrupted(make_settings, data_dir, tmp_path):

@@ -100,16 +100,23 @@ def is_sent(record: Record, run_dir: Path) -> bool:
     )
 
 
-def forget_after(run_dir: Path, step: int) -> None:
+def forget_after(run_dir: Path, step: int, evaluated: bool = True) -> None:
     """Drop what an interrupted run logged after the checkpoint of `step`, from which it goes on.
 
     MLflow keeps what it was sent of that. Those lines come again, with equal values, but are not sent twice.
+
+    Args:
+        evaluated: whether the checkpoint holds that its step was evaluated; else that line comes again, too.
     """
     path = run_dir / METRICS
     if not path.is_file():
         return
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    kept = b"".join(line for line in lines if json.loads(line)["step"] <= step)
+
+    def stays(values: dict[str, Any]) -> bool:
+        return values["step"] < step or (values["step"] == step and (evaluated or "eval/loss" not in values))
+
+    lines = list(filter(_is_whole, path.read_bytes().splitlines(keepends=True)))
+    kept = b"".join(line for line in lines if stays(json.loads(line)))
     record = read_record(run_dir)
     if record:
         sent, end = 0, 0
@@ -118,7 +125,7 @@ def forget_after(run_dir: Path, step: int) -> None:
             values = json.loads(line)
             if end > record.sent_bytes:
                 break
-            if values["step"] <= step:
+            if stays(values):
                 sent = end
                 continue
             for key in values:
@@ -127,6 +134,14 @@ def forget_after(run_dir: Path, step: int) -> None:
         record.sent_bytes = sent
         save_record(run_dir, record)
     write_whole(path, kept.decode())
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line of metrics.jsonl is one, and not what a full disk or a kill has left of one."""
+    try:
+        return line.endswith(b"\n") and "step" in json.loads(line)
+    except (ValueError, TypeError):
+        return False
 
 
 def replace_run(aside: Path, run_dir: Path) -> None:

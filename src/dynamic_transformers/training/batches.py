@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from dynamic_transformers.data.loading import collate, load_split
 from dynamic_transformers.settings import Settings
+from dynamic_transformers.training.interruption import SIGNALS
 
 
 class BlockOrder:
@@ -86,12 +87,13 @@ def training_batches(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=settings.system.num_workers,
-        worker_init_fn=_without_interrupts,
+        worker_init_fn=_deaf,
         generator=torch.Generator(),  # the global one is the training's
     )
     return iter(loader)
 
 
-def _without_interrupts(_: int) -> None:
-    """Leave a terminal's Ctrl-C to the training process, which ends its workers after the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _deaf(_: int) -> None:
+    """Leave signals to the training process, which ends its workers after the step."""
+    for number in SIGNALS:  # which a terminal, torchrun or slurm send to all processes of a group
+        signal.signal(number, signal.SIG_IGN)

@@ -46,6 +46,9 @@ class Budget:
     unit: str
     limit: float
 
+    def __str__(self) -> str:
+        return f"{self.limit:.15g} {'steps' if self.unit == 'step' else self.unit}"
+
     @classmethod
     def from_settings(cls, training: TrainingSettings) -> Budget:
         """The one budget that is set."""

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dynamic_transformers.training.budget import Budget, Progress
 logger = logging.getLogger("dynamic_transformers")
 
 STATE = "state.json"
+NAME = re.compile(r"step-\d{8,}")
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter that it has updated
 
@@ -52,8 +54,9 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """A run's checkpoints, by step."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
+    """A run's checkpoints, by step; folders of other names are the user's."""
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def save_checkpoint(
@@ -92,7 +95,8 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
             optimizer.state[parameter] = {
                 key: tensors.pop(f"{name}/{key}").to(parameter.device) for key in MOMENTS
             }
-    if tensors or not optimizer.state:
+    missing = not optimizer.state and checkpoint.progress.step > checkpoint.progress.skipped
+    if tensors or missing:
         what = f"knows parameters that the model has not: {min(tensors)}" if tensors else "is empty"
         raise UserError(f"{checkpoint.folder / OPTIMIZER}: {what}")
 
@@ -158,6 +162,9 @@ def prune(run_dir: Path, keep: int | None) -> None:
     """Remove all but the last `keep` checkpoints and the one of the lowest evaluation loss; None keeps all.
 
     The newest is read back before anything goes.
+
+    Raises:
+        UserError: it is damaged.
     """
     folders = checkpoints(run_dir)
     if keep is None or len(folders) <= keep:
@@ -167,7 +174,10 @@ def prune(run_dir: Path, keep: int | None) -> None:
     best = min(losses, key=losses.__getitem__, default=None)
     for folder in folders[:-keep]:
         if folder != best:
-            shutil.rmtree(folder)
+            half = folder.rename(
+                folder.with_name(f".{folder.name}.new-pruned")
+            )  # a kill leaves no half of it
+            shutil.rmtree(half)
 
 
 def file_digest(path: Path) -> str:

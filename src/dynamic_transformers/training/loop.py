@@ -42,8 +42,11 @@ def fit(
     total = horizon.total_steps(progress)
     while progress.step < total and not interrupted:
         start = time.perf_counter()
-        wishes = [interruption.number is not None, saving.due]
-        result = step(progress.step, horizon.schedule_steps(progress), wishes)
+        result = step(
+            progress.step,
+            horizon.schedule_steps(progress),
+            lambda: [interruption.number is not None, saving.due],
+        )
         seconds = time.perf_counter() - start
         interrupted, due = result.wishes
         count(progress, result, seconds, horizon)

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -57,17 +56,18 @@ class Moment:
         return self.last or (interval > 0 and self.progress.step % interval == 0)
 
 
-class Observer(Protocol):
+class Observer:
     """Is told of each step, on every rank."""
 
     def after_step(self, moment: Moment) -> None:
         """A step has ended."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """The loop has ended, however."""
+        """The loop has ended, however: nothing to do for most."""
 
 
-class Log:
+class Log(Observer):
     """Means of the losses and the speed since the last line, and the routing of the last step.
 
     Args:
@@ -92,17 +92,14 @@ class Log:
         line |= {"train/tokens_per_second": speed, "train/learning_rate": result.learning_rate}
         if progress.skipped:
             line["train/skipped_steps"] = progress.skipped
-        for layer, measured in result.routing.items():
+        for layer, measured in result.routing.items() if result.updated else ():
             line |= {f"routing/layer_{layer}/{key}": value for key, value in measured.items()}
         sums.clear()
         self.write(progress, line)
         moment.line = line
 
-    def close(self) -> None:
-        """Nothing to close."""
 
-
-class Display:
+class Display(Observer):
     """Each line of the log for a person: a live bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, name: str, first_step: int):
@@ -142,7 +139,7 @@ class Display:
             self.bar.stop()
 
 
-class Evaluation:
+class Evaluation(Observer):
     """Held-out loss on the validation split.
 
     Args:
@@ -155,24 +152,29 @@ class Evaluation:
         self.measure, self.write, self.every = measure, write, every
 
     def after_step(self, moment: Moment) -> None:
-        """Evaluate when it is due."""
-        if not moment.every(self.every):
-            return
+        """Evaluate when it is due; a run that is interrupted does so when it goes on."""
+        if moment.every(self.every) and not moment.interrupted:
+            self.evaluate(moment.progress)
+
+    def is_owed(self, progress: Progress, total: int) -> bool:
+        """Whether the evaluation of the last step has not been made."""
+        due = progress.step >= total or (self.every > 0 and progress.step % self.every == 0)
+        return due and progress.step > 0 and progress.evaluation.get("step") != progress.step
+
+    def evaluate(self, progress: Progress) -> None:
+        """Evaluate, and write a line."""
         result = self.measure()
         metrics = {"eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
         for layer, fraction in result.routed_fraction.items():
             metrics[f"routing/layer_{layer}/eval_fraction"] = fraction
             metrics[f"routing/layer_{layer}/gate_mean"] = result.gate_mean[layer]
             metrics[f"routing/layer_{layer}/gate_std"] = result.gate_std[layer]
-        moment.progress.evaluation = {"step": moment.progress.step, "loss": result.loss}
-        self.write(moment.progress, metrics)
+        progress.evaluation = {"step": progress.step, "loss": result.loss}
+        self.write(progress, metrics)
         logger.info("validation loss %.4f nats/token, %.4f bits/byte", result.loss, result.bits_per_byte)
 
-    def close(self) -> None:
-        """Nothing to close."""
 
-
-class Checkpoints:
+class Checkpoints(Observer):
     """Saves the state by steps, by time, and where the run ends or is interrupted.
 
     While steps go without an update no interval saves: a checkpoint that is there is a good one.
@@ -198,9 +200,6 @@ class Checkpoints:
         if regular or moment.last or moment.interrupted:
             self.save()
             self.saved = time.monotonic()
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def add_up(sums: dict[str, float], values: Mapping[str, float]) -> None:

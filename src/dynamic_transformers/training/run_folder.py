@@ -6,13 +6,14 @@ import dataclasses
 import json
 import logging
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dynamic_transformers.folders import make_folder, set_aside, write_whole
+from dynamic_transformers.folders import check_target, new_sibling, put_in_place, replace, write_whole
 from dynamic_transformers.manifest import MANIFEST, read_manifest, write_json
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import METRICS, forget_after, replace_run
@@ -49,12 +50,16 @@ def run_identity(settings: Settings, data_dir: Path, processes: int = 1) -> dict
     """
     values = settings.to_dict()
     training = values["training"]
+    accumulation = training["gradient_accumulation_steps"]
+    noisy = settings.model.type == "mod" and settings.model.mod.routing == "random"
     return {
         **flat({"model": values["model"]}),
         **flat({"training": {key: value for key, value in training.items() if key not in FREE}}),
         "run.seed": settings.run.seed,
         "system.precision": settings.system.precision,
-        "global_batch": settings.data.batch_size * training["gradient_accumulation_steps"] * processes,
+        "global_batch": settings.data.batch_size * accumulation * processes,
+        # Each process draws its own noise for each forward.
+        **({"batch_split": [processes, accumulation]} if noisy else {}),
         "data_digest": read_manifest(data_dir, "prepare_data")["content_digest"],
     }
 
@@ -73,12 +78,14 @@ class Start:
         checkpoint: to go on from; None: from the beginning.
         aside: the run that stands there is renamed first.
         copies: with `aside`: the new run takes over the checkpoint and the lines before it.
+        source: the checkpoint that the run was told to begin from, if any.
         line: that a person is told.
     """
 
     checkpoint: Checkpoint | None = None
     aside: bool = False
     copies: bool = False
+    source: str | None = None
     line: str = ""
 
 
@@ -87,61 +94,80 @@ def plan_start(run_dir: Path, identity: dict[str, Any], settings: Settings, forc
 
     Raises:
         UserError: the folder is no run's; its run has other settings, which the line names, or is finished;
-            the checkpoint to go on from is none, damaged, or of other settings.
+            the checkpoint to go on from is none, damaged, of other settings, or beyond the budget.
     """
+    check_target(run_dir)
+    start = find_start(run_dir, identity, settings, force)
+    if start.checkpoint is not None:
+        refuse_an_unfit_budget(start.checkpoint, settings)
+    return start
+
+
+def find_start(run_dir: Path, identity: dict[str, Any], settings: Settings, force: bool) -> Start:
+    """The same, whatever the budget is."""
     resume = settings.training.resume
-    given = None if resume in ("auto", "none") else read_checkpoint(Path(resume))
-    if given is not None:
+    given, source = None, None
+    if resume not in ("auto", "none"):
+        given, source = read_checkpoint(Path(resume)), str(Path(resume).resolve())
         refuse_differences(given.folder, given.identity, identity)
     if not run_dir.exists() or not any(run_dir.iterdir()):
-        return Start(given)
+        return Start(given, source=source)
     if not (run_dir / CONFIG).is_file():
         raise UserError(f"{run_dir}: holds something else than a run; choose another run.name")
+    own = source in [str(folder.resolve()) for folder in checkpoints(run_dir)]
     if force or resume == "none":
-        return Start(given, aside=True)
-    if not (run_dir / IDENTITY).is_file():
-        raise UserError(f"{run_dir}: holds a run of an older version; choose another run.name, or --force")
-    refuse_differences(run_dir, json.loads((run_dir / IDENTITY).read_text(encoding="utf-8")), identity)
+        return Start(given, aside=True, copies=own, source=source)
+    old = read_identity(run_dir)
+    refuse_differences(run_dir, old["identity"], identity)
     done = (run_dir / MANIFEST).is_file()
-    if given is not None:
-        own = given.folder.resolve().parent == (run_dir / "checkpoints").resolve()
-        if own and given.folder.name == checkpoints(run_dir)[-1].name and not done:
-            return Start(given, line=f"going on from {given.folder}")
-        if done:
-            raise UserError(f"{run_dir}: holds a finished run; choose another run.name, or --force")
-        return Start(given, aside=True, copies=own)
     newest = newest_whole(run_dir)
+    if given is None or source == old["source"]:
+        if newest is None:
+            return Start(given, source=source, line=f"{run_dir} holds no checkpoint yet: beginning anew")
+        return Start(newest, source=old["source"], line=f"going on from {newest.folder}")
     if done:
-        return extended(run_dir, newest, settings)
-    if newest is None:
-        return Start(line=f"{run_dir} holds no checkpoint yet: beginning anew")
-    return Start(newest, line=f"going on from {newest.folder}")
+        raise UserError(f"{run_dir}: holds a finished run; choose another run.name, or --force")
+    if own and newest is not None and newest.folder.resolve() == given.folder.resolve():
+        return Start(given, source=old["source"], line=f"going on from {given.folder}")
+    return Start(given, aside=True, copies=own, source=source)
 
 
-def extended(run_dir: Path, newest: Checkpoint | None, settings: Settings) -> Start:
-    """A finished run, of the same identity, goes on to a larger budget.
+def refuse_an_unfit_budget(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Refuse a budget that the checkpoint is beyond, or for which its schedule has no learning rate.
 
     Raises:
-        UserError: the budget is not larger, or in another unit; its checkpoints are gone; it would go on
-            without a learning rate.
+        UserError: says which, and what would be right.
     """
-    old, new = (
-        Budget(**read_manifest(run_dir, "train")["config"]["budget"]),
-        Budget.from_settings(settings.training),
-    )
-    if (old.unit, old.limit) > (new.unit, new.limit) or old.unit != new.unit:
+    training, done, schedule = settings.training, checkpoint.progress, checkpoint.schedule
+    budget = Budget.from_settings(training)
+    spent = getattr(done, budget.unit)
+    if spent > budget.limit + spent / max(1, done.step) / 2:  # a run may end half a step after its limit
         raise UserError(
-            f"{run_dir}: holds a finished run of {old.limit:g} {old.unit}, which a budget of {new.limit:g} "
-            f"{new.unit} does not extend; choose another run.name, or --force"
+            f"{checkpoint.folder}: has done {Budget(budget.unit, spent)}, more than the budget of {budget}; "
+            "choose another run.name, or --force"
         )
-    if newest is None:
-        raise UserError(f"{run_dir}: holds a finished run without checkpoints; --force begins anew")
-    if not (settings.training.reschedule or settings.training.optimizer.min_lr_fraction):
+    longer = budget.unit != schedule.unit or budget.limit > schedule.limit
+    if longer and not training.reschedule and not training.optimizer.min_lr_fraction:
         raise UserError(
-            f"{run_dir}: its learning rate has ended at 0 with its {old.limit:g} {old.unit}; "
-            "training.reschedule=true takes that of a schedule over the new budget"
+            f"{checkpoint.folder}: its learning rate ends at 0 after {schedule}; training.reschedule=true "
+            f"stretches its schedules over the {budget} asked for"
         )
-    return Start(newest, line=f"extending the finished run from {newest.folder}")
+
+
+def read_identity(run_dir: Path) -> dict[str, Any]:
+    """What `claim` has written of a run: its `identity`, and the `source` that it was told to begin from.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = run_dir / IDENTITY
+    if not path.is_file():
+        raise UserError(f"{run_dir}: holds a run of an older version; choose another run.name, or --force")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {"identity": dict(values["identity"]), "source": values["source"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged; --force begins anew") from error
 
 
 def refuse_differences(place: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -160,31 +186,53 @@ def refuse_differences(place: Path, old: dict[str, Any], new: dict[str, Any]) ->
 
 
 def claim(run_dir: Path, start: Start, identity: dict[str, Any], settings: Settings) -> None:
-    """Carry `start` out. Nothing is deleted: a run that does not go on is renamed.
+    """Carry `start` out. Nothing is deleted: a run that does not go on is renamed, a damaged checkpoint too.
 
-    Of a run that goes on, the lines after its checkpoint are dropped, since they come again.
+    A new run's folder is filled before it gets its name, so that a kill leaves a run or nothing. Of a run
+    that goes on, the lines after its checkpoint are dropped, since they come again.
     """
-    if start.aside:
-        aside = set_aside(run_dir)
-        logger.info("the run that was in %s is now in %s", run_dir, aside)
-        if start.copies:
-            assert start.checkpoint is not None
-            shutil.copytree(
-                aside / "checkpoints" / start.checkpoint.folder.name,
-                run_dir / "checkpoints" / start.checkpoint.folder.name,
-            )
-            shutil.copy(aside / METRICS, run_dir / METRICS)
-    make_folder(run_dir)
-    if start.aside:
-        replace_run(aside, run_dir)
-    for folder in (run_dir, run_dir / "checkpoints"):
-        remove_leftovers(folder)
-    (run_dir / MANIFEST).unlink(missing_ok=True)
-    forget_after(run_dir, start.checkpoint.progress.step if start.checkpoint else 0)
-    write_whole(run_dir / CONFIG, yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True))
-    write_json(run_dir / IDENTITY, identity)
+    step, evaluated = 0, True
+    if start.checkpoint is not None:
+        step = start.checkpoint.progress.step
+        evaluated = start.checkpoint.progress.evaluation.get("step") == step
+    if start.aside or not run_dir.exists():
+        new = new_sibling(run_dir)
+        if start.aside:
+            fill_from_the_old(new, run_dir, start)
+        write_claim(new, start, identity, settings)
+        forget_after(new, step, evaluated)
+        if start.aside:
+            logger.info("the run that was in %s is now in %s", run_dir, replace(new, run_dir))
+        else:
+            put_in_place(new, run_dir)
+    else:
+        remove_leftovers(run_dir)
+        remove_leftovers(run_dir / "checkpoints")
+        for later in checkpoints(run_dir):
+            if int(later.name.removeprefix("step-")) > step:  # damaged, else it would be gone on from
+                later.rename(later.with_name(f"{later.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"))
+        (run_dir / MANIFEST).unlink(missing_ok=True)
+        forget_after(run_dir, step, evaluated)
+        write_claim(run_dir, start, identity, settings)
     if start.line:
         logger.info("train: %s", start.line)
+
+
+def fill_from_the_old(new: Path, run_dir: Path, start: Start) -> None:
+    """Give a new run's folder what it takes over from the one that it replaces."""
+    replace_run(run_dir, new)
+    if start.copies:
+        assert start.checkpoint is not None
+        name = start.checkpoint.folder.name
+        shutil.copytree(start.checkpoint.folder, new / "checkpoints" / name)
+        if (run_dir / METRICS).is_file():
+            shutil.copy(run_dir / METRICS, new / METRICS)
+
+
+def write_claim(folder: Path, start: Start, identity: dict[str, Any], settings: Settings) -> None:
+    """Write down what the run is."""
+    write_json(folder / IDENTITY, {"identity": identity, "source": start.source})
+    write_whole(folder / CONFIG, yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True))
 
 
 def remove_leftovers(folder: Path) -> None:

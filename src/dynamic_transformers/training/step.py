@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,11 +65,11 @@ class OptimizerStep:
         self.micro_batches, self.settings = micro_batches, settings
         self.accumulation, self.step_tokens, self.seed = accumulation, step_tokens, seed
 
-    def __call__(self, step: int, schedule_steps: int, wishes: list[bool]) -> StepResult:
+    def __call__(self, step: int, schedule_steps: int, wishes: Callable[[], list[bool]]) -> StepResult:
         """Do step number `step`, counted from 0, of schedules that stretch over `schedule_steps`.
 
         Args:
-            wishes: of this rank, which all ranks get to know.
+            wishes: those of this rank, which all ranks get to know; asked for as late as can be.
         """
         accelerator = self.accelerator
         plain = accelerator.unwrap_model(self.model)
@@ -77,6 +77,9 @@ class OptimizerStep:
         seed_step(self.seed, step, accelerator.process_index)
         if routed:
             plain.set_progress(step, schedule_steps, self.accumulation)
+        # Thresholds move in the forward, and must not where nothing is updated.
+        moving = [buffer for name, buffer in plain.named_buffers() if ".routers." in name]
+        before = [buffer.clone() for buffer in moving]
         batches = [next(self.micro_batches) for _ in range(self.accumulation)]
         counts = torch.tensor([sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)])
         targets = accelerator.reduce(counts.to(accelerator.device), "sum")[0]
@@ -104,7 +107,7 @@ class OptimizerStep:
                 for name, value in routing_measures(result).items():
                     add(routing, (layer, name), value * share)
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        asked = torch.tensor(wishes, dtype=torch.float32, device=accelerator.device)
+        asked = torch.tensor(wishes(), dtype=torch.float32, device=accelerator.device)
         figures = torch.cat([torch.stack([*losses.values(), *routing.values()]).float(), asked])
         reduced = accelerator.reduce(figures, "sum")
         assert isinstance(reduced, torch.Tensor) and norm is not None
@@ -116,6 +119,9 @@ class OptimizerStep:
         updated = all(map(math.isfinite, means.values()))
         if updated:
             self.optimizer.step()
+        else:
+            for buffer, value in zip(moving, before, strict=True):
+                buffer.copy_(value)
         self.optimizer.zero_grad()
         return StepResult(
             means, measured, self.settings.lr * factor, updated, [value > 0 for value in values]

@@ -60,11 +60,13 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, force: bool = False
             that trains there, too many steps in a row that were not finite.
         Interrupted: SIGTERM or SIGINT came; the checkpoint is written.
     """
+    run_dir = run_dir.resolve()  # a link is followed
     accelerator = make_accelerator(settings)
     config = training_config(settings, data_dir, accelerator.num_processes)
     main = accelerator.is_main_process
     with sole_writer(run_dir) if main else nullcontext():
-        if not force and finished(run_dir, "train", config):
+        anew = force or settings.training.resume == "none"
+        if not anew and finished(run_dir, "train", config):
             logger.info("train: %s is finished, nothing to do", run_dir)
             if main:
                 send_rest(settings, run_dir)
@@ -83,7 +85,6 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, force: bool = False
         accelerator.wait_for_everyone()
         facts = run(state, settings, data_dir, run_dir, accelerator)
         if main:
-            write_end(run_dir, state)
             write_manifest(run_dir, "train", config, {"data": data_dir}, **facts)
         accelerator.wait_for_everyone()
     return run_dir
@@ -107,7 +108,7 @@ def plan_on_rank_0(
 def run(
     state: TrainingState, settings: Settings, data_dir: Path, run_dir: Path, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Train to the end of the budget, then calibrate; returns the facts for the manifest."""
+    """Train to the end of the budget, calibrate, write the end; returns the facts for the manifest."""
     training, main = settings.training, accelerator.is_main_process
     data = read_manifest(data_dir)
     validation = load_split(data_dir, "validation")
@@ -150,28 +151,37 @@ def run(
         settings.run.seed,
     )
     saving = Checkpoints(save, training.checkpoint_every, training.checkpoint_minutes)
+    evaluation = Evaluation(measure, write, training.eval_every)
     observers: list[Observer] = [Log(write, training.log_every)]
     if main:
         observers.append(Display(settings.run.name, state.progress.step))
-    observers += [Evaluation(measure, write, training.eval_every), saving]
+    observers += [evaluation, saving]
     status = "FAILED"
     try:
+        if evaluation.is_owed(state.progress, horizon.total_steps(state.progress)):
+            evaluation.evaluate(state.progress)
+            save()
         with Interruption() as interruption:
             interrupted = fit(
                 state.progress, step, horizon, observers, interruption, saving, training.max_skipped_steps
             )
-        status = "KILLED" if interrupted else "FINISHED"
+        if interrupted:
+            status = "KILLED"
+            logger.info(
+                "interrupted after step %d; without --force, a run goes on there", state.progress.step
+            )
+            raise Interrupted(interruption.number or SIGTERM)
+        if isinstance(state.plain, RoutedForCausalLM):
+            calibrate(state.plain, batches_of(validation, settings.data.batch_size))
+        if main:
+            write_end(run_dir, state)
+        status = "FINISHED"
     except DivergedError as error:
         raise UserError(f"{error}; the last good checkpoint is {last_good(run_dir) or 'none'}") from error
     finally:
         for observer in observers:
             observer.close()
         tracker.close(status)
-    if interrupted:
-        logger.info("interrupted after step %d; the same command goes on from there", state.progress.step)
-        raise Interrupted(interruption.number or SIGTERM)
-    if isinstance(state.plain, RoutedForCausalLM):
-        calibrate(state.plain, batches_of(validation, settings.data.batch_size))
     return facts_of(state, settings, tracker.run_id)
 
 
