@@ -1,5 +1,6 @@
 """A small data folder and settings that train on it in seconds."""
 
+import logging
 import os
 
 import pytest
@@ -32,6 +33,15 @@ MICRO_KEYS = (
     "cloze_examples",
     "arithmetic_examples",
 )
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """A command that a test runs in this process logs to that test's streams, which are closed after it."""
+    logger = logging.getLogger("dynamic_transformers")
+    before = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = before
 
 
 @pytest.fixture(scope="session")
