@@ -175,9 +175,9 @@ def test_mlflow_has_the_run_under_its_parent(finished):
     client = mlflow.MlflowClient(f"sqlite:///{finished[0]}/mlflow.db")
     experiment = client.get_experiment_by_name("dynamic-transformers")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"quickstart", "sdt-seed1"}
+    assert set(runs) == {"quickstart", "quickstart-sdt-seed1"}
     assert all(run.info.status == "FINISHED" for run in runs.values())
-    parent, child = runs["quickstart"].info.run_id, runs["sdt-seed1"]
+    parent, child = runs["quickstart"].info.run_id, runs["quickstart-sdt-seed1"]
     assert child.data.tags["mlflow.parentRunId"] == parent
     wanted = {"train/loss", "eval/loss", "test/loss", "efficiency/forward_flops_per_token"}
     assert wanted <= set(child.data.metrics)
