@@ -36,8 +36,8 @@ from dynamic_transformers.training.trainer import train
 
 FORK = multiprocessing.get_context("fork")  # imports are done: a kill hits nothing but the step
 MOST_KILLS = 3  # of one trial
-# What a clock says, or a place, and what follows from it: digests of manifests that hold times. Pictures and pages
-# of a comparison draw measured speeds; that they are there is all that is asked of them.
+# What a clock says, or a place, and what follows from it: digests of manifests that hold times. Pictures and
+# pages of a comparison draw measured speeds; that they are there is all that is asked of them.
 CLOCKS = ("time", "seconds", "per_second", "path", "_dir", "digest", "mlflow_run_id", "logits_difference")
 DRAWN_FROM_CLOCKS = ("report.html", ".png", ".csv")
 
