@@ -38,7 +38,7 @@ FORK = multiprocessing.get_context("fork")  # imports are done: a kill hits noth
 MOST_KILLS = 3  # of one trial
 # What a clock says, or a place, and what follows from it: digests of manifests that hold times. Pictures and
 # pages of a comparison draw measured speeds; that they are there is all that is asked of them.
-CLOCKS = ("time", "seconds", "per_second", "path", "_dir", "digest", "mlflow_run_id", "logits_difference")
+CLOCKS = ("time", "seconds", "per_second", "path", "_dir", "digest", "mlflow_run_id", "git_revision")
 DRAWN_FROM_CLOCKS = ("report.html", ".png", ".csv")
 
 
