@@ -277,3 +277,21 @@ def test_unknown_key_in_a_dictionary_is_refused():
     values["model"]["capasity"] = 1
     with pytest.raises(UserError, match="capasity"):
         settings_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([{"name": "prose", "type": "embedded", "path": "my.jsonl"}], "an embedded source reads no file"),
+        ([{"name": "a", "path": "json", "data_files": 5}], "data_files=5: must be text"),
+        ([{"name": "a", "path": "json", "data_files": {"train": [1]}}], "must be text"),
+    ],
+)
+def test_a_source_that_is_not_what_it_says_is_refused(sources, message):
+    with pytest.raises(UserError, match=message):
+        settings_from_dict({"training": {"max_steps": 1}, "data": {"dataset_configs": sources}})
+
+
+def test_a_template_that_nobody_filled_ends_in_one_line():
+    with pytest.raises(UserError, match="a key is no text"):
+        compose_settings("default", ["data.dataset_configs={{x}}"])

@@ -18,7 +18,7 @@ def use_writable_caches() -> None:
     # Unlike Path.expanduser, it does not mind a user without a home.
     home = Path(os.path.expanduser(os.environ.get("HF_HOME") or default))  # noqa: PTH111
     for variable, name in CACHES.items():
-        folder = Path(os.environ.get(variable) or home / name)
+        folder = Path(os.path.expanduser(os.environ.get(variable) or home / name))  # noqa: PTH111
         if not _can_be_written(folder) and not (name == "hub" and folder.is_dir()):
             os.environ[variable] = str(_spare_folder() / name)
 

@@ -91,6 +91,14 @@ def check_data(data: DataSettings) -> None:
                 f"data.dataset_configs: the name {name!r} becomes part of file names; "
                 "use only letters, digits and _ . -"
             )
+    for source in data.dataset_configs:
+        given = {name: getattr(source, name) for name in ("path", "config", "revision", "data_files")}
+        for name, value in given.items():
+            if source.type == "embedded" and value is not None:
+                raise UserError(
+                    f"data.dataset_configs.{source.name}.{name}={value}: an embedded source reads no file; "
+                    "leave it out, or give type=hub"
+                )
     if data.validation_split_percentage + data.test_split_percentage >= 100:
         raise UserError("data.validation_split_percentage + data.test_split_percentage must be below 100")
 

@@ -102,6 +102,7 @@ def evaluation_of(folder: Path) -> Path:
     manifest = read_manifest(folder)
     if manifest["step"] == "evaluate":
         return folder
+    read_manifest(folder, "train")
     data_dir = input_folder(folder, "data")
     settings = settings_from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
     settings.run.output_dir = str(folder.resolve().parent)  # another working folder, or moved

@@ -90,11 +90,11 @@ class Place:
 
     def allows(self, value: str) -> bool:
         """Whether a path can be made of it."""
-        return "\0" not in value
+        return isinstance(value, str) and "\0" not in value
 
     def refusal(self, value: str) -> str:
         """What a path may be."""
-        return "must not hold a zero byte"
+        return "must be text without a zero byte"
 
 
 def constraints_of(hint: Any) -> list[Any]:

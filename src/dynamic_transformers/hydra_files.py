@@ -37,6 +37,8 @@ class TextLoader(yaml.SafeLoader):
         """A mapping of which each key stands once; what `<<` merges in may be given again."""
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value} stands twice", key.start_mark

@@ -103,7 +103,7 @@ def input_folder(folder: Path, role: str) -> Path:
         UserError: it is at neither place, or what is there is something else.
     """
     entry = read_manifest(folder)["inputs"][role]
-    places = [Path(folder).resolve() / entry["relative"], Path(entry["path"])]
+    places = [Path(folder).resolve() / entry.get("relative", "."), Path(entry["path"])]
     for place in (Path(os.path.normpath(place)) for place in places):
         if (place / MANIFEST).is_file() and read_manifest(place)["digest"] == entry["digest"]:
             return place

@@ -173,7 +173,7 @@ class SourceSettings:
     data_files: Annotated[Any, Place()] = None  # a path or pattern, a list of them, or {split: paths}
     split: str = "train"
     text_column: str = "text"
-    weight: Positive = 1.0
+    weight: Annotated[float, In("(0, 1e9]")] = 1.0
     max_documents: Count | None = None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
+from dynamic_transformers.data.rows import csv_rows
 from dynamic_transformers.data.sources import read_records
 from dynamic_transformers.settings import SourceSettings, UserError
 
@@ -261,3 +262,10 @@ def test_mistakes_are_told_in_one_line(folder, settings, words, max_documents):
 def test_unknown_embedded_source_is_told():
     with pytest.raises(UserError, match="only prose, code, math"):
         list(read_records(SourceSettings(name="poems", type="embedded")))
+
+
+def test_a_quote_that_nobody_closes_is_no_document(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text('text,id\nfirst,1\n"unclosed one,2\ntwo,3\nthree,4\n')
+    rows = list(csv_rows(file, "text"))
+    assert [row.value for row in rows if not row.fault] == ["first"] and rows[-1].fault

@@ -522,3 +522,12 @@ def test_damaged_data_are_noticed_before_anything_else(unfinished, make_settings
     with pytest.raises(UserError, match=r"train/.*\.arrow: damaged: sha256 differs"):
         train(make_settings("mod", training=STEPS), damaged, unfinished)
     assert snapshot(unfinished) == before
+
+
+def test_a_size_and_its_dimensions_are_the_same_model(make_settings, data_dir):
+    named, spelt = (
+        run_identity(make_settings("mod", model=model), data_dir)
+        for model in ({"size": "micro"}, {"size": "micro", "dimensions": {"hidden_size": 64}})
+    )
+    assert named == spelt
+    assert run_identity(make_settings("mod", model={"size": "tiny"}), data_dir) != named

@@ -77,7 +77,8 @@ def json_rows(file: Path, column: str) -> Iterator[Row]:
 def csv_rows(file: Path, column: str) -> Iterator[Row]:
     """The records of a file with a header; `.tsv` is separated by tabs, everything else by commas."""
     with _open_text(file, "") as stream:
-        reader = csv.reader(stream, delimiter="\t" if ".tsv" in file.suffixes else ",")
+        # Strict: a quote that nobody closes would make one text of all rows behind it.
+        reader = csv.reader(stream, delimiter="\t" if ".tsv" in file.suffixes else ",", strict=True)
         header = next(reader, [])
         if column not in header:
             raise NoSuchColumnError(header)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from dynamic_transformers.data.loading import load_split, load_tokenizer
+from dynamic_transformers.data.loading import load_split, load_tokenizer, verify_split
 from dynamic_transformers.evaluation.efficiency import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.evaluation.routing_page import trace_routing, write_routing
@@ -74,6 +74,7 @@ def fill(
     options = settings.evaluation
     model = load_model(model_dir)
     assert isinstance(model.config, Qwen2Config)
+    verify_split(data_dir, "test")
     test = load_split(data_dir, "test")
     heldout = evaluate_heldout(model, test, options.batch_size)
     logger.info("test loss %.4f nats/token, %.4f bits/byte", heldout.loss, heldout.bits_per_byte)

@@ -162,7 +162,7 @@ def _load_config(model_dir: Path, selection_rule: str | None) -> PreTrainedConfi
     # The routed models are registered by this package: the code beside the weights is never run.
     try:
         config = AutoConfig.from_pretrained(model_dir)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{model_dir}: {str(error).splitlines()[0]}") from error
     if selection_rule is not None:
         _check_selection_rule(config, selection_rule)

@@ -53,7 +53,7 @@ def run_identity(settings: Settings, data_dir: Path, processes: int = 1) -> dict
     accumulation = training["gradient_accumulation_steps"]
     noisy = settings.model.type == "mod" and settings.model.mod.routing == "random"
     return {
-        **flat({"model": values["model"]}),
+        **flat({"model": values["model"] | {"size": None, "dimensions": vars(settings.model.backbone)}}),
         **flat({"training": {key: value for key, value in training.items() if key not in FREE}}),
         "run.seed": settings.run.seed,
         "system.precision": settings.system.precision,
