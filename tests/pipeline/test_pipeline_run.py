@@ -27,7 +27,11 @@ def pipeline_command(output_dir, architectures, *arguments):
 
 
 def environment(**variables):
-    kept = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", *POLICY)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MLFLOW_TRACKING_URI", *SET_BY_PIPELINES)
+    }
     return kept | variables
 
 
@@ -38,7 +42,7 @@ def run_pipeline(output_dir, architectures, *arguments, **variables):
     )
 
 
-POLICY = ("OMP_WAIT_POLICY",)
+SET_BY_PIPELINES = ("OMP_WAIT_POLICY", "DYNAMIC_TRANSFORMERS_REVISION")  # what a pipeline sets by itself
 
 
 def processes_of(folder):

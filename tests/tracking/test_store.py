@@ -136,7 +136,9 @@ def test_a_server_that_hangs_in_the_end_costs_seconds(run_dir, monkeypatch, capl
         start = time.perf_counter()
         assert not tracker.close("FINISHED")
         assert time.perf_counter() - start < 5
-    assert f"no answer for 4 seconds; `dynamic-transformers sync {run_dir}`" in caplog.text
+    # Where the machine is busy, the question before the first line is the one that gets no answer in time.
+    told = rf"(no answer for 4 seconds|does not answer); `dynamic-transformers sync {run_dir}`"
+    assert re.search(told, caplog.text)
 
 
 def test_a_question_to_a_server_that_hangs_takes_seconds(tmp_path):
