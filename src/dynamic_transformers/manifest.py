@@ -29,6 +29,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 (64 hex digits) of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically: a reader sees the old file or the new one, never half."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
@@ -142,6 +148,9 @@ def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
     temporary = new_sibling(folder)
     try:
         yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():  # safetensors lets only the owner read: modes are those that the umask says
+                path.chmod(temporary.stat().st_mode & 0o666)
         put_in_place(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import platform
 import re
 import shutil
@@ -17,6 +16,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
+from dynamic_transformers.manifest import file_digest
 from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
 
 # These builders take the files of the working directory when no data_files are named.
@@ -133,8 +133,7 @@ def digest_of(file: Path) -> str:
 
 @cache
 def _digest(file: Path, size: int, time: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_digest(file)
 
 
 def _fingerprint(source: SourceSettings) -> Fingerprint | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.manifest import file_digest, read_manifest
 from dynamic_transformers.settings import UserError
 
 IGNORED = -100  # label of a token without a loss, as in transformers
@@ -44,9 +43,8 @@ def verify_split(data_dir: Path, split: str) -> None:
         UserError: the data folder is missing or unfinished, or a file of the split is missing or differs.
     """
     for file, expected in _files(data_dir, split).items():
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
-                raise UserError(f"{file}: damaged: sha256 differs; {REPAIR}")
+        if file_digest(file) != expected:
+            raise UserError(f"{file}: damaged: sha256 differs; {REPAIR}")
 
 
 def batches_of(split: Dataset, batch_size: int) -> DataLoader:

@@ -6,7 +6,6 @@ There is no random state to save: random numbers are a function of seed, step an
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import re
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from dynamic_transformers.manifest import fresh_folder, write_json
+from dynamic_transformers.manifest import file_digest, fresh_folder, write_json
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.budget import Budget, Progress
 
@@ -78,8 +77,6 @@ def save_checkpoint(
             "files": {name: file_digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
         }
         write_json(temporary / STATE, state)
-        for path in temporary.iterdir():
-            path.chmod((temporary / STATE).stat().st_mode)  # safetensors lets only the owner read
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -178,12 +175,6 @@ def prune(run_dir: Path, keep: int | None) -> None:
                 folder.with_name(f".{folder.name}.new-pruned")
             )  # a kill leaves no half of it
             shutil.rmtree(half)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -209,11 +209,7 @@ def facts_of(state: TrainingState, settings: Settings, mlflow_run_id: str | None
 def write_end(run_dir: Path, state: TrainingState) -> None:
     """Write the finished model's weights; the last checkpoint, from which a run can be extended, stays."""
     with fresh_folder(run_dir / END) as folder:
-        path = folder / WEIGHTS
-        path.touch()
-        mode = path.stat().st_mode  # safetensors lets only the owner read
-        save_model(state.plain, str(path))
-        path.chmod(mode)
+        save_model(state.plain, str(folder / WEIGHTS))
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
