@@ -73,19 +73,16 @@ def membership(model, split, batch_size: int) -> tuple[float, float, float]:
     """
     hits = chosen = wanted = 0
     teacher = model.config.model_type == "qwen2_stt"
-    state = {name: value.clone() for name, value in model.state_dict().items()}
     for batch in batches_of(split, batch_size):
         with torch.no_grad():
             model.train(teacher)
             inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
             routing = model(**inputs, use_cache=False).routing
-        model.load_state_dict(state)  # a training forward moves the thresholds
-        for layer, result in routing.items():
-            router = model.model.routers[str(layer)]
+        for place, result in enumerate(routing.values()):
             if teacher:
                 target = result.selected
                 rule = model.config.selection_rule
-                cut = {"threshold": router.threshold.value, "predictor": 0.0}.get(rule)
+                cut = {"threshold": model.routing_state.thresholds[0, place], "predictor": 0.0}.get(rule)
                 selected = (
                     select_top_k(result.score, model.config.capacity, None).mask
                     if cut is None

@@ -86,7 +86,7 @@ def given_selection(monkeypatch):
     def give(model, masks):
         layers = {id(model.model.routers[str(layer)]): mask for layer, mask in masks.items()}
 
-        def select(router, scores, hidden_states, context):
+        def select(router, scores, hidden_states, context, state):
             return select_mask(layers[id(router)][:, context.past : context.past + scores.shape[1]])
 
         monkeypatch.setattr(Router, "select", select)

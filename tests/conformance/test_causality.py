@@ -48,13 +48,13 @@ def test_evaluation_routes_by_its_rule_and_no_score_lies_on_the_cut(case):
             router.predictor.register_forward_hook(
                 lambda _, inputs, output, layer=int(layer): predicted.update({layer: output})
             )
-    for layer, result in model(input_ids=tokens(3, LENGTH), use_cache=False).routing.items():
-        router = model.model.routers[str(layer)]
+    routing = model(input_ids=tokens(3, LENGTH), use_cache=False).routing
+    for place, (layer, result) in enumerate(routing.items()):
         score = predicted.get(layer, result.score)  # STT's student, whose score it is, is its predictor
         if rule == "threshold":
-            score = score - router.threshold.value
+            score = score - model.routing_state.thresholds[0, place]
         elif rule == "calibrated_predictor":
-            score = score - router.predictor.threshold.value
+            score = score - model.routing_state.thresholds[1, place]
         assert torch.equal(score > 0, result.selected)
         assert 0 < result.selected.float().mean() < 1
         assert score.abs().min() > 1e-5
@@ -186,18 +186,19 @@ def test_measured_fraction_is_the_configured_one(architecture, capacity):
 
     Many short rows of many kinds of token: tokens of one row, and of one kind, are selected alike.
     """
-    length, vocabulary = 16, 4096
+    length, vocabulary = 16, 16384  # words: equal ones have nearly equal scores
     model = tiny_model(architecture, capacity=capacity, vocab_size=vocabulary)
     k = int(capacity * length)
     for step in range(20):
         routing = model.model(tokens(128, length, seed=step, vocabulary=vocabulary)).routing
+        model.advance()
     for result in routing.values():
         assert (result.selected.sum(1) == k).all()
         assert result.computed == k / length
     fresh, other = (tokens(1000, length, seed=seed, vocabulary=vocabulary) for seed in (98, 99))
 
     def fractions(ids):
-        routing = model.eval().model(ids, use_cache=False).routing  # without the head over 4096 words
+        routing = model.eval().model(ids, use_cache=False).routing  # without the head over so many words
         return [result.selected.float().mean().item() for result in routing.values()]
 
     # k is rounded down in training, hence so is the target of STT's student. What later layers see depends

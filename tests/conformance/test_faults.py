@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dynamic_transformers.models import MODEL_CLASSES, mod, routing, sdt, stt
 from dynamic_transformers.models.routing import Router, routed_update
-from dynamic_transformers.models.surprise import SurpriseGate
+from dynamic_transformers.models.state import RoutingState
 from dynamic_transformers.settings import ModelSettings, UserError
 from dynamic_transformers.training import build
 from tests.conformance.test_cache import cached_logits
@@ -293,16 +293,16 @@ def test_5_evaluation_at_the_first_beta(architecture, monkeypatch, tmp_path):
 
     trained = gate(tiny_model(architecture, at_end=True))
     assert not differ(reloaded_gate(), trained)
-    honest = SurpriseGate.__init__
+    honest = RoutingState.__init__
 
-    def beta_outside_the_checkpoint(surprise, config):
-        honest(surprise, config)
-        surprise.register_buffer("beta", surprise.beta, persistent=False)
+    def beta_outside_the_checkpoint(state, config):
+        honest(state, config)
+        state.register_buffer("beta", state.beta, persistent=False)
 
     with monkeypatch.context() as patched:
-        patched.setattr(SurpriseGate, "__init__", beta_outside_the_checkpoint)
+        patched.setattr(RoutingState, "__init__", beta_outside_the_checkpoint)
         assert differ(reloaded_gate(), trained)
-    monkeypatch.setattr(SurpriseGate, "set_progress", lambda *args: None)
+    monkeypatch.setattr(RoutingState, "set_progress", lambda *args: None)
     assert differ(reloaded_gate(), trained)
 
 
@@ -339,7 +339,7 @@ def test_9_top_k_of_one_token_at_a_time(architecture, monkeypatch):
     model = calibrated(architecture)
     assert not cache_differs(model)
 
-    def top_k_of_this_forward(router, scores, hidden_states, context):
+    def top_k_of_this_forward(router, scores, hidden_states, context, state):
         return routing.select_top_k(scores, router.config.capacity, context.valid)
 
     monkeypatch.setattr(Router, "select", top_k_of_this_forward)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from dynamic_transformers.models.selection import (
-    CalibratedThreshold,
+    capacities_to_tokens,
     capacity_to_tokens,
+    score_quantile,
     select_mask,
     select_top_k,
 )
+from dynamic_transformers.models.state import RoutingState
 from tests.models.tiny import ROUTED, ROUTED_STAGES, calibrated, calibrated_case, tiny_model, tokens
 
 
@@ -38,7 +40,7 @@ def test_padding_never_competes_and_k_counts_valid_tokens():
     ("capacity", "n", "k"), [(0.29, 100, 29), (0.125, 7, 1), (0.5, 1, 1), (1.0, 5, 5), (0.3, 10, 3)]
 )
 def test_k_is_the_floor_and_at_least_one(capacity, n, k):
-    assert int(capacity_to_tokens(capacity, n)) == k
+    assert capacity_to_tokens(capacity, n) == int(capacities_to_tokens(capacity, torch.tensor(n))) == k
 
 
 def test_mask_and_selection_are_inverse():
@@ -56,42 +58,62 @@ def test_mask_and_selection_are_inverse():
     assert torch.equal(places, mask)
 
 
-def test_threshold_is_the_bias_corrected_average_of_the_quantile():
-    threshold = CalibratedThreshold()
-    assert threshold.value == 0
+def state_of_one_layer() -> RoutingState:
+    return tiny_model("mod", num_hidden_layers=2).routing_state
+
+
+def noted(state: RoutingState, scores: torch.Tensor, fraction: float, valid=None) -> None:
+    """Note what a forward with these scores would, of a layer without a predictor."""
+    quantile = score_quantile(scores, fraction, valid)
+    state.note(torch.stack([quantile, torch.full_like(quantile, torch.nan)]).unsqueeze(1))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.125, 0.3, 1.0])
+@pytest.mark.parametrize("padding", [0, 7, 49])
+def test_score_quantile_is_that_of_the_valid_tokens(fraction, padding):
+    scores = torch.randn(4, 50)
+    valid = torch.ones(4, 50, dtype=torch.bool)
+    valid[:, :padding] = False
+    expected = scores[:, padding:].quantile(1 - fraction)
+    torch.testing.assert_close(score_quantile(scores, fraction, valid), expected)
+    torch.testing.assert_close(score_quantile(scores[:, padding:], torch.tensor(fraction), None), expected)
+
+
+def test_threshold_is_the_bias_corrected_average_of_the_steps_quantiles():
+    state = state_of_one_layer()
     average = weight = 0.0
     for step in range(6):
         decay = 0.99 if step < 3 else 0.9
         if step == 3:
-            threshold.set_progress(80, 1)  # a run too short for the decay that was asked for
-        scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(step))
+            state.set_progress(0, 80)  # a run too short for the decay that was asked for
+        scores = torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(step))
         valid = torch.ones(4, 50, dtype=torch.bool)
         valid[:, :7] = False
-        threshold.update(scores.masked_fill(~valid, 1e6), 0.25, valid)
-        average = decay * average + (1 - decay) * scores[:, 7:].flatten().quantile(0.75).item()
+        for forward in scores:
+            noted(state, forward.masked_fill(~valid, 1e6), 0.25, valid)
+        before = state.thresholds.clone()
+        noted(state, torch.randn(4, 50), 0.25, torch.zeros_like(valid))  # padding alone counts for nothing
+        assert torch.equal(state.thresholds, before)  # a forward moves nothing
+        state.advance()
+        quantile = sum(forward[:, 7:].flatten().quantile(0.75).item() for forward in scores) / 2
+        average = decay * average + (1 - decay) * quantile
         weight = decay * weight + (1 - decay)
-        assert threshold.value.item() == pytest.approx(average / weight, rel=1e-4)
-
-
-def test_threshold_looks_back_over_as_many_steps_with_gradient_accumulation():
-    one, four = CalibratedThreshold(), CalibratedThreshold()
-    one.set_progress(1000, 1)
-    four.set_progress(1000, 4)
-    for step in range(30):
-        scores = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
-        one.update(scores, 0.5, None)
-        for _ in range(4):
-            four.update(scores, 0.5, None)
-    assert four.value.item() == pytest.approx(one.value.item(), rel=1e-3)
-    assert four.weight.item() == pytest.approx(one.weight.item(), rel=1e-3)
+        assert state.thresholds[0, 0].item() == pytest.approx(average / weight, rel=1e-4)
+        assert state.thresholds[1, 0] == state.weights[1, 0] == 0  # of a predictor that there is not
+        noted(state, torch.randn(4, 50), 0.25)
+        before = state.thresholds.clone()
+        state.advance(keep=False)  # a step without an update
+        state.advance()  # without a forward
+        assert torch.equal(state.thresholds, before)
 
 
 def test_threshold_holds_the_fraction_at_capacity():
-    threshold = CalibratedThreshold()
+    state = state_of_one_layer()
     for step in range(50):
-        threshold.update(torch.randn(8, 128, generator=torch.Generator().manual_seed(step)), 0.125, None)
+        noted(state, torch.randn(8, 128, generator=torch.Generator().manual_seed(step)), 0.125)
+        state.advance()
     fresh = torch.randn(8, 1024, generator=torch.Generator().manual_seed(99))
-    assert (fresh > threshold.value).float().mean().item() == pytest.approx(0.125, abs=0.02)
+    assert (fresh > state.thresholds[0, 0]).float().mean().item() == pytest.approx(0.125, abs=0.02)
 
 
 @pytest.mark.parametrize("case", [*ROUTED_STAGES, "mod raw gate"])
@@ -117,7 +139,7 @@ def test_routed_layer_equals_the_formula(case):
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
     odds = result.score.exp()
     if case.startswith("sdt"):
-        odds = 3 * (router.surprise.beta * result.score).exp()
+        odds = 3 * (model.routing_state.beta * result.score).exp()
     gate = result.score if case == "mod raw gate" else odds / (1 + odds)
     torch.testing.assert_close(result.gate, gate, atol=1e-5, rtol=1e-4)
 
@@ -239,14 +261,3 @@ def test_stt_threshold_targets_of_a_row_do_not_depend_on_its_mates(padded):
             position_ids=positions[row : row + 1],
         )
         assert torch.equal(alone.routing[1].selected[0], together[row])
-
-
-def test_a_batch_of_padding_leaves_a_threshold_as_it_is():
-    threshold = CalibratedThreshold()
-    nothing = torch.zeros(2, 4, dtype=torch.bool)
-    threshold.update(torch.randn(2, 4), 0.5, nothing)
-    assert threshold.value == 0 and threshold.weight == 0
-    threshold.update(torch.tensor([[1.0, 2.0, 3.0]]), 0.5, None)
-    before = threshold.value.clone()
-    threshold.update(torch.randn(2, 4), 0.5, nothing)
-    assert threshold.value == before == 2

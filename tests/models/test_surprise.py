@@ -7,14 +7,16 @@ import torch
 
 from dynamic_transformers.models.configuration import Qwen2SDTConfig
 from dynamic_transformers.models.routing import RoutingContext
+from dynamic_transformers.models.state import beta_at
 from dynamic_transformers.models.surprise import (
     SurpriseGate,
-    beta_at,
     inverse_softplus,
     moving_average,
     prior_width,
 )
 from tests.models.tiny import BACKBONE, tiny_model, tokens
+
+FIRST_BETA = torch.tensor([0.1])
 
 
 def gate_of(**options) -> SurpriseGate:
@@ -46,7 +48,6 @@ def test_moving_average_of_window_and_document():
 @pytest.mark.parametrize("beta", [0.1, 3.0])
 def test_gate_and_score_are_the_papers_formula(beta):
     gate = gate_of(surprise_window=5)
-    gate.beta.fill_(beta)
     update, predicted, state = (torch.randn(2, 20, 32) for _ in range(3))
     static = update.square().sum(-1) / 32
     change = (update - predicted).square().sum(-1) / 32
@@ -54,17 +55,16 @@ def test_gate_and_score_are_the_papers_formula(beta):
     cu = static - 1.1 * naive_average(static, 5, torch.zeros(2, 20))
     s_ce, s_cu = torch.sigmoid(beta * ce), torch.sigmoid(beta * cu)
     expected = s_ce + s_cu - s_ce * s_cu
-    score = gate.score(update, predicted, state, plain_rows(), 1)
-    torch.testing.assert_close(gate.gate(score), expected, atol=1e-5, rtol=1e-4)
+    score, g = gate(update, predicted, state, torch.tensor([beta]), plain_rows(), 1)
+    torch.testing.assert_close(g, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(score.argsort(dim=1)[:, :3], expected.argsort(dim=1)[:, :3])
 
 
 def test_score_still_tells_tokens_apart_where_the_gate_saturates():
     gate = gate_of()
-    gate.beta.fill_(100.0)
     update = torch.linspace(1, 3, 20)[None, :, None].expand(1, 20, 32)
-    score = gate.score(update, torch.zeros_like(update), update, plain_rows(), 1)
-    assert (gate.gate(score) == 1).sum() > 1
+    score, g = gate(update, torch.zeros_like(update), update, torch.tensor([100.0]), plain_rows(), 1)
+    assert (g == 1).sum() > 1
     assert len(score.unique()) == 20
 
 
@@ -72,18 +72,18 @@ def test_normalised_surprise_does_not_depend_on_the_updates_scale():
     update, predicted, state = (torch.randn(1, 20, 32) for _ in range(3))
     for normalize in ("moving_average", "state"):
         gate = gate_of(surprise_normalize=normalize)
-        one = gate.score(update, predicted, state, plain_rows(), 1)
-        ten = gate.score(10 * update, 10 * predicted, 10 * state, plain_rows(), 1)
+        one = gate(update, predicted, state, FIRST_BETA, plain_rows(), 1)[0]
+        ten = gate(10 * update, 10 * predicted, 10 * state, FIRST_BETA, plain_rows(), 1)[0]
         torch.testing.assert_close(one, ten, atol=1e-4, rtol=1e-4)
     # Each token for itself: a large first token does not make those after it less surprising.
     gate = gate_of(surprise_normalize="state")
     sizes = torch.ones(1, 20, 1)
     sizes[0, 0] = 100
     same = torch.ones(1, 20, 32)
-    score = gate.score(0.1 * sizes * same, 0 * same, sizes * same, plain_rows(), 1)
+    score = gate(0.1 * sizes * same, 0 * same, sizes * same, FIRST_BETA, plain_rows(), 1)[0]
     torch.testing.assert_close(score, score[:, :1].expand_as(score))
     gate = gate_of()
-    one, ten = (gate.score(s * update, s * predicted, s * state, plain_rows(), 1) for s in (1, 10))
+    one, ten = (gate(s * update, s * predicted, s * state, FIRST_BETA, plain_rows(), 1)[0] for s in (1, 10))
     assert not torch.allclose(one, ten, rtol=1e-2)
 
 
@@ -108,7 +108,7 @@ def test_beta_waits_then_reaches_its_end_at_the_last_step(schedule):
 def test_evaluation_uses_the_trained_beta():
     model = tiny_model("sdt")
     model.set_progress(999, 1000)
-    assert all(router.surprise.beta == 100 for router in model.model.routers.values())
+    assert model.routing_state.beta == 100
     ids = tokens(1, 24)
     model.eval()
     trained = model(input_ids=ids).routing[1].gate

@@ -73,6 +73,8 @@ def calibrated(architecture: str, steps: int = 5, **options) -> PreTrainedModel:
     for step in range(steps):
         with torch.no_grad():
             model(input_ids=tokens(4, 32, seed=100 + step), use_cache=False)
+            if architecture != "standard":
+                model.advance()
     return model.eval()
 
 

@@ -51,7 +51,7 @@ def test_a_run_learns_and_says_what_it_did(architecture, make_settings, data_dir
     layers = [] if architecture == "standard" else ["1", "3"]
     assert list(manifest["train_routed_fraction"]) == layers
     if architecture in ("sdt", "stt"):
-        assert weights(run_dir)["model.routers.1.surprise.beta"] == 100
+        assert weights(run_dir)["model.routing_state.beta"] == 100
     for layer in layers:
         target = 0.125 if architecture == "mod" else 0.5
         assert manifest["train_routed_fraction"][layer] == pytest.approx(target)

@@ -6,13 +6,15 @@ the paper's equation 1, g = r. Others: y = x.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2MoDConfig
+from .heads import ScoreHead
 from .modeling import RoutedForCausalLM, RoutedModel
-from .routing import Router, RoutingContext, masked_mean, membership_loss, routed_update
+from .routing import Router, RoutingContext, membership_loss, routed_update, row_means
 from .selection import RoutingResult
+from .state import LayerState
 
 
 class MoDRouter(Router):
@@ -21,7 +23,7 @@ class MoDRouter(Router):
     def __init__(self, config: Qwen2MoDConfig):
         super().__init__(config)
         self.config: Qwen2MoDConfig = config
-        self.router = nn.Linear(config.hidden_size, 1, bias=False)
+        self.router = ScoreHead(config.hidden_size)
 
     def forward(
         self,
@@ -29,23 +31,23 @@ class MoDRouter(Router):
         hidden_states: Tensor,
         previous_hidden_states: Tensor,
         context: RoutingContext,
+        state: LayerState,
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the routed layer, and what it reports."""
-        # A sum of products instead of nn.Linear keeps scores in fp32 under autocast.
-        logits = (hidden_states.float() * self.router.weight.float()).sum(-1)
+        logits = self.router(hidden_states)
         scores = torch.rand_like(logits) if self.config.routing == "random" else logits
         gate = torch.sigmoid(logits) if self.config.gate == "sigmoid" else logits
-        losses = {}
+        losses, quantiles = {}, None
         if self.training:
-            selection, losses = self.select_for_training(scores, hidden_states, context)
+            selection, losses, quantiles = self.select_for_training(scores, hidden_states, context, state)
             if self.config.aux_weight:
                 losses["aux"] = (self.config.aux_weight, membership_loss(logits, selection, context.valid))
             if self.config.z_loss_weight:
-                losses["z"] = (self.config.z_loss_weight, masked_mean(logits.square(), context.valid))
+                losses["z"] = (self.config.z_loss_weight, row_means(logits.square(), context.valid))
         else:
-            selection = self.select(scores, hidden_states, context)
+            selection = self.select(scores, hidden_states, context, state)
         output = routed_update(block, hidden_states, selection, gate, context)
-        return output, selection.result(scores, gate, losses)
+        return output, selection.result(scores, gate, losses, quantiles=quantiles)
 
 
 class Qwen2MoDModel(RoutedModel):

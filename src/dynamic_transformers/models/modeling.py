@@ -4,7 +4,9 @@ The backbone is transformers' Qwen2: every tensor keeps Qwen2's name, so a pretr
 one. What is new lies under `model.routers`, one router for each routed layer.
 """
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,15 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .cache import RoutedCache, row_segments
 from .configuration import RoutedConfig
+from .heads import ScoreHead
 from .routing import Router, RoutingContext, causal_mask
-from .selection import CalibratedThreshold, RoutingResult
+from .selection import RoutingResult
+from .state import RoutingState, beta_at
 from .surprise import SurpriseGate, inverse_softplus
 
-# What transformers shall not cast when it loads a checkpoint in bf16: `Fp32Scalars`' parameters.
-FP32_SCALARS = {"raw_offset_ce", "raw_multiplier_cu"}
+# What transformers shall not cast when it loads a checkpoint in bf16: what lies in an `Fp32Module`.
+FP32_MODULES = {"raw_offset_ce", "raw_multiplier_cu", "routing_state"}
+STATE = "routing_state"  # the module that adapters must save beside their own weights
 
 
 @dataclass
@@ -51,7 +56,8 @@ class RoutedCausalLMOutput(ModelOutput):
         language_model_loss: cross-entropy alone, nats per target token.
         past_key_values: the cache, if one was used.
         hidden_states: as of the backbone.
-        auxiliary_losses: name → mean over routed layers, not weighted; training only.
+        auxiliary_losses: name → mean over routed layers, not weighted, the forward's share of the step's like
+            `language_model_loss`; training only.
         routing: layer index → what the routed layer reports.
     """
 
@@ -70,7 +76,7 @@ class RoutedModel(Qwen2Model):
     # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
     _supports_flash_attn = False
     _supports_flex_attn = False
-    _keep_in_fp32_modules_strict = FP32_SCALARS
+    _keep_in_fp32_modules_strict = FP32_MODULES
     config: RoutedConfig
     router_class: type[Router]
 
@@ -79,11 +85,13 @@ class RoutedModel(Qwen2Model):
         self.routers = nn.ModuleDict(
             {str(index): self.router_class(config) for index in config.routed_layers}
         )
+        self.routing_state = RoutingState(config)
         self.routers.apply(self._init_weights)
+        self._init_weights(self.routing_state)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        initialize_router_part(module)
+        initialize_router_part(module, self.config)
 
     def forward(
         self,
@@ -131,6 +139,7 @@ class RoutedModel(Qwen2Model):
         context = self.routing_context(hidden_states, attention_mask, position_ids, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        states = dict(zip(self.config.routed_layers, self.routing_state(hidden_states), strict=True))
         previous, routing, seen = hidden_states, {}, []
         for index, block in enumerate(self.layers):
             layer_input = hidden_states
@@ -138,7 +147,7 @@ class RoutedModel(Qwen2Model):
                 seen.append(layer_input)
             if str(index) in self.routers:
                 hidden_states, routing[index] = self.routers[str(index)](
-                    block, hidden_states, previous, context
+                    block, hidden_states, previous, context, states[index]
                 )
             else:
                 hidden_states = block(
@@ -152,6 +161,8 @@ class RoutedModel(Qwen2Model):
         if cache is not None:
             for index in routing:
                 cache.routed(index).seen_tokens = context.past + hidden_states.shape[1]
+        if self.training and routing:
+            self.routing_state.note(torch.stack([result.quantiles for result in routing.values()], dim=1))
         last = self.norm(hidden_states)
         return RoutedModelOutput(
             last_hidden_state=last,
@@ -223,7 +234,7 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
 
     _supports_flash_attn = False
     _supports_flex_attn = False
-    _keep_in_fp32_modules_strict = FP32_SCALARS
+    _keep_in_fp32_modules_strict = FP32_MODULES
     config: RoutedConfig
     model_class: type[RoutedModel]
 
@@ -236,17 +247,50 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        initialize_router_part(module)
+        initialize_router_part(module, self.config)
 
-    def set_progress(self, step: int, total_steps: int, forwards: int = 1) -> None:
-        """Move every schedule that changes the forward to optimizer step `step` of `total_steps`.
+    @property
+    def routing_state(self) -> RoutingState:
+        """Thresholds and β; PEFT may have put a copy in their place, which then is the adapter's."""
+        return self.model.routing_state
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Move every schedule that changes the forward to optimizer step `step` of `total_steps`."""
+        self.routing_state.set_progress(step, total_steps)
+
+    def advance(self, keep: bool = True) -> None:
+        """Move the thresholds after an optimizer step, on all ranks together.
 
         Args:
-            forwards: training forwards of one optimizer step (gradient accumulation).
+            keep: false after a step without an update.
         """
-        for router in self.model.routers.values():
-            assert isinstance(router, Router)
-            router.set_progress(step, total_steps, forwards)
+        self.routing_state.advance(keep)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Name the routing state to PEFT as a module that every adapter saves whole.
+
+        PEFT assigns `peft_config` once an adapter is in place, and then wraps the modules that it names. An
+        adapter without the thresholds and β that it was trained with is another model.
+        """
+        if name == "peft_config":
+            for config in value.values():
+                if hasattr(config, "modules_to_save") and not config.inference_mode:
+                    saved = list(config.modules_to_save or [])
+                    self.warn_of_untrained_routers(saved)
+                    config.modules_to_save = [*saved, *([] if STATE in saved else [STATE])]
+        super().__setattr__(name, value)
+
+    def warn_of_untrained_routers(self, saved: list[str]) -> None:
+        """One warning where routers that were never trained stay as they are while an adapter trains."""
+        routers = self.model.routers
+        parts = {name for router in routers.values() for name, _ in router.named_children()}
+        trained = any(value.requires_grad for value in routers.parameters())
+        if self.routing_state.fresh and not trained and not parts & set(saved):
+            warnings.warn(
+                "the routers of this model were never trained, and this adapter leaves them as they are: "
+                f"give it modules_to_save={sorted(parts)}",
+                stacklevel=2,
+            )
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -280,7 +324,6 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        num_tokens_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -292,9 +335,10 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
                 output_hidden_states, output_attentions: as in `RoutedModel.forward`.
             labels: (B, T), -100 where there is no target; shifted inside.
             logits_to_keep: as in Qwen2.
-            num_items_in_batch: targets of the whole optimizer step, over micro-batches and ranks; the
-                language-model loss is then a sum divided by it.
-            num_tokens_in_batch: valid tokens of the whole optimizer step; scales the auxiliary losses alike.
+            num_items_in_batch: targets of the whole optimizer step, over micro-batches and ranks. All losses
+                are then this forward's share of the step's: the sum over the step does not depend on how it
+                is cut into micro-batches and ranks. An auxiliary loss is the mean over each row's tokens,
+                and rows weigh as much as they have targets.
         """
         outputs = self.model(
             input_ids,
@@ -315,10 +359,9 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
                 vocab_size=self.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            auxiliary, total = combine_losses(outputs.routing)
-            if num_tokens_in_batch is not None:
-                tokens = labels.numel() if attention_mask is None else attention_mask.sum()
-                total = total * (tokens / num_tokens_in_batch)
+            targets = (labels[:, 1:] != -100).sum(1)
+            count = targets.sum() if num_items_in_batch is None else num_items_in_batch
+            auxiliary, total = combine_losses(outputs.routing, targets / count)
             loss = language_model_loss + total
         return RoutedCausalLMOutput(
             loss=loss,
@@ -331,24 +374,32 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
         )
 
 
-def combine_losses(routing: dict[int, RoutingResult]) -> tuple[dict[str, Tensor], Tensor | float]:
-    """Means over routed layers of each auxiliary loss, and their weighted sum."""
+def combine_losses(
+    routing: dict[int, RoutingResult], shares: Tensor
+) -> tuple[dict[str, Tensor], Tensor | float]:
+    """Means over routed layers of each auxiliary loss, and their weighted sum.
+
+    Args:
+        shares: of each row in the step, (B,).
+    """
     collected: dict[str, list[Tensor]] = {}
     weights: dict[str, float] = {}
     for result in routing.values():
-        for name, (weight, value) in result.losses.items():
-            collected.setdefault(name, []).append(value)
+        for name, (weight, rows) in result.losses.items():
+            collected.setdefault(name, []).append((shares.to(rows.device) * rows).sum())
             weights[name] = weight
     means = {name: torch.stack(values).mean() for name, values in collected.items()}
     return means, sum(weights[name] * mean for name, mean in means.items())
 
 
-def initialize_router_part(module: nn.Module) -> None:
+def initialize_router_part(module: nn.Module, config: RoutedConfig) -> None:
     """Initial values of parameters and buffers that transformers does not know."""
-    if isinstance(module, SurpriseGate):
+    if isinstance(module, ScoreHead):
+        init.normal_(module.weight, mean=0.0, std=config.initializer_range)
+    elif isinstance(module, SurpriseGate):
         init.constant_(module.raw_offset_ce, inverse_softplus(module.config.offset_ce_init))
         init.constant_(module.raw_multiplier_cu, inverse_softplus(module.config.multiplier_cu_init))
-        init.constant_(module.beta, module.config.beta_start)
-    elif isinstance(module, CalibratedThreshold):
-        init.zeros_(module.value)
-        init.zeros_(module.weight)
+    elif isinstance(module, RoutingState):
+        init.zeros_(module.thresholds)
+        init.zeros_(module.weights)
+        init.constant_(module.beta, beta_at(module.config, 0, 1))

@@ -12,7 +12,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .cache import EMPTY, NO_SEGMENT, RoutedCache
 from .configuration import RoutedConfig
-from .selection import CalibratedThreshold, Predictor, Selection, select_mask, select_top_k
+from .heads import Predictor
+from .selection import Selection, score_quantile, select_mask, select_top_k
+from .state import LayerState
 
 
 @dataclass
@@ -182,11 +184,11 @@ def selected_mask(
     return causal_mask(slots, segments_of(slots), key_slots, segments_of(key_slots), context.eager, dtype)
 
 
-def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of (B, T) `values` over valid tokens."""
+def row_means(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of (B, T) `values` over each row's valid tokens, (B,); 0 for a row without any."""
     if valid is None:
-        return values.mean()
-    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
+        return values.mean(1)
+    return torch.where(valid, values, 0).sum(1) / valid.sum(1).clamp(min=1)
 
 
 def previous_token(values: Tensor, starts: Tensor | None) -> Tensor:
@@ -209,8 +211,6 @@ class Router(nn.Module):
     def __init__(self, config: RoutedConfig):
         super().__init__()
         self.config = config
-        self.training_capacity = config.capacity
-        self.threshold = CalibratedThreshold()
         self.predictor = Predictor(config) if config.predictor_weight else None
         self.check_rule()
 
@@ -225,44 +225,31 @@ class Router(nn.Module):
             raise ValueError(f"selection_rule={rule!r}: this model knows {', '.join(available)}")
         return rule
 
-    def set_progress(self, step: int, total_steps: int, forwards: int) -> None:
-        """Move schedules to optimizer step `step` of `total_steps`; the trainer calls it before each step.
-
-        The training capacity falls from 1 to γ over the first `capacity_warmup_steps`.
-
-        Args:
-            forwards: training forwards of one optimizer step, over which the thresholds' average is spread.
-        """
-        warmup = self.config.capacity_warmup_steps
-        done = min(1.0, step / warmup) if warmup else 1.0
-        self.training_capacity = 1.0 + (self.config.capacity - 1.0) * done
-        self.threshold.set_progress(total_steps, forwards)
-        if self.predictor is not None:
-            self.predictor.threshold.set_progress(total_steps, forwards)
-
     def select_for_training(
-        self, scores: Tensor, hidden_states: Tensor, context: RoutingContext
-    ) -> tuple[Selection, dict[str, tuple[float, Tensor]]]:
-        """Top-k selection at the training capacity; calibrates τ and trains the predictor.
+        self, scores: Tensor, hidden_states: Tensor, context: RoutingContext, state: LayerState
+    ) -> tuple[Selection, dict[str, tuple[float, Tensor]], Tensor]:
+        """Top-k selection at the training capacity; trains the predictor.
 
         Args:
             scores: (B, T) fp32.
             hidden_states: (B, T, D), the predictor's input.
 
         Returns:
-            The selection, and the predictor's loss if there is a predictor.
+            The selection, the predictor's loss if there is a predictor, and the quantiles for the thresholds.
         """
-        selection = select_top_k(scores.detach(), self.training_capacity, context.valid)
-        self.threshold.update(scores, self.training_capacity, context.valid)
-        losses = {}
-        if self.predictor is not None:
-            logits = self.predictor(hidden_states)
-            self.predictor.threshold.update(logits, self.training_capacity, context.valid)
-            loss = membership_loss(logits, selection, context.valid)
-            losses["predictor"] = (self.config.predictor_weight, loss)
-        return selection, losses
+        capacity = state.training_capacity
+        selection = select_top_k(scores.detach(), capacity, context.valid)
+        quantile = score_quantile(scores, capacity, context.valid)
+        if self.predictor is None:
+            return selection, {}, torch.stack([quantile, torch.full_like(quantile, torch.nan)])
+        logits = self.predictor(hidden_states)
+        quantiles = torch.stack([quantile, score_quantile(logits, capacity, context.valid)])
+        loss = membership_loss(logits, selection, context.valid)
+        return selection, {"predictor": (self.config.predictor_weight, loss)}, quantiles
 
-    def select(self, scores: Tensor, hidden_states: Tensor, context: RoutingContext) -> Selection:
+    def select(
+        self, scores: Tensor, hidden_states: Tensor, context: RoutingContext, state: LayerState
+    ) -> Selection:
         """Selection in eval mode, by `config.selection_rule`; strictly causal unless that is `topk`.
 
         Args:
@@ -278,18 +265,18 @@ class Router(nn.Module):
         if rule == "threshold":
             # At full capacity no token may be left out, not even that with the lowest score.
             full = self.config.capacity == 1
-            mask = torch.ones_like(scores, dtype=torch.bool) if full else scores > self.threshold.value
+            mask = torch.ones_like(scores, dtype=torch.bool) if full else scores > state.threshold
         elif rule == "aux":
             mask = scores > 0
         elif self.predictor is None:
             mask = scores > 0  # STT: the scores are the student's logits, and the student is the predictor
         else:
-            cut = self.predictor.threshold.value if rule == "calibrated_predictor" else 0
+            cut = state.predictor_threshold if rule == "calibrated_predictor" else 0
             mask = self.predictor(hidden_states) > cut
         return select_mask(mask if context.valid is None else mask & context.valid)
 
 
 def membership_loss(logits: Tensor, selection: Selection, valid: Tensor | None) -> Tensor:
-    """Binary cross-entropy of (B, T) `logits` against membership of the selection, mean over valid tokens."""
+    """Binary cross-entropy of (B, T) `logits` against membership, mean over each row's valid tokens, (B,)."""
     target = selection.mask.to(logits.dtype)
-    return masked_mean(F.binary_cross_entropy_with_logits(logits, target, reduction="none"), valid)
+    return row_means(F.binary_cross_entropy_with_logits(logits, target, reduction="none"), valid)

@@ -15,8 +15,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2SDTConfig
 from .modeling import RoutedForCausalLM, RoutedModel
-from .routing import Router, RoutingContext, masked_mean, routed_update
+from .routing import Router, RoutingContext, routed_update, row_means
 from .selection import RoutingResult
+from .state import LayerState
 from .surprise import PriorNetwork, SurpriseGate
 
 
@@ -29,17 +30,13 @@ class SDTRouter(Router):
         self.prior = PriorNetwork(config)
         self.surprise = SurpriseGate(config)
 
-    def set_progress(self, step: int, total_steps: int, forwards: int) -> None:
-        """Move the capacity and β along their schedules."""
-        super().set_progress(step, total_steps, forwards)
-        self.surprise.set_progress(step, total_steps)
-
     def forward(
         self,
         block: Qwen2DecoderLayer,
         hidden_states: Tensor,
         previous_hidden_states: Tensor,
         context: RoutingContext,
+        state: LayerState,
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the dynamic layer, and what it reports.
 
@@ -51,17 +48,17 @@ class SDTRouter(Router):
         post, before = hidden_states, previous_hidden_states
         predicted = self.prior(before)
         update = post.float() - before.float()
-        score = self.surprise.score(update, predicted, before, context, block.self_attn.layer_idx)
-        gate = self.surprise.gate(score)
-        losses = {}
+        layer = block.self_attn.layer_idx
+        score, gate = self.surprise(update, predicted, before, state.beta, context, layer)
+        losses, quantiles = {}, None
         if self.training:
-            selection, losses = self.select_for_training(score, post, context)
+            selection, losses, quantiles = self.select_for_training(score, post, context, state)
             error = (predicted.float() - update.detach()).square().mean(-1)
-            losses["prior"] = (self.config.prior_loss_weight, masked_mean(error, context.valid))
+            losses["prior"] = (self.config.prior_loss_weight, row_means(error, context.valid))
         else:
-            selection = self.select(score, post, context)
+            selection = self.select(score, post, context, state)
         output = routed_update(block, post, selection, gate, context)
-        return output, selection.result(score, gate, losses)
+        return output, selection.result(score, gate, losses, quantiles=quantiles)
 
 
 class Qwen2SDTModel(RoutedModel):

@@ -17,20 +17,22 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2STTConfig
+from .heads import PairScoreHead
 from .modeling import RoutedForCausalLM, RoutedModel
 from .routing import (
     Router,
     RoutingContext,
-    masked_mean,
     membership_loss,
     previous_token,
     routed_update,
+    row_means,
 )
-from .selection import RoutingResult, Selection, select_mask, select_top_k
+from .selection import RoutingResult, Selection, score_quantile, select_mask, select_top_k
+from .state import LayerState
 from .surprise import PriorNetwork, SurpriseGate
 
 
@@ -44,15 +46,10 @@ class STTRouter(Router):
         self.config: Qwen2STTConfig = config
         self.prior = PriorNetwork(config)
         self.surprise = SurpriseGate(config)
-        self.student = nn.Linear(2 * config.hidden_size, 1, bias=False)
+        self.student = PairScoreHead(2 * config.hidden_size)
         if config.train_output == "dense" and config.targets == "topk":
             # Nothing depends on the gate's value then, and data-parallel training wants a gradient for all.
             self.surprise.requires_grad_(False)
-
-    def set_progress(self, step: int, total_steps: int, forwards: int) -> None:
-        """Move the capacity and β along their schedules."""
-        super().set_progress(step, total_steps, forwards)
-        self.surprise.set_progress(step, total_steps)
 
     def forward(
         self,
@@ -60,12 +57,13 @@ class STTRouter(Router):
         hidden_states: Tensor,
         previous_hidden_states: Tensor,
         context: RoutingContext,
+        state: LayerState,
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the routed layer, and what it reports."""
         logits = self.student_logits(hidden_states.detach(), context, block.self_attn.layer_idx)
         if self.training:
-            return self.forward_training(block, hidden_states, logits, context)
-        selection = self.select(logits, hidden_states, context)
+            return self.forward_training(block, hidden_states, logits, context, state)
+        selection = self.select(logits, hidden_states, context, state)
         gate = torch.sigmoid(logits)
         output = routed_update(block, hidden_states, selection, gate, context)
         return output, selection.result(logits, gate)
@@ -76,6 +74,7 @@ class STTRouter(Router):
         hidden_states: Tensor,
         logits: Tensor,
         context: RoutingContext,
+        state: LayerState,
     ) -> tuple[Tensor, RoutingResult]:
         """Teacher's dense pass, targets, losses, and the sparse pass."""
         valid = context.valid
@@ -88,23 +87,24 @@ class STTRouter(Router):
                 position_ids=context.position_ids,
                 position_embeddings=context.position_embeddings,
             )
-        teacher, state = (dense.detach(), hidden_states.detach()) if detached else (dense, hidden_states)
+        teacher, before = (dense.detach(), hidden_states.detach()) if detached else (dense, hidden_states)
         predicted = self.prior(previous_token(teacher, context.document_starts(teacher.shape[1])))
-        update = teacher.float() - state.float()
-        score = self.surprise.score(update, predicted, state, context, block.self_attn.layer_idx)
-        gate = self.surprise.gate(score)
-        selection = self.targets(score, gate, valid)
-        self.threshold.update(logits, masked_mean(selection.mask.float(), valid), valid)
+        update = teacher.float() - before.float()
+        layer = block.self_attn.layer_idx
+        score, gate = self.surprise(update, predicted, before, state.beta, context, layer)
+        selection = self.targets(score, gate, state.training_capacity, valid)
+        quantile = score_quantile(logits, mean_fraction(selection.mask, valid), valid)
         error = (predicted.float() - update.detach()).square().mean(-1)
         losses = {
-            "prior": (self.config.prior_loss_weight, masked_mean(error, valid)),
+            "prior": (self.config.prior_loss_weight, row_means(error, valid)),
             "student": (self.config.student_weight, membership_loss(logits, selection, valid)),
         }
         if self.config.targets == "threshold":
-            losses["gate_mean"] = (self.config.gate_mean_weight, masked_mean(gate, valid))
+            losses["gate_mean"] = (self.config.gate_mean_weight, row_means(gate, valid))
         # The number that the update is multiplied with is σ(student); its gradient is the teacher's.
         student_gate = gate + (torch.sigmoid(logits) - gate).detach()
-        result = selection.result(logits, student_gate, losses, surprise_gate=gate)
+        quantiles = torch.stack([quantile, torch.full_like(quantile, torch.nan)])
+        result = selection.result(logits, student_gate, losses, surprise_gate=gate, quantiles=quantiles)
         if self.config.train_output == "dense":
             return dense, result
         return routed_update(block, hidden_states, selection, student_gate, context), result
@@ -117,20 +117,24 @@ class STTRouter(Router):
         """
         size = self.config.hidden_size
         normed = F.rms_norm(hidden_states.float(), (size,), eps=self.config.rms_norm_eps)
-        # Sums of products keep logits in fp32 under autocast, where nn.Linear would not.
-        now, back = ((normed * half).sum(-1) for half in self.student.weight[0].float().split(size))
+        now, back = self.student(normed)
         history = context.with_history(back, layer, 1)
         previous = previous_token(history, context.document_starts(history.shape[1]))
         return now + previous[:, -now.shape[1] :]
 
-    def targets(self, score: Tensor, gate: Tensor, valid: Tensor | None) -> Selection:
+    def targets(self, score: Tensor, gate: Tensor, capacity: float, valid: Tensor | None) -> Selection:
         """Tokens that the teacher would compute: the γ most surprising, or all with g high enough."""
         if self.config.targets == "topk":
-            return select_top_k(score.detach(), self.training_capacity, valid)
+            return select_top_k(score.detach(), capacity, valid)
         # Each row's most surprising token is always one: a block without any token would have no gradient.
         score = score.detach() if valid is None else score.detach().masked_fill(~valid, -torch.inf)
         mask = (gate >= self.config.target_threshold) | (score == score.amax(1, keepdim=True))
         return select_mask(mask if valid is None else mask & valid)
+
+
+def mean_fraction(mask: Tensor, valid: Tensor | None) -> Tensor:
+    """Share of the valid tokens that are selected; 0 where there are none."""
+    return mask.double().mean() if valid is None else mask.sum() / valid.sum().clamp(min=1).double()
 
 
 class Qwen2STTModel(RoutedModel):

@@ -12,7 +12,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from .configuration import SurpriseConfig
 from .routing import RoutingContext
-from .selection import Fp32Scalars
+from .state import Fp32Module
 
 
 class PriorNetwork(nn.Module):
@@ -32,7 +32,7 @@ class PriorNetwork(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class SurpriseGate(Fp32Scalars):
+class SurpriseGate(Fp32Module):
     """g = S_CE + S_CU − S_CE·S_CU from expected and unexpected change (architectures.md, section 4).
 
     With u = β·CE and v = β·CU the gate is σ(logsumexp(u, v, u + v)), exactly: both sides have the odds
@@ -42,32 +42,33 @@ class SurpriseGate(Fp32Scalars):
     scale does not follow β's schedule, so that a moving average over steps can calibrate a threshold.
     """
 
-    beta: Tensor
-
     def __init__(self, config: SurpriseConfig):
         super().__init__()
         self.config = config
-        self.raw_offset_ce = nn.Parameter(torch.tensor(inverse_softplus(config.offset_ce_init)))
-        self.raw_multiplier_cu = nn.Parameter(torch.tensor(inverse_softplus(config.multiplier_cu_init)))
-        self.register_buffer("beta", torch.tensor(config.beta_start, dtype=torch.float32))
+        # Shape (1,): FSDP refuses parameters without dimensions.
+        self.raw_offset_ce = nn.Parameter(torch.full((1,), inverse_softplus(config.offset_ce_init)))
+        self.raw_multiplier_cu = nn.Parameter(torch.full((1,), inverse_softplus(config.multiplier_cu_init)))
 
-    def set_progress(self, step: int, total_steps: int) -> None:
-        """Set β to its scheduled value at optimizer step `step` of `total_steps`."""
-        self.beta.fill_(beta_at(self.config, step, total_steps))
-
-    def score(
-        self, update: Tensor, predicted: Tensor, state: Tensor, context: RoutingContext, layer: int
-    ) -> Tensor:
-        """Score s of each token, fp32.
+    def forward(
+        self,
+        update: Tensor,
+        predicted: Tensor,
+        state: Tensor,
+        beta: Tensor,
+        context: RoutingContext,
+        layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Score s and gate g of each token, fp32.
 
         Args:
             update: Δ, (B, T, D).
             predicted: Δ̂, (B, T, D).
             state: x, what the update was added to, (B, T, D); used by `surprise_normalize: state`.
+            beta: β, (1,).
             context, layer: give the earlier tokens' D_st when there is a cache.
 
         Returns:
-            (B, T).
+            (B, T) each; g in (0, 1).
         """
         static = update.float().square().mean(-1)
         change = (update.float() - predicted.float()).square().mean(-1)
@@ -88,12 +89,9 @@ class SurpriseGate(Fp32Scalars):
         multiplier_cu = F.softplus(self.raw_multiplier_cu.float())
         expected = static - change + offset_ce.log()
         unexpected = static - multiplier_cu * average
-        u, v = self.beta * expected, self.beta * unexpected
-        return (torch.logaddexp(torch.logaddexp(u, v), u + v) - math.log(3)) / self.beta
-
-    def gate(self, score: Tensor) -> Tensor:
-        """g in (0, 1) of the scores that `score` gives, (B, T)."""
-        return torch.sigmoid(score * self.beta + math.log(3))
+        u, v = beta * expected, beta * unexpected
+        score = (torch.logaddexp(torch.logaddexp(u, v), u + v) - math.log(3)) / beta
+        return score, torch.sigmoid(score * beta + math.log(3))
 
 
 def prior_width(config: SurpriseConfig) -> int:
@@ -105,18 +103,6 @@ def prior_width(config: SurpriseConfig) -> int:
 def inverse_softplus(value: float) -> float:
     """The x with softplus(x) = value > 0."""
     return value + math.log(-math.expm1(-value))
-
-
-def beta_at(config: SurpriseConfig, step: int, total_steps: int) -> float:
-    """β at a step: `beta_start` in the warm-up, then to `beta_end` at the last step.
-
-    The warm-up is at most half of the run, since β would otherwise never move in a short one.
-    """
-    warmup = min(config.beta_warmup_steps, total_steps // 2)
-    progress = min(1.0, max(0.0, (step - warmup) / max(1, total_steps - 1 - warmup)))
-    if config.beta_schedule == "cosine":
-        progress = (1 - math.cos(math.pi * progress)) / 2
-    return config.beta_start + (config.beta_end - config.beta_start) * progress
 
 
 def moving_average(values: Tensor, window: int, starts: Tensor | None) -> Tensor:

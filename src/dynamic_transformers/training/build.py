@@ -13,6 +13,8 @@ from dynamic_transformers.settings import ModelSettings, Settings, UserError
 
 logger = logging.getLogger("dynamic_transformers")
 
+NEW_PARTS = ("model.routers.", "model.routing_state.")  # of a routed model, which a Qwen2 does not have
+
 
 def model_config(model: ModelSettings, vocab_size: int, eos_token_id: int | None = None) -> Qwen2Config:
     """Configuration of the architecture and size that `model` asks for.
@@ -116,7 +118,7 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     config._attn_implementation = settings.model.attention
     model = model_class(config)
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
-    dropped = [name for name in missing if ".routers." not in name] + list(unexpected)
+    dropped = [name for name in missing if not name.startswith(NEW_PARTS)] + list(unexpected)
     if dropped:
         raise UserError(f"model.pretrained={source_name}: tensors that do not map: {', '.join(dropped)}")
     logger.info("%s: %d tensors mapped, %d new", source_name, len(source.state_dict()), len(missing))

@@ -15,11 +15,9 @@ from torch import nn
 
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.models.routing import Router
-from dynamic_transformers.models.selection import CalibratedThreshold, score_quantile
+from dynamic_transformers.models.selection import score_quantile
 from dynamic_transformers.training.flops import target_fraction
 from dynamic_transformers.training.heldout import fixed_randomness
-
-MOST_SCORES = 2**24  # that torch finds a quantile of
 
 Batches = Iterable[dict[str, torch.Tensor]]
 
@@ -45,15 +43,15 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> None:
     capacity, rule = target_fraction(model.config), model.config.selection_rule
     if capacity is None or rule not in ("threshold", "calibrated_predictor"):
         return
-    for router in model.model.routers.values():
+    for place, router in enumerate(model.model.routers.values()):
         assert isinstance(router, Router)
         if rule == "threshold":
             scores = watch(model, batches, router, lambda output: output[1].score)
-            set_threshold(router.threshold, scores, capacity)
+            model.routing_state.set_threshold(0, place, score_quantile(scores, capacity, None))
         else:
             assert router.predictor is not None
             logits = watch(model, batches, router.predictor, lambda output: output)
-            set_threshold(router.predictor.threshold, logits, capacity)
+            model.routing_state.set_threshold(1, place, score_quantile(logits, capacity, None))
 
 
 def watch(
@@ -76,10 +74,3 @@ def watch(
     finally:
         hook.remove()
     return torch.cat(seen)
-
-
-def set_threshold(threshold: CalibratedThreshold, scores: torch.Tensor, fraction: float) -> None:
-    """Let `fraction` of the scores lie above the threshold; training, if it goes on, averages anew."""
-    every = -(-scores.numel() // MOST_SCORES)
-    threshold.value.copy_(score_quantile(scores.flatten()[::every], fraction, None))
-    threshold.weight.zero_()

@@ -46,7 +46,6 @@ class OptimizerStep:
     Args:
         model, optimizer: as `accelerator.prepare` gives them.
         micro_batches: endless, of this rank.
-        step_tokens: tokens of one step, over all ranks.
         seed: of the run.
     """
 
@@ -58,12 +57,11 @@ class OptimizerStep:
         micro_batches: Iterator[dict[str, torch.Tensor]],
         settings: OptimizerSettings,
         accumulation: int,
-        step_tokens: int,
         seed: int,
     ):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.micro_batches, self.settings = micro_batches, settings
-        self.accumulation, self.step_tokens, self.seed = accumulation, step_tokens, seed
+        self.accumulation, self.seed = accumulation, seed
 
     def __call__(self, step: int, schedule_steps: int, wishes: Callable[[], list[bool]]) -> StepResult:
         """Do step number `step`, counted from 0, of schedules that stretch over `schedule_steps`.
@@ -76,10 +74,7 @@ class OptimizerStep:
         routed = isinstance(plain, RoutedForCausalLM)
         seed_step(self.seed, step, accelerator.process_index)
         if routed:
-            plain.set_progress(step, schedule_steps, self.accumulation)
-        # Thresholds move in the forward, and must not where nothing is updated.
-        moving = [buffer for name, buffer in plain.named_buffers() if ".routers." in name]
-        before = [buffer.clone() for buffer in moving]
+            plain.set_progress(step, schedule_steps)
         batches = [next(self.micro_batches) for _ in range(self.accumulation)]
         counts = torch.tensor([sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)])
         targets = accelerator.reduce(counts.to(accelerator.device), "sum")[0]
@@ -90,10 +85,9 @@ class OptimizerStep:
         routing: dict[tuple[int, str], torch.Tensor] = {}
         for index, batch in enumerate(batches):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            scale = {"num_tokens_in_batch": self.step_tokens} if routed else {}
             syncs = index == self.accumulation - 1
             with contextlib.nullcontext() if syncs else accelerator.no_sync(self.model):
-                outputs = self.model(**batch, num_items_in_batch=targets, use_cache=False, **scale)
+                outputs = self.model(**batch, num_items_in_batch=targets, use_cache=False)
                 # DDP averages over ranks; the loss is already a share of the whole step.
                 accelerator.backward(outputs.loss * accelerator.num_processes)
             add(losses, "train/total_loss", outputs.loss.detach())
@@ -102,7 +96,7 @@ class OptimizerStep:
                 continue
             add(losses, "train/loss", outputs.language_model_loss.detach())
             for name, value in outputs.auxiliary_losses.items():
-                add(losses, f"train/{name}_loss", value.detach() * share)
+                add(losses, f"train/{name}_loss", value.detach())
             for layer, result in outputs.routing.items():
                 for name, value in routing_measures(result).items():
                     add(routing, (layer, name), value * share)
@@ -119,9 +113,8 @@ class OptimizerStep:
         updated = all(map(math.isfinite, means.values()))
         if updated:
             self.optimizer.step()
-        else:
-            for buffer, value in zip(moving, before, strict=True):
-                buffer.copy_(value)
+        if routed:
+            plain.advance(keep=updated)
         self.optimizer.zero_grad()
         return StepResult(
             means, measured, self.settings.lr * factor, updated, [value > 0 for value in values]

@@ -147,7 +147,6 @@ def run(
         training_batches(settings, data_dir, accelerator, state.progress.step),
         training.optimizer,
         training.gradient_accumulation_steps,
-        step_tokens,
         settings.run.seed,
     )
     saving = Checkpoints(save, training.checkpoint_every, training.checkpoint_minutes)
