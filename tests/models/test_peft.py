@@ -1,10 +1,12 @@
-"""PEFT works on the exported models as on any of transformers."""
+"""PEFT works on the routed models as on any of transformers, and adapters keep what routing needs."""
+
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
-from tests.models.tiny import ALL, calibrated, logits, tokens
+from tests.models.tiny import ALL, ROUTED, calibrated, logits, tiny_model, tokens
 
 
 @pytest.mark.parametrize("architecture", ALL)
@@ -33,3 +35,79 @@ def test_lora_adapters_train_generate_and_merge(architecture):
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged, ids), before, atol=1e-4, rtol=1e-3)
     assert torch.equal(merged.generate(prompt, max_new_tokens=4, do_sample=False), generated)
+
+
+def train_adapter(model, steps: int, **options):
+    """The model with an adapter that has learned for some steps, in eval mode."""
+    options = {"target_modules": ["q_proj", "v_proj", "down_proj"]} | options
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **options)).train()
+    trained = [value for value in adapted.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    for step in range(steps):
+        adapted.set_progress(step, steps)
+        ids = tokens(2, 32, seed=step)
+        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        adapted.advance()
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": "all-linear"}], ids=["some", "all-linear"])
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_saved_adapter_on_a_fresh_base_and_a_merged_one_are_the_model_that_was_trained(
+    architecture, options, tmp_path
+):
+    ids = tokens(2, 24, seed=77)
+    adapted = train_adapter(tiny_model(architecture), 20, **options)
+    expected = logits(adapted, ids)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded, ids), expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged, ids), expected, atol=1e-4, rtol=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(again, ids), expected, atol=1e-4, rtol=1e-3)
+    # Without the adapter the base is what it was.
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted, ids), logits(tiny_model(architecture).eval(), ids))
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+@pytest.mark.parametrize("architecture", ALL)
+def test_adapters_on_all_linear_layers_start_as_the_model_and_all_learn(architecture, start):
+    options = {"predictor_weight": 0.01} if architecture in ("mod", "sdt") else {}
+    model, ids = calibrated(architecture, **options), tokens(2, 24)
+    before = logits(model, ids)
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=start, r=4, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    torch.testing.assert_close(logits(adapted, ids), before, atol=1e-4, rtol=1e-3)
+    adapted.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_an_adapter_that_leaves_new_routers_untrained_says_so_once(architecture):
+    def warned(model, **options):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2, **options))
+        return [str(each.message) for each in seen if "never trained" in str(each.message)]
+
+    (line,) = warned(tiny_model(architecture))
+    parts = eval(line.split("modules_to_save=")[1])
+    assert warned(tiny_model(architecture), modules_to_save=parts) == []
+    assert warned(calibrated(architecture)) == []  # has been trained
+    saved = train_adapter(tiny_model(architecture), 1, modules_to_save=parts)
+    learned = {name.split(".")[-1] for name, value in saved.named_parameters() if value.requires_grad}
+    assert "weight" in learned and any(
+        ".routers." in n for n, p in saved.named_parameters() if p.requires_grad
+    )
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_an_adapter_on_a_score_head_is_refused(architecture):
+    name = {"mod": "router", "stt": "student", "sdt": "surprise"}[architecture]
+    with pytest.raises(ValueError, match="not supported"):
+        get_peft_model(tiny_model(architecture), LoraConfig(target_modules=[name], r=2))

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dynamic_transformers.settings import ARCHITECTURES, UserError
-from dynamic_transformers.training.build import build_model
+from dynamic_transformers.training.build import NEW_PARTS, build_model
 from tests.models.tiny import BACKBONE, ROUTED, logits, tokens
 
 
@@ -47,7 +47,7 @@ def test_every_tensor_lands_where_it_belongs(architecture, converted, pretrained
     for name, value in load_file(pretrained / "model.safetensors").items():
         assert torch.equal(state[name], value), name
     new = state.keys() - Qwen2ForCausalLM.from_pretrained(pretrained).state_dict().keys()
-    assert all(name.startswith("model.routers.") for name in new)
+    assert all(name.startswith(NEW_PARTS) for name in new)
     assert bool(new) == (architecture != "standard")
 
 

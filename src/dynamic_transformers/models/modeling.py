@@ -251,7 +251,7 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
 
     @property
     def routing_state(self) -> RoutingState:
-        """Thresholds and β; PEFT may have put a copy in their place, which then is the adapter's."""
+        """Thresholds and β, an adapter's own where one is active."""
         return self.model.routing_state
 
     def set_progress(self, step: int, total_steps: int) -> None:
@@ -267,18 +267,25 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
         self.routing_state.advance(keep)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Name the routing state to PEFT as a module that every adapter saves whole.
+        """Let every adapter keep its own thresholds and β, without which it is another model.
 
-        PEFT assigns `peft_config` once an adapter is in place, and then wraps the modules that it names. An
-        adapter without the thresholds and β that it was trained with is another model.
+        PEFT assigns `peft_config`, by adapter name, once an adapter is in place. The routing state then
+        becomes one of the modules that are saved whole (`modules_to_save`).
         """
-        if name == "peft_config":
-            for config in value.values():
-                if hasattr(config, "modules_to_save") and not config.inference_mode:
-                    saved = list(config.modules_to_save or [])
-                    self.warn_of_untrained_routers(saved)
-                    config.modules_to_save = [*saved, *([] if STATE in saved else [STATE])]
         super().__setattr__(name, value)
+        if name != "peft_config":
+            return
+        from peft.utils import ModulesToSaveWrapper
+
+        for adapter, config in value.items():
+            saved = list(getattr(config, "modules_to_save", None) or [])
+            if STATE in saved or not hasattr(config, "modules_to_save"):
+                continue
+            self.warn_of_untrained_routers(saved)
+            config.modules_to_save = [*saved, STATE]
+            state = ModulesToSaveWrapper(self.model.routing_state, adapter)
+            state.set_adapter(adapter, inference_mode=config.inference_mode)
+            self.model.routing_state = state
 
     def warn_of_untrained_routers(self, saved: list[str]) -> None:
         """One warning where routers that were never trained stay as they are while an adapter trains."""
