@@ -285,7 +285,7 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             config.modules_to_save = [*saved, STATE]
             state = ModulesToSaveWrapper(self.model.routing_state, adapter)
             state.set_adapter(adapter, inference_mode=config.inference_mode)
-            self.model.routing_state = state
+            self.model.add_module(STATE, state)
 
     def warn_of_untrained_routers(self, saved: list[str]) -> None:
         """One warning where routers that were never trained stay as they are while an adapter trains."""
