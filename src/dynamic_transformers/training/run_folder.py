@@ -64,10 +64,9 @@ def run_identity(settings: Settings, data_dir: Path, processes: int = 1) -> dict
     }
 
 
-def training_config(settings: Settings, data_dir: Path, processes: int = 1) -> dict[str, Any]:
+def training_config(identity: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What a finished run depends on, without places and names: its identity and its budget."""
-    budget = Budget.from_settings(settings.training)
-    return run_identity(settings, data_dir, processes) | {"budget": dataclasses.asdict(budget)}
+    return identity | {"budget": dataclasses.asdict(Budget.from_settings(settings.training))}
 
 
 @dataclass
