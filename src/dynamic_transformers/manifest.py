@@ -96,7 +96,10 @@ def read_manifest(folder: Path, step: str | None = None) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         made_by = manifest["step"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged; remove or rename {folder}, and run the command again") from error
+        raise UserError(
+            f"{path}: damaged; of a run remove this file, of anything else rename the folder, and run the "
+            "command again"
+        ) from error
     if step not in (None, made_by):
         raise UserError(f"{folder}: is the output of {made_by}, not of {step}")
     return manifest

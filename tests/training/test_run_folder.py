@@ -109,20 +109,28 @@ def test_only_one_process_trains_in_a_folder(run, make_settings, data_dir):
     assert snapshot(run) == before
 
 
-@pytest.mark.parametrize("name", ["identity.json", "metrics.jsonl"])
-def test_damaged_files_of_a_run_end_in_a_line_or_are_mended(
-    name, unfinished, finished, make_settings, data_dir
-):
-    settings = make_settings("mod", training=STEPS)
-    if name == "identity.json":
-        empty(unfinished / name)
-        with pytest.raises(UserError, match=r"identity\.json: damaged"):
-            train(settings, data_dir, unfinished)
-    else:
-        with (unfinished / name).open("ab") as file:
-            file.write(b'\x00\x00{"step": 12, "train/lo\n{"st')
-        train(settings, data_dir, unfinished)
-        assert_equal_ends(unfinished, finished)
+@pytest.mark.parametrize("name", ["identity.json", "manifest.json"])
+def test_a_damaged_file_of_a_run_is_named(name, unfinished, make_settings, data_dir):
+    empty(unfinished / name)
+    before = snapshot(unfinished)
+    with pytest.raises(UserError, match=rf"{name}: damaged; (--force begins anew|of a run remove this file)"):
+        train(make_settings("mod", training=STEPS), data_dir, unfinished)
+    assert snapshot(unfinished) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "rest"),
+    [
+        ("metrics.jsonl", b'\x00\x00{"step": 12, "train/lo\n{"st'),
+        ("tracking.json", b'{"name": "mod", "pa'),
+        ("tracking.json", b"\xff\xfe"),
+    ],
+)
+def test_a_damaged_file_of_a_run_costs_nothing(name, rest, unfinished, finished, make_settings, data_dir):
+    with (unfinished / name).open("ab") as file:
+        file.write(rest)
+    train(make_settings("mod", training=STEPS), data_dir, unfinished)
+    assert_equal_ends(unfinished, finished)
 
 
 def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own(
