@@ -57,7 +57,7 @@ def test_a_full_disk_is_noticed_first(run, make_settings, data_dir, monkeypatch)
     usage = shutil.disk_usage(run)._replace(free=1000)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage)
     before = snapshot(run)
-    with pytest.raises(UserError, match=r"0\.0 GB are free there, two checkpoints need"):
+    with pytest.raises(UserError, match=r"0 MB are free there, two checkpoints need"):
         train(make_settings("mod", training=STEPS), data_dir, run, force=True)
     assert snapshot(run) == before
 

@@ -253,7 +253,7 @@ def refuse_a_full_disk(run_dir: Path, parameters: int) -> None:
     needed, free = 2 * 3 * 4 * parameters, shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{run_dir}: {free / 1e9:.1f} GB are free there, two checkpoints need {needed / 1e9:.1f} GB"
+            f"{run_dir}: {free / 1e6:,.0f} MB are free there, two checkpoints need {needed / 1e6:,.0f} MB"
         )
 
 
