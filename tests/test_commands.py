@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from dynamic_transformers.cli import read_text
 from dynamic_transformers.command_line import run_command
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
+from dynamic_transformers.step_log import step_log
 
 
 def python(*arguments):
@@ -125,6 +128,34 @@ def test_commands_end_in_one_line_and_their_exit_code(capsys):
         if line:
             with pytest.raises((KeyboardInterrupt, UserError)):
                 run_command(command, argparse.ArgumentParser(), ["--debug"])
+
+
+def test_a_full_disk_or_a_folder_that_moved_is_told_in_one_line(capsys, tmp_path):
+    def written(args):
+        with Path("/dev/full").open("w") as file:
+            file.write("x")
+
+    def saved(args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def moved(args):
+        (tmp_path / "moved" / "metrics.jsonl").open("a")
+
+    def wrong(args):
+        (tmp_path / "metrics.jsonl").read_text()
+
+    full = "No space left on device; what was finished stays, and the same command goes on from there"
+    gone = f"{tmp_path}/moved/metrics.jsonl: its folder was moved or removed while the command ran"
+    for command, line in ((written, full), (saved, full), (moved, gone)):
+        with pytest.raises(SystemExit) as end:
+            run_command(command, argparse.ArgumentParser(), [])
+        assert (end.value.code, capsys.readouterr().err.strip()) == (1, f"error: {line}")
+        with pytest.raises(SystemExit, match="1"), step_log(tmp_path / "step"):
+            command(None)
+        log = (tmp_path / "step.log").read_text()
+        assert line in log and "Traceback" not in log
+    with pytest.raises(FileNotFoundError):  # a fault of the program, whose traceback is needed
+        run_command(wrong, argparse.ArgumentParser(), [])
 
 
 def test_routing_reads_a_text_file_or_says_why_not(tmp_path):

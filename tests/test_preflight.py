@@ -102,6 +102,16 @@ def test_folders_can_be_made(given, key, group, tmp_path):
         preflight(settings, here=False)
 
 
+def test_a_volume_that_is_mounted_as_the_run_folder_is_refused_before_data_are_prepared(
+    given, tmp_path, monkeypatch
+):
+    line = refusal(given(run={"output_dir": "/dev", "name": "shm"}))
+    assert line.startswith("/dev/shm: is a mount point") and "name a folder in it" in line
+    (tmp_path / "out" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "here")
+    assert "is the working folder" in refusal(given(run={"output_dir": "..", "name": "here"}))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_is_refused(given, tmp_path):
     tmp_path.chmod(0o500)

@@ -25,7 +25,7 @@ from dynamic_transformers.launch.run import launch_training
 from dynamic_transformers.launch.settings import Launch, SecretVariable
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
-from dynamic_transformers.training.run_folder import training_config
+from dynamic_transformers.training.run_folder import run_identity, training_config
 from dynamic_transformers.training.trainer import train
 from tests.distributed.fake_kubernetes import RBAC, fake_cluster
 from tests.distributed.fake_trainer import NOW
@@ -89,7 +89,7 @@ def volume_of(launch):
 
 
 def name_of(settings, data_dir, launch):
-    config = training_config(settings, data_dir, launch.world_size)
+    config = training_config(run_identity(settings, data_dir, launch.world_size), settings)
     return train_job.job_name(settings.model.type, config, launch)
 
 

@@ -1,5 +1,7 @@
 """Configurations of the routed models: Qwen2's own, plus what routing needs."""
 
+from typing import ClassVar
+
 from transformers import Qwen2Config
 
 
@@ -15,6 +17,11 @@ class RoutedConfig(Qwen2Config):
         predictor_weight: weight of the top-k membership predictor's loss; 0 means that there is no predictor.
     """
 
+    # Of the outputs, for `Trainer`: evaluation gathers the logits alone.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "hidden_states", "language_model_loss", "auxiliary_losses", "routing"
+    ]  # fmt: skip
+
     capacity: float = 0.5
     capacity_warmup_steps: int = 0
     selection_rule: str = "threshold"
@@ -24,6 +31,11 @@ class RoutedConfig(Qwen2Config):
     def routed_layers(self) -> list[int]:
         """Indices of the routed layers: the odd ones. With an odd depth the last layer stays standard."""
         return list(range(1, self.num_hidden_layers, 2))
+
+    @property
+    def target_fraction(self) -> float | None:
+        """Fraction of tokens that a routed layer is meant to compute; None where only a gate decides."""
+        return self.capacity
 
     @property
     def available_rules(self) -> list[str]:
@@ -107,6 +119,11 @@ class Qwen2STTConfig(SurpriseConfig):
     teacher_detach: bool = False
     student_weight: float = 0.01
     gate_mean_weight: float = 0.001
+
+    @property
+    def target_fraction(self) -> float | None:
+        """γ where the most surprising tokens are the targets."""
+        return self.capacity if self.targets == "topk" else None
 
     @property
     def available_rules(self) -> list[str]:

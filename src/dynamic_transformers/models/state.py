@@ -7,6 +7,7 @@ they move between forwards, once for each optimizer step: `set_progress` before 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .configuration import RoutedConfig, SurpriseConfig
 
 LONGEST_DECAY = 0.99  # ρ of the thresholds' moving average; shorter runs take less
+PATIENCE = 10  # training forwards until somebody is told that nobody moves the schedules
 
 
 class Fp32Module(nn.Module):
@@ -64,7 +66,7 @@ class RoutingState(Fp32Module):
         beta: (1,).
         decay: ρ.
         training_capacity: γ in training; more than the configured one while it warms up.
-        moved: whether anybody has called `set_progress`.
+        unmoved: training forwards before the first `set_progress`; None after it.
     """
 
     thresholds: Tensor
@@ -80,7 +82,7 @@ class RoutingState(Fp32Module):
         self.register_buffer("beta", torch.full((1,), beta_at(config, 0, 1)))
         self.decay = LONGEST_DECAY
         self.training_capacity = config.capacity
-        self.moved = False
+        self.unmoved: int | None = 0
         # Sums and counts of the step's quantiles, (2, 2, R). No buffer: DDP would overwrite it with rank 0's.
         self._seen: Tensor | None = None
 
@@ -105,7 +107,7 @@ class RoutingState(Fp32Module):
         self.training_capacity = 1.0 + (self.config.capacity - 1.0) * done
         self.beta.fill_(beta_at(self.config, step, total_steps))
         self.decay = min(LONGEST_DECAY, 1 - 1 / max(10.0, total_steps / 20))
-        self.moved = True
+        self.unmoved = None
 
     def note(self, quantiles: Tensor) -> None:
         """Remember a training forward's quantiles until the step ends.
@@ -115,6 +117,15 @@ class RoutingState(Fp32Module):
         """
         seen = torch.stack([quantiles.nan_to_num(), (~quantiles.isnan()).float()])
         self._seen = seen if self._seen is None else self._seen + seen
+        if self.unmoved is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.unmoved += 1
+            if self.unmoved == PATIENCE:
+                warnings.warn(
+                    "a routed model trains and nobody moves its schedules and thresholds: call "
+                    "model.set_progress(step, total_steps) before each optimizer step and model.advance() "
+                    "after it, or give Trainer a RoutingCallback",
+                    stacklevel=2,
+                )
 
     @torch.no_grad()
     def advance(self, keep: bool = True) -> None:

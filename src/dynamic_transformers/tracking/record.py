@@ -78,9 +78,13 @@ class RecordFile:
 
 
 def read_record(run_dir: Path) -> Record | None:
-    """The record of a run folder; None: it has none."""
+    """The record of a run folder; None: it has none, or a damaged one."""
     path = run_dir / STATE
-    return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    except (ValueError, TypeError):
+        logger.warning("%s: damaged; all of the run is sent again, as a new one", path)
+        return None
 
 
 def save_record(run_dir: Path, record: Record) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> None:
     if capacity is None or rule not in ("threshold", "calibrated_predictor"):
         return
     for place, router in enumerate(model.model.routers.values()):
-        assert isinstance(router, Router)
+        router = cast(Router, router)  # of an exported folder's code, perhaps
         if rule == "threshold":
             scores = watch(model, batches, router, lambda output: output[1].score)
             model.routing_state.set_threshold(0, place, score_quantile(scores, capacity, None))

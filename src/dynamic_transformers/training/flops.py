@@ -130,9 +130,7 @@ def router_flops(config: Qwen2Config, training: bool) -> FlopAccount:
 
 def target_fraction(config: Qwen2Config) -> float | None:
     """Fraction of tokens that a routed layer is meant to compute; None where only a gate decides."""
-    if isinstance(config, Qwen2STTConfig) and config.targets == "threshold":
-        return None
-    return config.capacity if isinstance(config, RoutedConfig) else 1.0
+    return getattr(config, "target_fraction", 1.0)
 
 
 def layer_fraction(config: Qwen2Config, layer: int, fractions: dict[int, float] | None) -> float | None:

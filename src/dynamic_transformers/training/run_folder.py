@@ -64,10 +64,9 @@ def run_identity(settings: Settings, data_dir: Path, processes: int = 1) -> dict
     }
 
 
-def training_config(settings: Settings, data_dir: Path, processes: int = 1) -> dict[str, Any]:
+def training_config(identity: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What a finished run depends on, without places and names: its identity and its budget."""
-    budget = Budget.from_settings(settings.training)
-    return run_identity(settings, data_dir, processes) | {"budget": dataclasses.asdict(budget)}
+    return identity | {"budget": dataclasses.asdict(Budget.from_settings(settings.training))}
 
 
 @dataclass
@@ -254,7 +253,7 @@ def refuse_a_full_disk(run_dir: Path, parameters: int) -> None:
     needed, free = 2 * 3 * 4 * parameters, shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{run_dir}: {free / 1e9:.1f} GB are free there, two checkpoints need {needed / 1e9:.1f} GB"
+            f"{run_dir}: {free / 1e6:,.0f} MB are free there, two checkpoints need {needed / 1e6:,.0f} MB"
         )
 
 
