@@ -70,6 +70,11 @@ def tracking_uri(settings: TrackingSettings, output_dir: str | Path) -> str:
     return f"sqlite:///{folder / 'mlflow.db'}"
 
 
+def store_name(uri: str) -> str:
+    """The address without a secret: what tells one store from another, and may be shown."""
+    return _hidden(uri).rstrip("/")
+
+
 def given_run(settings: TrackingSettings) -> str | None:
     """MLFLOW_RUN_ID, where the settings name no other server than the one that it came with."""
     same_server = not settings.mlflow_uri or settings.mlflow_uri == os.environ.get("MLFLOW_TRACKING_URI")
@@ -196,4 +201,5 @@ def first_line(error: Exception) -> str:
 
 
 def _hidden(line: str) -> str:
-    return re.sub(r"//\S*@", "//***@", line)
+    line = re.sub(r"//\S*@", "//***@", line)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|token|secret)[^=&\s]*=)[^&\s]*", r"\1***", line)
