@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import re
+import socket
+import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from dynamic_transformers.folders import new_sibling, sole_writer
 from dynamic_transformers.settings import TrackingSettings, UserError
@@ -81,6 +86,25 @@ def given_run(settings: TrackingSettings) -> str | None:
     return os.environ.get("MLFLOW_RUN_ID") if same_server else None
 
 
+def notice_absence(uri: str) -> None:
+    """Ask whether a server is there, before the import of MLflow: that takes longer than an answer may.
+
+    Raises:
+        OSError: nothing answers.
+    """
+    if not uri.startswith("http") or "mlflow" in sys.modules:
+        return
+    parts = urlsplit(uri)
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health")
+    try:
+        with urllib.request.urlopen(address.geturl(), timeout=FIRST_TIMEOUT):
+            return
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, (ConnectionError, TimeoutError, socket.gaierror)):
+            raise  # all else is an answer, of which MLflow makes what it can
+
+
 def load_mlflow(uri: str) -> None:
     """Import what a store of this address needs, which takes seconds, and set it up."""
     os.environ.setdefault(TIMEOUT, str(REQUEST_TIMEOUT))
@@ -103,6 +127,7 @@ def open_store(uri: str) -> MlflowClient:
     Raises:
         Exception: MLflow's own; `explained` says what it means.
     """
+    notice_absence(uri)
     load_mlflow(uri)
     path = local_database(uri)
     if path is None:
