@@ -111,7 +111,8 @@ from pathlib import Path
 from dynamic_transformers.settings import TrackingSettings
 from dynamic_transformers.tracking import RunTracker
 folder, uri = Path(sys.argv[1]), sys.argv[2]
-tracker = RunTracker(folder, TrackingSettings(mlflow=uri != "", mlflow_uri=uri or None), folder, "a", {"x": 1})
+settings = TrackingSettings(mlflow=uri != "", mlflow_uri=uri or None)
+tracker = RunTracker(folder, settings, folder, "a", {"x": 1})
 tracker.log(1, {"tokens": 1, "train/loss": 1.0})
 tracker.close("FINISHED")
 """
