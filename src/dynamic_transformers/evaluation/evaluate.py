@@ -23,7 +23,7 @@ from dynamic_transformers.manifest import (
 )
 from dynamic_transformers.models import RoutedConfig
 from dynamic_transformers.settings import Settings
-from dynamic_transformers.tracking import METRICS, RunTracker, send_rest
+from dynamic_transformers.tracking import METRICS, RunTracker, reopened, send_rest
 from dynamic_transformers.training.flops import forward_flops, target_fraction
 from dynamic_transformers.training.heldout import evaluate_heldout
 
@@ -53,7 +53,7 @@ def evaluate(
         if output is None:
             send_rest(settings, run_dir)
             return output_dir
-        tracker = RunTracker(run_dir, settings.tracking, settings.run.output_dir)
+        tracker = reopened(settings, run_dir)
         result = fill(output, settings, data_dir, run_dir, model_dir, tracker.run_id)
         write_manifest(output, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
     track(tracker, model_dir, output_dir, result, comparison_of(settings))
