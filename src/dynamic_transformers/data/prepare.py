@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.documents import SPLITS, Corpus, collect
-from dynamic_transformers.data.files import digest_of, fingerprints, first_change
+from dynamic_transformers.data.files import digest_of
+from dynamic_transformers.data.fingerprints import fingerprints, first_change
 from dynamic_transformers.data.mixing import count_tokens, mix, sample_text, shares
 from dynamic_transformers.data.packing import PackedSplit, pack, unigram_loss
 from dynamic_transformers.data.probes import write_tasks
@@ -136,6 +137,7 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
     (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
     tokenizer = _tokenizer(data, corpus)
     tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer_files = _digests((folder / "tokenizer").iterdir())
 
     weights = {source.name: source.weight for source in data.dataset_configs}
     mixed: dict[str, list[EncodedDocument]] = {}
@@ -160,7 +162,7 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
         "content_digest": digest(
             {
                 "splits": {split: facts["sha256"] for split, facts in splits.items()},
-                "tokenizer": digest_of(folder / "tokenizer" / "tokenizer.json"),
+                "tokenizer": tokenizer_files["tokenizer.json"],
                 "vocab_size": len(tokenizer),
                 "block_size": data.block_size,
             }
@@ -172,6 +174,7 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
         "vocab_size": len(tokenizer),
         "block_size": data.block_size,
         "tokenizer_name": data.tokenizer_name,
+        "tokenizer_files": tokenizer_files,
     }
 
 
@@ -245,5 +248,10 @@ def _split_facts(folder: Path, packed: PackedSplit, mixed: list[EncodedDocument]
         "target_tokens": int(np.count_nonzero(packed.position_ids)),
         "bytes": int(packed.num_bytes.sum()),
         "sha256": content.hexdigest(),
-        "files": {file.name: digest_of(file) for file in sorted(folder.glob("*.arrow"))},
+        "files": _digests(folder.glob("*.arrow")),
     }
+
+
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by its name."""
+    return {file.name: digest_of(file) for file in sorted(files)}
