@@ -53,17 +53,30 @@ def default_data_dir(settings: Settings) -> Path:
     """
     if settings.data.output_dir:
         return Path(settings.data.output_dir)
-    config, now = data_config(settings), fingerprints(settings.data)
-    parent = Path(settings.run.output_dir) / "data"
+    now = fingerprints(settings.data)
     changes = []
-    for made in _made_with(parent, config):
+    for made in _made_with(settings):
         change = first_change(read_manifest(made)["config"]["fingerprints"], now)
         if change is None:
             return made
         changes.append(change)
     if changes:
         logger.info("data: %s: prepared anew", changes[0])
-    return parent / digest({**config, "fingerprints": now})[:12]
+    return _parent(settings) / digest({**data_config(settings), "fingerprints": now})[:12]
+
+
+def find_content(settings: Settings, content_digest: str) -> Path | None:
+    """Finished data of these settings with this content, whatever has become of their sources since."""
+    for folder in _made_with(settings):
+        manifest = read_manifest(folder)
+        if manifest["content_digest"] == content_digest:
+            change = first_change(manifest["config"]["fingerprints"], fingerprints(settings.data))
+            if change:
+                logger.warning("data: %s: the run goes on with its own data, %s", change, folder)
+            else:
+                logger.info("data: %s is finished", folder)
+            return folder
+    return None
 
 
 def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
@@ -118,15 +131,24 @@ def _serves(folder: Path, config: dict[str, Any]) -> bool:
     return change is None
 
 
-def _made_with(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
-    """Finished data folders under `parent` of the same settings, the newest first."""
-    manifests = [path for path in parent.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+def _parent(settings: Settings) -> Path:
+    return Path(settings.run.output_dir) / "data"
+
+
+def _made_with(settings: Settings) -> Iterator[Path]:
+    """Finished data folders of the same settings, where they are looked for, the newest first."""
+    asked = {**data_config(settings), "fingerprints": None}
+    named = settings.data.output_dir
+    folders = (
+        [Path(named)] if named else [path for path in _parent(settings).glob("*") if path.name[0] != "."]
+    )
+    manifests = [path for folder in folders if (path := folder / MANIFEST).is_file()]
     for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             manifest = read_manifest(path.parent, STEP)
         except UserError:
             continue  # another step's, or damaged
-        if {**manifest["config"], "fingerprints": None} == {**config, "fingerprints": None}:
+        if {**manifest["config"], "fingerprints": None} == asked:
             yield path.parent
 
 
