@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dynamic_transformers.data.documents import Document
 from dynamic_transformers.data.loading import load_split, load_tokenizer
 from dynamic_transformers.data.tokenization import encode, load_pretrained_tokenizer
-from dynamic_transformers.evaluation.efficiency import load_model
+from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.export import export, load_run, save_tokenizer
 from dynamic_transformers.manifest import read_manifest

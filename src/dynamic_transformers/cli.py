@@ -126,7 +126,7 @@ def routing_command(args: argparse.Namespace) -> None:
     text = read_text(args.file) if args.file else args.text
     from transformers import AutoTokenizer
 
-    from dynamic_transformers.evaluation.efficiency import load_model
+    from dynamic_transformers.evaluation.exported import load_model
     from dynamic_transformers.evaluation.routing_page import PAGE, PICTURE, trace_routing, write_routing
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)

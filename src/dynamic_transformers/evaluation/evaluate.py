@@ -10,7 +10,7 @@ from typing import Any
 from transformers import Qwen2Config
 
 from dynamic_transformers.data.loading import load_split, load_tokenizer, verify_split
-from dynamic_transformers.evaluation.efficiency import load_model
+from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.evaluation.routing_page import trace_routing, write_routing
 from dynamic_transformers.manifest import (
