@@ -178,7 +178,7 @@ def test_accuracy_is_that_of_the_likeliest_choice(bench: tuple, model_dir: Path)
 
 def test_results_say_how_they_were_made_and_what_was_not_done(bench: tuple) -> None:
     answer, result = bench
-    assert set(result) == {"results", "config", "configs"}
+    assert set(result) == {"model", "results", "config", "configs"}
     made = {
         "batch_size": 4,
         "limit": None,

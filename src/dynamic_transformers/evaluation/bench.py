@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dynamic_transformers.command_line import path
-from dynamic_transformers.evaluation.results import add_results, results_path
+from dynamic_transformers.evaluation.results import add_results, identity, read_results, results_path
 from dynamic_transformers.evaluation.task_index import check_tasks
 
 
@@ -43,7 +43,8 @@ def bench_command(args: argparse.Namespace) -> None:
     """Run the benchmarks, print the table, add to `results.json` beside the model or to `--output_path`."""
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     check_tasks(tasks, args.confirm_run_unsafe_code)
-    file = results_path(args.model_path, args.output_path)
+    file, model = results_path(args.model_path, args.output_path), identity(args.model_path)
+    read_results(file, model)
     # Not above: what is refused is refused at once, without seconds of imports.
     import torch
     from rich.console import Console
@@ -62,6 +63,6 @@ def bench_command(args: argparse.Namespace) -> None:
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    add_results(file, result)
+    add_results(file, result, model)
     Console().print(render_table(result))
     print(f"written: {file}")
