@@ -7,7 +7,10 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from dynamic_transformers.constraints import constraints_of, hints_of, violation
+from dynamic_transformers.reading import read
 from dynamic_transformers.settings import UserError
 
 MISTAKE, INTERRUPTED = 2, 130
@@ -16,6 +19,22 @@ MISTAKE, INTERRUPTED = 2, 130
 def path(text: str) -> Path:
     """A path of the command line; a shell leaves the ~ of `--option=~/x` to us."""
     return Path(text).expanduser()
+
+
+def flag_of(settings: type, name: str) -> Callable[[str], Any]:
+    """What argparse reads a flag with that stands for a setting: of its type, within its range."""
+    hint = hints_of(settings)[name]
+
+    def read_flag(text: str) -> Any:
+        try:
+            value = read(hint, text, (name,))
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        if refusal := violation(name, value, constraints_of(hint)):
+            raise argparse.ArgumentTypeError(refusal)
+        return value
+
+    return read_flag
 
 
 def run_command(

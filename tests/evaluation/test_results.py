@@ -59,6 +59,28 @@ def test_a_folder_that_cannot_be_written_is_told_first(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--seed", "-1", "must be in [0, 4294967295]"),
+        ("--seed", "1_0", "must be a whole number"),
+        ("--num_fewshot", "-1", "must be in [0, 1000]"),
+        ("--limit", "0", "must be at least 1"),
+        ("--limit", "many", "must be a whole number"),
+        ("--batch_size", "0", "must be in [1, 1048576]"),
+    ],
+)
+def test_a_flag_has_the_range_of_its_setting(tmp_path, capsys, flag, value, words):
+    with pytest.raises(SystemExit) as end:
+        bench("--model_path", str(tmp_path), flag, value)
+    assert end.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(f"error: argument {flag}: {flag[2:]}={value}: {words}")
+    )
+
+
+@pytest.mark.parametrize(
     ("given", "expected"), [(None, "results.json"), ("new/x.json", "new/x.json"), (".", "results.json")]
 )
 def test_where_results_go(tmp_path, given, expected):

@@ -71,8 +71,6 @@ def run_benchmarks(
         from lm_eval.models import huggingface
     except ModuleNotFoundError as error:
         raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise UserError(f"batch_size={batch_size}, limit={limit}: must be at least 1")
     config = load_config(model_dir)
     if selection_rule is not None:
         _check_selection_rule(config, selection_rule)
