@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from dynamic_transformers.cli import read_text
 from dynamic_transformers.command_line import run_command
@@ -113,7 +115,23 @@ def test_commands_end_in_one_line_and_their_exit_code(capsys):
     def mistaken(args):
         raise UserError("a file name with\na line break: no such file")
 
+    def full(args):
+        with Path("/dev/full").open("w") as file:  # a device on which nothing fits
+            file.write("a")
+
+    def full_to_a_library(args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def full_beneath(args):
+        try:
+            full(args)
+        except OSError as error:
+            raise RuntimeError("cannot save") from error
+
     for command, code, line in (
+        (full, 1, "error: the disk is full: [Errno 28] No space left on device"),
+        (full_to_a_library, 1, "error: the disk is full: "),
+        (full_beneath, 1, "error: the disk is full: [Errno 28] No space left on device"),
         (interrupted, 130, "error: interrupted"),
         (mistaken, 2, "error: a file name with a line break: no such file"),
         (lambda args: None, 0, ""),
@@ -121,9 +139,11 @@ def test_commands_end_in_one_line_and_their_exit_code(capsys):
     ):
         with pytest.raises(SystemExit) as end:
             run_command(command, argparse.ArgumentParser(), [])
-        assert (end.value.code, capsys.readouterr().err.strip()) == (code, line)
+        told = capsys.readouterr().err.strip()
+        assert end.value.code == code and told.startswith(line) and bool(told) == bool(line)
+        assert "\n" not in told
         if line:
-            with pytest.raises((KeyboardInterrupt, UserError)):
+            with pytest.raises((KeyboardInterrupt, UserError, OSError, RuntimeError, SafetensorError)):
                 run_command(command, argparse.ArgumentParser(), ["--debug"])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +15,8 @@ from dynamic_transformers.constraints import constraints_of, hints_of, violation
 from dynamic_transformers.reading import read
 from dynamic_transformers.settings import UserError
 
-MISTAKE, INTERRUPTED = 2, 130
+FAILURE, MISTAKE, INTERRUPTED = 1, 2, 130
+FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # libraries pass the system's words on
 
 
 def path(text: str) -> Path:
@@ -44,7 +47,7 @@ def run_command(
 ) -> None:
     """Parse the arguments (default: the command line's) and run `command`.
 
-    A `UserError` becomes one line and exit code 2, an interrupt one line and 130.
+    A `UserError` becomes one line and exit code 2, a full disk one line and 1, an interrupt one line and 130.
     """
     print_on_any_terminal()
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -59,6 +62,21 @@ def run_command(
         if args.debug:
             raise
         fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        reason = full_disk(error)
+        if reason is None or args.debug:
+            raise
+        fail(f"the disk is full: {reason}; make room, and run the command again", FAILURE)
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """First line of the error of a full disk or quota that led to `error`; None: something else did."""
+    while error is not None:
+        lines = str(error).splitlines()
+        if told := [line for line in lines if any(words in line for words in FULL_DISK)]:
+            return told[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def fail(line: str, code: int) -> None:
