@@ -10,8 +10,9 @@ from typing import Any
 from transformers import Qwen2Config
 
 from dynamic_transformers.data.loading import load_split, load_tokenizer, verify_split
-from dynamic_transformers.evaluation.efficiency import load_model
+from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
+from dynamic_transformers.evaluation.results import RESULTS, identity
 from dynamic_transformers.evaluation.routing_page import trace_routing, write_routing
 from dynamic_transformers.manifest import (
     digest,
@@ -132,7 +133,7 @@ def fill(
         "model_digest": model_manifest["digest"],
     }
     write_json(output / "evaluation.json", result)
-    write_json(output / "results.json", bench)
+    write_json(output / RESULTS, {"model": identity(model_dir), **bench})
     write_json(output / PROMPT, test[0]["input_ids"].tolist())
     if isinstance(model.config, RoutedConfig):
         ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
