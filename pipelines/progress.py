@@ -158,7 +158,7 @@ def task_details(run: V2beta1Run) -> list[Any]:
 
 @dataclass
 class Failure:
-    """Why a run did not succeed: in a line, and whether a step found a user's mistake, which it finds again."""
+    """Why a run did not succeed: in a line, and whether by a user's mistake, which would be found again."""
 
     line: str
     mistake: bool

@@ -21,7 +21,7 @@ from kfp.client import (
     KF_PIPELINES_SA_TOKEN_PATH,
     ServiceAccountTokenVolumeCredentials,
 )
-from kfp_server_api import ApiException, V2beta1Run
+from kfp_server_api import ApiException
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
 from dynamic_transformers.launch.patience import outage, patiently
@@ -50,7 +50,7 @@ class Client(kfp.Client):
             reason = "its health page is not JSON; if it is one to log in, give a token"
         raise UserError(f"{self._existing_config.host} is no Kubeflow Pipelines server: {reason}")
 
-    def state_of(self, run_id: str, seconds: float | None = None) -> V2beta1Run:
+    def state_of(self, run_id: str, seconds: float | None = None) -> Any:
         """The state of a run, also where the server is away for a while: at most for `seconds`."""
         request = partial(self._run_api.run_service_get_run, run_id=run_id, _request_timeout=REQUEST_TIMEOUT)
         return patiently(request, tell_away, seconds)
@@ -62,16 +62,17 @@ class Client(kfp.Client):
 
         def begin() -> str:
             # An attempt that got no answer may have begun it.
-            if begun := of_this_name() - before:
-                return begun.pop()
+            if unheard_of := of_this_name() - before:
+                return unheard_of.pop()
             with redirect_stdout(None):  # kfp prints a link of its own
-                return self.run_pipeline(experiment_id, name, **options).run_id
+                begun: Any = self.run_pipeline(experiment_id, name, **options)
+            return begun.run_id
 
         return patiently(begin, tell_away)
 
     def _runs_named(self, name: str, experiment_id: str) -> set[str]:
         """The newest runs of this name."""
-        answer = self._run_api.run_service_list_runs(
+        answer: Any = self._run_api.run_service_list_runs(
             experiment_id=experiment_id,
             filter=named(name),
             sort_by="created_at desc",

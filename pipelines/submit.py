@@ -10,7 +10,6 @@ service account. SSL_CERT_FILE may name the certificates to trust.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -169,8 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="with --wait: begin a run that failed again, up to N times, after 1, 2, 4 ... minutes, unless a step"
-        " found a mistake of yours; what has finished comes from the cache",
+        help="with --wait: begin a run that failed again, up to N times, after 1, 2, 4 ... minutes, unless"
+        " a step found a mistake of yours; what has finished comes from the cache",
     )
     parser.add_argument("--no-cache", action="store_true", help="take no result of an earlier run")
     parser.add_argument("--pipeline-root", metavar="URI", help="where artifacts go (default: the server's)")

@@ -140,7 +140,7 @@ class FakeKfp:
         self.states = [state("PENDING")]  # one for each time that a run is asked for; the last one stays
         self.outages = 0  # so many requests for a run are answered by `outage` first
         self.outage = 503
-        self.starts = []  # what the next requests to begin a run get: a status, or "lost": it begins unanswered
+        self.starts = []  # of the next requests to begin a run: a status, or "lost": it begins, unanswered
         self.hang_ups = 0  # so many are not answered at all
         self.logs = {}  # by pod; the server tells others that the pod is gone
         self.on_poll = lambda: None
