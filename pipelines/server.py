@@ -50,7 +50,7 @@ class Client(kfp.Client):
             reason = "its health page is not JSON; if it is one to log in, give a token"
         raise UserError(f"{self._existing_config.host} is no Kubeflow Pipelines server: {reason}")
 
-    def state_of(self, run_id: str, seconds: float | None = None) -> Any:
+    def state_of(self, run_id: str, seconds: float) -> Any:
         """The state of a run, also where the server is away for a while: at most for `seconds`."""
         request = partial(self._run_api.run_service_get_run, run_id=run_id, _request_timeout=REQUEST_TIMEOUT)
         return patiently(request, tell_away, seconds)

@@ -15,7 +15,7 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
-from dynamic_transformers.launch.job_state import describe, is_ready, outcome, why_replaced
+from dynamic_transformers.launch.job_state import describe, holding, is_ready, outcome, why_replaced
 from dynamic_transformers.launch.job_watch import JobWatch
 from dynamic_transformers.launch.patience import outage, patiently
 from dynamic_transformers.settings import UserError
@@ -54,7 +54,7 @@ class TrainJobs:
             The job as it ended, complete or failed.
 
         Raises:
-            UserError: the API refuses something.
+            UserError: the API refuses something, or a node found a mistake.
             RuntimeError: the job was deleted, or the API has been away too long.
         """
         name = manifest["metadata"]["name"]
@@ -114,7 +114,10 @@ class TrainJobs:
     def follow(self, name: str) -> dict[str, Any]:
         """Log every change of the job's state, restarts, and what it waits for; returns it as it ended.
 
+        A job whose nodes find a mistake of the user's is deleted: they would find it at each restart.
+
         Raises:
+            UserError: that mistake.
             RuntimeError: it was deleted.
         """
         shown, watch = "", None
@@ -126,6 +129,9 @@ class TrainJobs:
                 logger.info("TrainJob %s/%s: %s", self.namespace, name, state)
                 shown = state
             watch = watch or JobWatch(job)
+            if not holding(job, "Complete") and (mistake := watch.mistake()):
+                self.delete(name)
+                raise UserError(mistake)
             if outcome(job):
                 watch.end(job)
                 return job
