@@ -74,6 +74,7 @@ class ClusterSettings:
             TrainJob of the Kubeflow Trainer, which goes on from its last checkpoint when it is begun again.
         mount_path: where it appears.
         runtime: the ClusterTrainingRuntime that the TrainJob is one of.
+        grace_seconds: what its nodes get for a step and a checkpoint when they are to end.
     """
 
     steps: dict[str, StepSettings] = field(default_factory=dict)
@@ -86,7 +87,8 @@ class ClusterSettings:
     nodes: int = 1
     volume_claim: str = ""
     mount_path: str = "/shared"
-    runtime: str = "torch-distributed"
+    runtime: str = Launch.runtime
+    grace_seconds: int = Launch.grace_seconds
 
 
 LOCAL = ClusterSettings(
@@ -131,6 +133,7 @@ def check(cluster: ClusterSettings) -> None:
         raise UserError(f"retries={cluster.retries}: must be at most {MAX_RETRIES}")
     at_least("parallel_runs", cluster.parallel_runs, 1)
     at_least("nodes", cluster.nodes, 1)
+    at_least("grace_seconds", cluster.grace_seconds, 30)
     quantity("shared_memory", cluster.shared_memory, BYTES, "64Gi")
     if not PurePosixPath(cluster.mount_path).is_absolute():
         raise UserError(f"mount_path={cluster.mount_path}: must be an absolute path")
@@ -198,6 +201,7 @@ def launch_of(cluster: ClusterSettings) -> Launch:
         image_pull_secrets=cluster.image_pull_secrets,
         shared_memory=cluster.shared_memory,
         timeout_seconds=step.timeout_seconds,
+        grace_seconds=cluster.grace_seconds,
     )
 
 

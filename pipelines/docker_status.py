@@ -10,6 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import docker
+from docker.errors import DockerException
+from requests.exceptions import RequestException
+
+# requests' own errors come through docker's client too.
+DOCKER_ERRORS = (DockerException, RequestException)
 
 
 def run_docker_container(

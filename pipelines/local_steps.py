@@ -17,8 +17,11 @@ from typing import Any
 import docker
 from kfp.local import docker_task_handler, executor_input_utils, subprocess_task_handler
 
-from pipelines.docker_status import run_docker_container
+from pipelines.docker_status import DOCKER_ERRORS, run_docker_container
 
+# For a container, whose shell is process 1, which no SIGTERM reaches. Again and again: the first one may come
+# before the shell has started the step. A step takes it for a wish to end however often it comes.
+END_ALL = ["sh", "-c", "while :; do kill -TERM -1; sleep 2; done"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -98,10 +101,11 @@ class LocalSteps:
 
         def started(container: Any) -> Any:
             def end(at_once: bool) -> None:
-                if at_once:
-                    container.kill()
-                else:  # the shell that kfp starts is process 1, which no SIGTERM reaches
-                    container.exec_run(["sh", "-c", "kill -TERM -1"], detach=True)
+                with suppress(*DOCKER_ERRORS):  # it has ended by itself, or the engine is away
+                    if at_once:
+                        container.kill()
+                    else:
+                        container.exec_run(END_ALL, detach=True)
 
             return self.ended_by(end)
 

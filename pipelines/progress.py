@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from kfp_server_api import ApiException, V2beta1PipelineTaskDetail, V2beta1Run
-from urllib3.exceptions import HTTPError
+from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1Run
 
+from dynamic_transformers.command_line import MISTAKE
+from dynamic_transformers.launch.patience import OUTAGE_SECONDS
 from dynamic_transformers.settings import UserError
 from pipelines.package import Package
 from pipelines.server import Client
 
 POLL_SECONDS = 5.0
-PATIENCE = 12  # polls in a row without an answer before --wait gives up
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
 SHOWN = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELING", "CANCELED")  # not what never ran
 NAMED = 3  # of the steps that failed
@@ -34,7 +34,9 @@ ITERATION = re.compile(r"iteration-iterations\((\d+):.*\)")
 DRIVER = "-driver"
 # What KFP's launcher and Argo's executor print around a step's own lines.
 AROUND = re.compile(r"[IWE]\d{4} |time=\S+ level=|Error: exit status|\[KFP ")
-LAUNCHER_GIVES_UP = re.compile(r"F\d{4} ")  # and all that follows, which is Go's stack
+LAUNCHER_GIVES_UP = re.compile(r"F\d{4} .*?(?:exit status (\d+))?$")  # all that follows is Go's stack
+# Argo's message where a program ended by itself, and was not killed; an eviction has no exit code.
+ENDED_BY_ITSELF = re.compile(r"exit code (?!137|143)\d+")
 
 NEVER = datetime.max.replace(tzinfo=UTC)
 
@@ -156,10 +158,10 @@ def task_details(run: V2beta1Run) -> list[Any]:
 
 @dataclass
 class Failure:
-    """Why a run did not succeed: in a line, and the steps that failed."""
+    """Why a run did not succeed: in a line, and whether by a user's mistake, which would be found again."""
 
     line: str
-    steps: list[str]
+    mistake: bool
 
 
 @dataclass
@@ -179,17 +181,12 @@ class Watch:
 
         Raises:
             UserError: it has not ended at `deadline`, of `time.monotonic`.
-            ApiException, HTTPError: the server has not answered for a minute.
+            ApiException, HTTPError: the server refuses, or is away for longer than `patiently` waits.
         """
-        known, silent = {}, 0
+        known = {}
         while True:
-            try:
-                run, silent = self.client.get_run(run_id), 0
-            except (ApiException, HTTPError) as error:
-                silent += 1
-                if silent > PATIENCE or (isinstance(error, ApiException) and error.status < 500):
-                    raise
-                run = V2beta1Run()
+            left = min(OUTAGE_SECONDS, deadline - time.monotonic())
+            run = self.client.state_of(run_id, left)
             lines = {state.name: str(state) for state in self.states(run) if state.state in SHOWN}
             if run.state:
                 lines["run"] = f"run: {run.state}"
@@ -209,7 +206,8 @@ class Watch:
             return None
         failed = [state for state in self.states(run) if state.state == "FAILED"]
         failed.sort(key=lambda state: state.end)
-        reasons = [self.reason(run_id, state) for state in failed[:NAMED]]
+        ends = [self.end(run_id, state) for state in failed]
+        reasons = [reason for reason, _ in ends[:NAMED]]
         if len(failed) > NAMED:
             reasons.append(f"{len(failed) - NAMED} more failed")
         if not reasons and run.error:
@@ -221,22 +219,26 @@ class Watch:
         line = "; ".join(reasons) or "the server names no step that failed"
         return Failure(
             f"the run ended {run.state}: {' '.join(line.split())}; see {link}",
-            [state.step for state in failed],
+            any(mistake for _, mistake in ends),
         )
 
-    def reason(self, run_id: str, state: StepState) -> str:
-        """Which step failed, Argo's message, and the last line that the step printed."""
+    def end(self, run_id: str, state: StepState) -> tuple[str, bool]:
+        """Which step failed, with Argo's message and its own last line; whether by a user's mistake."""
         message = f" ({state.message})" if state.message else ""
-        last = last_line(self.client.log_of(run_id, state.pod)) if state.pod else ""
-        return f"{state.name} failed{message}" + (f": {last}" if last else "")
+        last, status = last_words(self.client.log_of(run_id, state.pod)) if state.pod else ("", None)
+        refused = state.step == "configure" and bool(ENDED_BY_ITSELF.search(state.message))
+        return f"{state.name} failed{message}" + (f": {last}" if last else ""), refused or status == MISTAKE
 
 
-def last_line(log: str) -> str:
-    """The last line of a pod's log that a step printed itself; empty if there is none."""
+def last_words(log: str) -> tuple[str, int | None]:
+    """The last line of a pod's log that a step printed itself, or ''; and its exit status, if that is told.
+
+    Argo's message has the launcher's exit code, which is 1 whatever the step's was.
+    """
     last = ""
     for line in log.splitlines():
-        if LAUNCHER_GIVES_UP.match(line):
-            break
+        if end := LAUNCHER_GIVES_UP.match(line):
+            return last, int(end[1]) if end[1] else None
         if line.strip() and not AROUND.match(line):
             last = line.strip()
-    return last
+    return last, None

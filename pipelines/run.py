@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import docker
-from docker.errors import DockerException, NotFound
+from docker.errors import NotFound
 from docker.types import Mount
 from kfp import local
 from kfp.components import load_component_from_file
-from requests.exceptions import RequestException
 
 from components import image_of
 from dynamic_transformers.command_line import run_command
@@ -36,6 +35,7 @@ from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
 from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
+from pipelines.docker_status import DOCKER_ERRORS
 from pipelines.images import STEPS, warn_of_revision_mismatch
 from pipelines.local_steps import LocalSteps
 
@@ -45,8 +45,6 @@ PASSED_ON = re.compile(
     r"|HF_(TOKEN|ENDPOINT)|WANDB_(API_KEY|BASE_URL)|(HTTPS?|NO)_PROXY|OMP_(NUM_THREADS|WAIT_POLICY)",
     re.IGNORECASE,  # proxies are often in small letters
 )
-# requests' own errors come through docker's client too.
-DOCKER_ERRORS = (DockerException, RequestException)
 
 
 def run(args: argparse.Namespace) -> None:

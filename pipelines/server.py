@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from kfp.client import (
 from kfp_server_api import ApiException
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
+from dynamic_transformers.launch.patience import outage, patiently
 from dynamic_transformers.settings import UserError
 
 REQUEST_TIMEOUT = (3, 10)  # seconds to connect, which urllib3 tries four times, and to answer
@@ -47,9 +50,36 @@ class Client(kfp.Client):
             reason = "its health page is not JSON; if it is one to log in, give a token"
         raise UserError(f"{self._existing_config.host} is no Kubeflow Pipelines server: {reason}")
 
-    def get_run(self, run_id: str) -> Any:
-        """Ask for the state of a run."""
-        return self._run_api.run_service_get_run(run_id=run_id, _request_timeout=REQUEST_TIMEOUT)
+    def state_of(self, run_id: str, seconds: float) -> Any:
+        """The state of a run, also where the server is away for a while: at most for `seconds`."""
+        request = partial(self._run_api.run_service_get_run, run_id=run_id, _request_timeout=REQUEST_TIMEOUT)
+        return patiently(request, tell_away, seconds)
+
+    def begin_run(self, name: str, experiment_id: str, **options: Any) -> str:
+        """Start a run of this name, and give its id; also where the server is away for a while."""
+        of_this_name = partial(self._runs_named, name, experiment_id)
+        before = patiently(of_this_name, tell_away)
+
+        def begin() -> str:
+            # An attempt that got no answer may have begun it.
+            if unheard_of := of_this_name() - before:
+                return unheard_of.pop()
+            with redirect_stdout(None):  # kfp prints a link of its own
+                begun: Any = self.run_pipeline(experiment_id, name, **options)
+            return begun.run_id
+
+        return patiently(begin, tell_away)
+
+    def _runs_named(self, name: str, experiment_id: str) -> set[str]:
+        """The newest runs of this name."""
+        answer: Any = self._run_api.run_service_list_runs(
+            experiment_id=experiment_id,
+            filter=named(name),
+            sort_by="created_at desc",
+            page_size=100,
+            _request_timeout=REQUEST_TIMEOUT,
+        )
+        return {run.run_id for run in answer.runs or []}
 
     def log_of(self, run_id: str, pod: str) -> str:
         """The log of a run's pod; empty where the server has none, or does not show it."""
@@ -66,6 +96,17 @@ class Client(kfp.Client):
             except (ApiException, HTTPError, UnicodeDecodeError):
                 continue
         return ""
+
+
+def tell_away(reason: str) -> None:
+    """Say that a request is repeated."""
+    print(f"the server is away, trying again: {reason}", file=sys.stderr, flush=True)
+
+
+def named(name: str) -> str:
+    """The server's filter for things of this name."""
+    equals = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
+    return json.dumps({"predicates": [equals]})
 
 
 def server_address(host: str) -> str:
@@ -147,7 +188,9 @@ def refusal(host: str, error: ApiException) -> str:
 def silence(host: str, error: HTTPError) -> str:
     """Why there was no answer."""
     reason = error.reason if isinstance(error, MaxRetryError) else error
-    detail = str(reason).rpartition(": ")[2]
     if isinstance(reason, SSLError):
-        return f"{host}: no secure connection ({detail}); SSL_CERT_FILE may name the certificates to trust"
-    return f"nothing answers at {host} ({detail})"
+        return (
+            f"{host}: no secure connection ({outage(error)}); "
+            "SSL_CERT_FILE may name the certificates to trust"
+        )
+    return f"nothing answers at {host} ({outage(error)})"

@@ -10,7 +10,6 @@ service account. SSL_CERT_FILE may name the certificates to trust.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -33,7 +32,9 @@ from pipelines.compile import add_cluster_argument, cluster_of, compile_pipeline
 from pipelines.images import warn_of_revision_mismatch
 from pipelines.package import Package, check_pushed, read_package, without_cache
 from pipelines.progress import Watch
-from pipelines.server import Client, connect, plain_errors, read_token, server_address, token_place
+from pipelines.server import Client, connect, named, plain_errors, read_token, server_address, token_place
+
+PAUSE_SECONDS = 60.0  # before a run is begun again; twice as long each further time, as for a step
 
 
 def submit(args: argparse.Namespace) -> None:
@@ -62,15 +63,14 @@ def submit(args: argparse.Namespace) -> None:
         deadline = time.monotonic() + args.timeout
         for again in range(args.resubmit + 1):
             name = f"{run_name}-again{again}" if again else run_name
-            with redirect_stdout(None):
-                run_id = client.run_pipeline(
-                    experiment.experiment_id,
-                    name,
-                    params=parameters,
-                    pipeline_id=version.pipeline_id,
-                    version_id=version.pipeline_version_id,
-                    pipeline_root=args.pipeline_root,
-                ).run_id
+            run_id = client.begin_run(
+                name,
+                experiment.experiment_id,
+                params=parameters,
+                pipeline_id=version.pipeline_id,
+                version_id=version.pipeline_version_id,
+                pipeline_root=args.pipeline_root,
+            )
             link = f"{host}/#/runs/details/{run_id}"
             print(f"run:        {name}, {run_id}")
             print(f"link:       {link}", flush=True)
@@ -84,10 +84,13 @@ def submit(args: argparse.Namespace) -> None:
             failure = watch.failure(run, run_id, link)
             if failure is None:
                 return
-            # A run that someone canceled is not wanted; what configure refuses, it refuses again.
-            if run.state != "FAILED" or "configure" in failure.steps or again == args.resubmit:
+            pause = PAUSE_SECONDS * 2**again
+            in_time = time.monotonic() + pause < deadline
+            # A run that someone canceled is not wanted.
+            if run.state != "FAILED" or failure.mistake or again == args.resubmit or not in_time:
                 raise UserError(failure.line)
-            print(f"{failure.line}\nbegun again, {again + 1} of {args.resubmit}:", flush=True)
+            print(f"{failure.line}\nbegun again in {pause:.0f} s, {again + 1} of {args.resubmit}", flush=True)
+            time.sleep(pause)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -149,12 +152,6 @@ def upload(client: Client, package: Package, namespace: str | None) -> tuple[V2b
     return client.upload_pipeline_version(str(package.path), package.version, pipeline_id), True
 
 
-def named(name: str) -> str:
-    """The server's filter for things of this name."""
-    equals = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
-    return json.dumps({"predicates": [equals]})
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of `python -m pipelines.submit`."""
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of each attempt
@@ -171,8 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="with --wait: begin a run that failed again, up to N times, unless configure refused it;"
-        " what has finished comes from the cache",
+        help="with --wait: begin a run that failed again, up to N times, after 1, 2, 4 ... minutes, unless"
+        " a step found a mistake of yours; what has finished comes from the cache",
     )
     parser.add_argument("--no-cache", action="store_true", help="take no result of an earlier run")
     parser.add_argument("--pipeline-root", metavar="URI", help="where artifacts go (default: the server's)")

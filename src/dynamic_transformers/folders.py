@@ -23,6 +23,11 @@ from dynamic_transformers.settings import UserError
 
 logger = logging.getLogger("dynamic_transformers")
 
+
+class InUseError(UserError):
+    """Another process writes there now: unlike other mistakes, this passes by itself."""
+
+
 _held: set[TextIO] = set()  # the open lock files of this process
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
@@ -37,7 +42,7 @@ def sole_writer(folder: Path, wait: bool = False) -> Iterator[None]:
         wait: for the process that writes there now; otherwise that is an error.
 
     Raises:
-        UserError: another process writes there; the line names it and its host.
+        InUseError: another process writes there; the line names it and its host.
     """
     folder = folder.resolve()
     make_folder(folder.parent)
@@ -86,7 +91,7 @@ def _locked(path: Path, folder: Path, wait: bool) -> TextIO | None:
             owner = file.read() or "another process"
             if not wait:
                 file.close()
-                raise UserError(
+                raise InUseError(
                     f"{folder}: {owner} writes there now; wait for its end, or choose another name"
                 ) from None
             logger.info("waiting for %s, which writes %s", owner, folder)

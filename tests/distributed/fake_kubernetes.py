@@ -23,7 +23,7 @@ import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from kubernetes.config import kube_config
 
-from dynamic_transformers.launch import kubernetes_api, train_job
+from dynamic_transformers.launch import kubernetes_api, patience, train_job
 from dynamic_transformers.settings import PROJECT_ROOT
 from tests.distributed.fake_trainer import NOW, RESERVED, Controllers, LocalNode
 
@@ -53,6 +53,7 @@ def fake_cluster(folder):
         for name in ("KUBERNETES_SERVICE_HOST", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
             patch.delenv(name, raising=False)
         patch.setattr(kubernetes_api, "POLL_SECONDS", 0.01)
+        patch.setattr(patience, "PAUSE_SECONDS", 0.01)
         patch.setattr(kubernetes_api, "DELETION_SECONDS", 10.0)
         patch.setattr(train_job, "LOOK_SECONDS", 0.01)
         patch.setattr(train_job, "VISIBLE_SECONDS", 5.0)

@@ -138,7 +138,9 @@ class FakeKfp:
         self.token, self.multi_user = token, False
         self.requests, self.experiments, self.pipelines, self.versions, self.runs = [], [], [], [], []
         self.states = [state("PENDING")]  # one for each time that a run is asked for; the last one stays
-        self.outages = 0  # so many requests for a run are answered by 503 first
+        self.outages = 0  # so many requests for a run are answered by `outage` first
+        self.outage = 503
+        self.starts = []  # of the next requests to begin a run: a status, or "lost": it begins, unanswered
         self.hang_ups = 0  # so many are not answered at all
         self.logs = {}  # by pod; the server tells others that the pod is gone
         self.on_poll = lambda: None
@@ -167,6 +169,8 @@ class FakeKfp:
             case "GET", ["pipelines", pipeline_id], "versions":
                 versions = [version for version in self.versions if version["pipeline_id"] == pipeline_id]
                 return {"pipeline_versions": self.select(versions, query)}
+            case "GET", [], "runs":
+                return {"runs": self.select(self.runs, query)}
             case "POST", [], "runs":
                 return self.create_run(json.loads(body))
             case "GET", ["runs"], run_id:
@@ -209,13 +213,17 @@ class FakeKfp:
         (version,) = [version for version in self.versions if reference <= version.items()]
         spec = version["pipeline_spec"]
         check_parameters(spec.get("pipeline_spec", spec), run["runtime_config"]["parameters"])
-        return self.add(self.runs, "run_id", run)
+        start = self.starts.pop(0) if self.starts else None
+        if start not in (None, "lost"):
+            raise RefusedError(start, 14, "upstream connect error")
+        begun = self.add(self.runs, "run_id", run)
+        return None if start == "lost" else begun
 
     def get_run(self, run_id):
         (run,) = [run for run in self.runs if run["run_id"] == run_id]
         if self.outages:
             self.outages -= 1
-            raise RefusedError(503, 14, "upstream connect error")
+            raise RefusedError(self.outage, 14, "upstream connect error")
         if self.hang_ups:
             self.hang_ups -= 1
             return None

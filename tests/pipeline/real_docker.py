@@ -6,8 +6,8 @@ import docker
 import pytest
 
 from components import IMAGES, image_of
+from pipelines.docker_status import DOCKER_ERRORS
 from pipelines.images import revision_mismatch
-from pipelines.run import DOCKER_ERRORS
 
 
 def client_with_images(*steps):

@@ -1,12 +1,17 @@
 """Steps as processes and containers of this machine: how they are ended."""
 
 import signal
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from pipelines.local_steps import LocalSteps
+import pytest
+import requests
+from docker.errors import APIError
+
+from pipelines.local_steps import END_ALL, LocalSteps
 
 
 @contextmanager
@@ -73,5 +78,43 @@ def test_a_container_is_ended_by_a_signal_to_what_runs_in_it():
     )
     engine = SimpleNamespace(containers=SimpleNamespace(run=lambda **options: container))
     assert steps.run_container(engine, "train:1", ["sh"], {}) == 143
-    assert calls == [["sh", "-c", "kill -TERM -1"], "kill", "remove"]
+    assert calls == [END_ALL, "kill", "remove"]
     assert steps.run_container(engine, "train:1", ["sh"], {}) == 1 and len(calls) == 3
+
+
+@pytest.mark.parametrize("error", [APIError("409: is not running"), requests.ConnectionError("away")])
+def test_an_engine_that_does_not_do_its_part_does_not_keep_a_signal_from_other_steps(error):
+    steps, others = LocalSteps(), []
+
+    def refuse(*arguments, **options):
+        raise error
+
+    def logs(stream):
+        with steps.ended_by(others.append):
+            steps.stop(signal.SIGTERM)
+            steps.stop(signal.SIGTERM)
+        yield b""
+
+    container = SimpleNamespace(
+        logs=logs, exec_run=refuse, kill=refuse, wait=lambda: {"StatusCode": 143}, remove=lambda force: None
+    )
+    engine = SimpleNamespace(containers=SimpleNamespace(run=lambda **options: container))
+    assert steps.run_container(engine, "train:1", ["sh"], {}) == 143
+    assert others == [False, True]
+
+
+IN_NAMESPACE = ["unshare", "--user", "--pid", "--fork", "--kill-child", "--"]
+
+
+@pytest.mark.skipif(
+    subprocess.run([*IN_NAMESPACE, "sh", "-c", "[ $$ = 1 ]"], capture_output=True).returncode != 0,
+    reason="no namespace of processes can be made here",
+)
+def test_a_signal_that_comes_before_the_step_runs_ends_it_all_the_same():
+    """In a namespace of its own, as in a container: the shell is process 1, and the signal comes first."""
+    step = "trap 'echo ended in order; exit 3' TERM; for i in 1 2 3 4 5 6 7 8 9; do sleep 1; done; echo never"
+    end = " ".join(END_ALL[2:])
+    # Nothing here may run as anything but process 1, or below it: `kill -TERM -1` reaches whatever is there.
+    script = f'[ $$ = 1 ] || exit 9; ({end}) & i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; sh -c "$0"'
+    result = subprocess.run([*IN_NAMESPACE, "sh", "-c", script, step], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (3, "ended in order\n"), result

@@ -214,13 +214,17 @@ def test_with_a_volume_training_is_the_trainers_business(nodes, full_example, tm
 
 def test_variables_reach_every_step_and_the_nodes_of_a_job(tmp_path):
     cluster = ClusterSettings(
-        environment={"NCCL_DEBUG": "WARN"}, volume_claim="claim", runtime="torch-of-ours"
+        environment={"NCCL_DEBUG": "WARN"},
+        volume_claim="claim",
+        runtime="torch-of-ours",
+        grace_seconds=900,
     )
     _, spec, _ = compiled(cluster, tmp_path)
     for executor in executors(spec).values():
         assert executor["container"]["env"] == [{"name": "NCCL_DEBUG", "value": "WARN"}]
     launch = launch_of_package(spec)
     assert (launch.environment, launch.runtime) == ({"NCCL_DEBUG": "WARN"}, "torch-of-ours")
+    assert launch.grace_seconds == 900
 
 
 def test_without_cluster_settings_only_shared_memory_and_retries_are_asked_for(tmp_path):
@@ -284,6 +288,7 @@ def tolerating(**toleration):
         ({"step": {}}, "step"),
         ({"steps": {"train": {"gpus": 1}}}, "gpus"),
         ({"nodes": 2, "volume_claim": ""}, "nodes=2 needs volume_claim"),
+        ({"grace_seconds": 20}, "grace_seconds=20: must be at least 30"),
         ({"parallel_runs": 0}, "parallel_runs=0: must be at least 1"),
         ({"retries": "often"}, "retries"),
         ({"retries": -1}, "retries=-1: must be at least 0"),

@@ -19,6 +19,7 @@ from kfp import compiler, dsl, kubernetes
 
 from dynamic_transformers import __version__
 from dynamic_transformers.configure import settings_from_json
+from dynamic_transformers.launch import patience
 from dynamic_transformers.settings import PROJECT_ROOT
 from pipelines import progress, submit
 from pipelines.images import SERVER, STEPS, source_revision
@@ -83,6 +84,10 @@ def no_credentials_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / ".config/kfp/context.json"))
     monkeypatch.setattr(progress, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submit, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "OUTAGE_SECONDS", 2.0)
+    monkeypatch.setattr(progress, "OUTAGE_SECONDS", 2.0)
 
 
 @pytest.fixture
@@ -373,7 +378,10 @@ def test_a_run_that_failed_is_begun_again_until_it_succeeds(fake, run):
     assert others == [first, first]  # the same version, so that the cache knows it, and the same parameters
     assert len(fake.versions) == 1
     assert output.count("train of mod:0 failed (pod deleted)") == 1
-    assert "begun again, 2 of 3:" in output and output.splitlines()[-1].endswith(" run: SUCCEEDED")
+    assert "begun again in 0 s, 2 of 3\n" in output and output.splitlines()[-1].endswith(" run: SUCCEEDED")
+
+
+EVICTED = "The node was low on resource: memory."
 
 
 @pytest.mark.parametrize(
@@ -382,6 +390,9 @@ def test_a_run_that_failed_is_begun_again_until_it_succeeds(fake, run):
         (state("FAILED", configure="SUCCEEDED", train_1=failed()), 3),
         (state("FAILED", error="the controller lost it"), 3),
         (state("FAILED", configure=failed()), 1),  # the user's mistake stays one
+        (state("FAILED", configure=failed(EVICTED)), 3),
+        (state("FAILED", configure=failed("pod deleted")), 3),
+        (state("FAILED", configure=failed("main: OOMKilled (exit code 137)")), 3),
         (state("CANCELED", configure="SUCCEEDED"), 1),
     ],
 )
@@ -389,6 +400,37 @@ def test_what_begins_a_run_again_and_how_often(end, runs, fake, refused):
     fake.states = [end]
     assert refused(fake.url, "--wait", "--resubmit", "2").startswith(f"the run ended {end['state']}: ")
     assert len(fake.runs) == runs
+
+
+@pytest.mark.parametrize(("status", "runs"), [(2, 1), (1, 3)])
+def test_a_step_that_found_a_mistake_of_the_users_is_not_begun_again(status, runs, fake, refused):
+    fake.states = [state("FAILED", configure="SUCCEEDED", train_1=failed(attempts=3))]
+    log = LOG.replace("exit status 2", f"exit status {status}").format(last="data: no such column")
+    fake.logs = {pod_of("train", 1, "executor(2)"): log}
+    assert "data: no such column" in refused(fake.url, "--wait", "--resubmit", "2", *RUNS)
+    assert len(fake.runs) == runs
+
+
+def test_a_run_is_begun_again_after_a_pause_that_grows(fake, run, monkeypatch):
+    slept = []
+    monkeypatch.setattr(submit, "PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept.append))
+    fake.states = [state("FAILED", configure="SUCCEEDED", train_1=failed())]
+    assert run(fake.url, "--wait", "--resubmit", "3")[0] == 2
+    assert slept == [60.0, 120.0, 240.0]
+    # A pause that would last longer than the wait is none.
+    assert run(fake.url, "--wait", "--resubmit", "3", "--timeout", "90")[0] == 2
+    assert slept[3:] == [60.0]
+
+
+@pytest.mark.parametrize("start", [503, 429, "lost"])
+def test_an_outage_while_a_run_is_begun_is_waited_for_and_begins_one_run(start, fake, run):
+    assert run(fake.url, "--run-name", "mine")[0] == 0  # which is not taken for the next one
+    fake.starts, fake.states = [start, start], [state("SUCCEEDED")]
+    code, output, errors = run(fake.url, "--run-name", "mine", "--wait")
+    assert code == 0, errors
+    assert len(fake.runs) == 2 and f"run:        mine, {fake.runs[1]['run_id']}" in output
+    assert errors.startswith("the server is away, trying again: ") and len(errors.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -469,13 +511,20 @@ def test_ctrl_c_ends_the_wait_and_says_that_the_run_goes_on(fake, run, monkeypat
     assert (code, errors) == (130, f"no longer waiting; the run goes on: {link}\n")
 
 
-def test_the_wait_outlasts_a_short_outage_only(fake, run, refused, caplog):
-    fake.states, fake.outages, fake.hang_ups = [state("SUCCEEDED")], 3, 6
-    assert run(fake.url, "--wait")[0] == 0
-    assert fake.hang_ups == 0
+@pytest.mark.parametrize("status", [503, 429])
+def test_the_wait_outlasts_an_outage_of_minutes(status, fake, run, refused, caplog, monkeypatch):
+    fake.states, fake.outage, fake.outages, fake.hang_ups = [state("SUCCEEDED")], status, 30, 6
+    code, output, errors = run(fake.url, "--wait")
+    assert (code, fake.hang_ups) == (0, 0)
+    assert output.splitlines()[-1].endswith("run: SUCCEEDED")
+    assert [line.split(": ")[0] for line in errors.splitlines()] == ["the server is away, trying again"] * 2
     assert not caplog.records  # of urllib3, about each new attempt
+    monkeypatch.setattr(progress, "OUTAGE_SECONDS", 0.1)
     fake.outages = 1000
-    assert refused(fake.url, "--wait") == f"{fake.url} answered 503: upstream connect error\n"
+    *_, line = run(fake.url, "--wait")[2].splitlines()
+    assert line == f"error: {fake.url} answered {status}: upstream connect error"
+    fake.outage = 404
+    assert refused(fake.url, "--wait") == f"{fake.url} answered 404: upstream connect error\n"  # at once
 
 
 def test_the_token_comes_from_a_file_which_may_change(guarded, run, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def why_replaced(job: dict[str, Any], manifest: dict[str, Any]) -> str:
         return "is being deleted"
     end = outcome(job)
     if end is not None:
-        used_up = end["reason"] == LATE and job["spec"].get(LIMIT) == manifest["spec"].get(LIMIT)
+        used_up = end.get("reason") == LATE and job["spec"].get(LIMIT) == manifest["spec"].get(LIMIT)
         return "" if used_up else "has ended before"
     made_of, wanted = (entry["metadata"].get("annotations", {}).get(OF_LAUNCH) for entry in (job, manifest))
     if made_of != wanted and not is_ready(job):
@@ -61,7 +61,7 @@ def why_replaced(job: dict[str, Any], manifest: dict[str, Any]) -> str:
 def why_failed(job: dict[str, Any]) -> str:
     """What a job that has failed says of it, in one line."""
     end = holding(job, "Failed") or {}
-    reason, message = end["reason"], end["message"]
+    reason, message = end.get("reason", "no reason"), end.get("message", "no message")
     if reason == LATE:
         reason += f", timeout_seconds={job['spec'].get(LIMIT)}"
         message += "; a higher one, or the job's deletion, lets the training go on from its last checkpoint"

@@ -63,6 +63,10 @@ class JobWatch:
         if told and self.logs is not None:
             self.logs.show_exceptions()
 
+    def mistake(self) -> str:
+        """The user's mistake that ended a process of a node, which no restart mends; '' if there was none."""
+        return self.logs.mistake() if self.logs is not None else ""
+
     def blind(self, reason: str) -> None:
         """Say once that pods or events cannot be read."""
         if not self.is_blind:

@@ -15,8 +15,9 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
-from dynamic_transformers.launch.job_state import describe, is_ready, outcome, why_replaced
+from dynamic_transformers.launch.job_state import describe, holding, is_ready, outcome, why_replaced
 from dynamic_transformers.launch.job_watch import JobWatch
+from dynamic_transformers.launch.patience import outage, patiently
 from dynamic_transformers.settings import UserError
 
 logger = logging.getLogger("dynamic_transformers")
@@ -24,7 +25,6 @@ logger = logging.getLogger("dynamic_transformers")
 GROUP, VERSION = "trainer.kubeflow.org", "v1alpha1"
 POLL_SECONDS = 10.0
 REQUEST_SECONDS = 30.0
-OUTAGE_SECONDS = 600.0  # how long the API may be away
 DELETION_SECONDS = 600.0  # how long a job's pods may take to end
 OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 # Fields without which nothing can be trained, and the first Trainer that has them all.
@@ -54,7 +54,7 @@ class TrainJobs:
             The job as it ended, complete or failed.
 
         Raises:
-            UserError: the API refuses something.
+            UserError: the API refuses something, or a node found a mistake.
             RuntimeError: the job was deleted, or the API has been away too long.
         """
         name = manifest["metadata"]["name"]
@@ -114,7 +114,10 @@ class TrainJobs:
     def follow(self, name: str) -> dict[str, Any]:
         """Log every change of the job's state, restarts, and what it waits for; returns it as it ended.
 
+        A job whose nodes find a mistake of the user's is deleted: they would find it at each restart.
+
         Raises:
+            UserError: that mistake.
             RuntimeError: it was deleted.
         """
         shown, watch = "", None
@@ -126,6 +129,9 @@ class TrainJobs:
                 logger.info("TrainJob %s/%s: %s", self.namespace, name, state)
                 shown = state
             watch = watch or JobWatch(job)
+            if not holding(job, "Complete") and (mistake := watch.mistake()):
+                self.delete(name)
+                raise UserError(mistake)
             if outcome(job):
                 watch.end(job)
                 return job
@@ -174,23 +180,16 @@ class TrainJobs:
             ApiException: it refuses.
             RuntimeError: it has been away for too long.
         """
-        deadline = time.monotonic() + OUTAGE_SECONDS
-        told = ""
-        while True:
-            try:
-                return call(*arguments, _request_timeout=REQUEST_SECONDS, **options)
-            except ApiException as error:
-                if (error.status or 0) < 500 and error.status != 429:
-                    raise
-                reason = f"{error.status} {error.reason}"
-            except HTTPError as error:
-                reason = str(error)
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"no Kubernetes API for {OUTAGE_SECONDS:.0f} s: {reason}")
-            if reason != told:
-                logger.warning("the Kubernetes API is away, trying again: %s", reason)
-                told = reason
-            time.sleep(POLL_SECONDS)
+
+        def away(reason: str) -> None:
+            logger.warning("the Kubernetes API is away, trying again: %s", reason)
+
+        try:
+            return patiently(lambda: call(*arguments, _request_timeout=REQUEST_SECONDS, **options), away)
+        except (ApiException, HTTPError) as error:
+            if reason := outage(error):
+                raise RuntimeError(f"the Kubernetes API is still away: {reason}") from error
+            raise
 
 
 def connect() -> str:

@@ -55,7 +55,7 @@ def train_on_nodes(settings: Settings, data_dir: Path, run_dir: Path, launch: La
     ends this task, not the job.
 
     Raises:
-        UserError: the volume is not here, or the cluster refuses the job.
+        UserError: the volume is not here, the cluster refuses the job, or its nodes found a mistake.
         RuntimeError: the job failed, or the cluster cannot be reached.
     """
     config = training_config(run_identity(settings, data_dir, launch.world_size), settings)
@@ -106,7 +106,7 @@ def job_name(architecture: str, config: dict, launch: Launch) -> str:
 def share(data_dir: Path, shared: Path) -> None:
     """Copy a data folder to the volume, unless it is there. Several tasks may do so at the same time."""
     for leftover in shared.parent.glob(".data-*.new-*"):  # locks are not to be had on every network volume
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
     if shared.exists():

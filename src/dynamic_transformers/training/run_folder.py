@@ -18,7 +18,13 @@ from dynamic_transformers.manifest import MANIFEST, read_manifest, write_json
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import METRICS, forget_after, replace_run
 from dynamic_transformers.training.budget import Budget
-from dynamic_transformers.training.checkpoint import Checkpoint, checkpoints, newest_whole, read_checkpoint
+from dynamic_transformers.training.checkpoint import (
+    STATE,
+    Checkpoint,
+    checkpoints,
+    newest_whole,
+    read_checkpoint,
+)
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -167,6 +173,18 @@ def read_identity(run_dir: Path) -> dict[str, Any]:
         return {"identity": dict(values["identity"]), "source": values["source"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged; --force begins anew") from error
+
+
+def content_to_go_on_with(settings: Settings, force: bool) -> str | None:
+    """Digest of the data of the run that a command goes on with; None: it begins anew, or cannot be read."""
+    resume = settings.training.resume
+    if force or resume == "none":
+        return None
+    file = settings.run_dir / IDENTITY if resume == "auto" else Path(resume) / STATE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["identity"]["data_digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # told when the run's folder is looked at
 
 
 def refuse_differences(place: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
