@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from dynamic_transformers.settings import OptimizerSettings
 from dynamic_transformers.training.calibration import calibrate
 from dynamic_transformers.training.huggingface import RoutingCallback
+from dynamic_transformers.training.optimizer import build_optimizer
 from dynamic_transformers.training.step import OptimizerStep
 from tests.models.tiny import ALL, ROUTED, tiny_model, tokens
 
@@ -79,7 +80,7 @@ def test_the_callback_does_what_our_loop_does(architecture, tmp_path):
     ours = tiny_model(architecture, capacity_warmup_steps=2)
     theirs = {calibrated: copy.deepcopy(ours) for calibrated in (False, True)}
     batches = ({"input_ids": row, "labels": row} for row in ids.split(2))
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.0)
+    optimizer = build_optimizer(ours, OptimizerSettings(lr=0.0))
     step = OptimizerStep(Accelerator(cpu=True), ours, optimizer, batches, OptimizerSettings(lr=0.0), 2, 0)
     for number in range(3):
         step(number, 3, list)

@@ -45,4 +45,6 @@ class RoutingCallback(TrainerCallback):
 
 def routed_models(model: nn.Module) -> list[Any]:
     """The routed language model inside `model`, whatever wraps it; its class may be of an exported folder."""
-    return [part for part in model.modules() if hasattr(part, "set_progress") and hasattr(part, "advance")]
+    return [
+        part for part in model.modules() if isinstance(getattr(type(part), "routing_state", None), property)
+    ]
