@@ -1,7 +1,8 @@
 """Runs the compiled pipeline on this machine: `python -m pipelines.run`.
 
-Each step is a process, or with `--docker` a container of its image. The same settings and runs have the
-same folder: called again, the pipeline goes on from what has finished and from training's checkpoints.
+Each step is a process, or with `--docker` a container of its image. The same runs, and the same settings but
+for those that change no result, have the same folder: called again, the pipeline goes on from what has
+finished and from training's checkpoints.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from components import image_of
 from dynamic_transformers.command_line import run_command
 from dynamic_transformers.configure import run_names
 from dynamic_transformers.folders import set_aside, sole_writer
-from dynamic_transformers.manifest import digest, fresh_folder, revision
+from dynamic_transformers.manifest import digest, fresh_folder, revision, write_json
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import tracking_uri
+from dynamic_transformers.training.identity import flat, settings_identity
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
 from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
@@ -66,9 +68,7 @@ def run(args: argparse.Namespace) -> None:
     runner = docker_runner(settings) if args.docker else local.SubprocessRunner(use_venv=False)
     with sole_writer(folder):
         check_report(folder / "report")
-        execution = root / execution_name(settings, parameters)
-        if execution.is_dir() and args.force:
-            print(f"moved aside: {set_aside(execution)}")
+        execution = execution_of(root, execution_identity(settings, parameters), args.force)
         tell_program(execution, ", ".join(map(image_of, STEPS)) if args.docker else revision())
         run_here(settings, parameters, runs, runner, execution)
 
@@ -114,11 +114,33 @@ def run_here(
         raise UserError(f"the pipeline failed ({failure}); its logs are in {logs}")
 
 
-def execution_name(settings: Settings, parameters: dict[str, Any]) -> str:
-    """Name of this pipeline's folder: the same settings and runs have the same, wherever they are tracked."""
-    values = json.loads(settings.to_json())
-    del values["tracking"], values["run"]["output_dir"]
-    return digest({"settings": values, **parameters})[:12]
+def execution_identity(settings: Settings, parameters: dict[str, Any]) -> dict[str, Any]:
+    """What two calls must have in common to be one execution, by key: all that decides what it computes.
+
+    Of the training that is its identity and its budget, as for a run folder; where anything is tracked or
+    kept does not count.
+    """
+    values = settings.to_dict()
+    del values["data"]["batch_size"]  # in the identity's `global_batch`
+    budget = {key: values["training"][key] for key in ("max_steps", "max_tokens", "max_flops")}
+    rest = {"data": values["data"], "evaluation": values["evaluation"], "training": budget}
+    return {**settings_identity(settings), **flat(rest), "run.name": settings.run.name, **parameters}
+
+
+def execution_of(root: Path, identity: dict[str, Any], force: bool) -> Path:
+    """The folder of an execution, its identity written beside it; says why it begins anew, if it does."""
+    execution = root / digest(identity)[:12]
+    records = sorted(root.glob("*.identity.json"), key=lambda path: path.stat().st_mtime)
+    if execution.is_dir() and force:
+        print(f"moved aside: {set_aside(execution)}")
+    elif records and not execution.is_dir():
+        before = json.loads(records[-1].read_text())
+        keys = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
+        listed = ", ".join(f"{key} ({before.get(key)} there, {identity.get(key)} now)" for key in keys)
+        if keys:
+            print(f"begins anew, since settings differ from {records[-1].name.split('.')[0]}: {listed}")
+    write_json(execution.with_suffix(".identity.json"), identity)
+    return execution
 
 
 def tell_program(execution: Path, program: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from dynamic_transformers.settings import PROJECT_ROOT
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
-from pipelines.run import execution_name, main
+from pipelines.run import execution_identity, execution_of, main
 
 
 def pipeline_command(output_dir, architectures, *arguments):
@@ -190,17 +190,55 @@ def test_mlflow_has_the_run_under_its_parent(finished):
     assert {"config", "evaluation", "model"} <= {a.path for a in client.list_artifacts(child.info.run_id)}
 
 
-def execution_of(output_dir, *arguments):
-    """The folder that a pipeline takes."""
+def identity_of(output_dir, *arguments):
+    """What makes two calls one execution."""
     parser = argparse.ArgumentParser()
     add_pipeline_arguments(parser)
     asked = parser.parse_intermixed_args(pipeline_command(output_dir, *arguments)[3:])
-    return output_dir / "quickstart" / "pipeline" / execution_name(*pipeline_arguments(asked))
+    return execution_identity(*pipeline_arguments(asked))
+
+
+FREE = (
+    "training.log_every=3",
+    "training.keep_checkpoints=1",
+    "training.checkpoint_every=7",
+    "system.num_workers=2",
+    "tracking.mlflow=false",
+    ("training.gradient_accumulation_steps=2", "data.batch_size=2"),  # the same batch of 4
+)
+OTHERS = (
+    "training.max_flops=3.0e9",
+    "training.gradient_accumulation_steps=2",
+    "data.vocab_size=999",
+    "evaluation.limit=3",
+    ("--seeds", "1"),
+)
+
+
+@pytest.mark.parametrize("change", FREE)
+def test_settings_that_change_no_result_go_on_in_the_same_folder(change, tmp_path):
+    changes = (change,) if isinstance(change, str) else change
+    assert identity_of(tmp_path, "mod", *changes) == identity_of(tmp_path, "mod")
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_other_settings_begin_anew_and_are_named(change, tmp_path, capsys):
+    changes = (change,) if isinstance(change, str) else change
+    first = execution_of(tmp_path, identity_of(tmp_path, "mod"), force=False)
+    first.mkdir()
+    assert execution_of(tmp_path, identity_of(tmp_path, "mod"), force=False) == first
+    assert capsys.readouterr().out == ""
+    other = execution_of(tmp_path, identity_of(tmp_path, "mod", *changes), force=False)
+    assert other != first
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.match(rf"begins anew, since settings differ from {first.name}: \S+ \(.* there, .* now\)$", line)
 
 
 def test_a_failing_step_fails_the_run_and_shows_why(tmp_path, micro_overrides):
     sources = "data.dataset_configs=[{name: gone, path: json, data_files: /nowhere/gone.jsonl}]"
-    execution = execution_of(tmp_path, "standard", *micro_overrides, sources)
+    root = tmp_path / "quickstart" / "pipeline"
+    root.mkdir(parents=True)
+    execution = execution_of(root, identity_of(tmp_path, "standard", *micro_overrides, sources), force=False)
     (execution / "earlier").mkdir(parents=True)
     result = run_pipeline(tmp_path, "standard", *micro_overrides, sources, "--force")
     (aside,) = execution.parent.glob(f"{execution.name}.replaced-*")

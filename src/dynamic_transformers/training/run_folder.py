@@ -25,49 +25,18 @@ from dynamic_transformers.training.checkpoint import (
     newest_whole,
     read_checkpoint,
 )
+from dynamic_transformers.training.identity import settings_identity
 
 logger = logging.getLogger("dynamic_transformers")
 
 CONFIG = "config.yaml"
 IDENTITY = "identity.json"
-# Settings of `training` that change no number of a run; the batch is in `global_batch`.
-FREE = (
-    "max_steps",
-    "max_tokens",
-    "max_flops",
-    "gradient_accumulation_steps",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "keep_checkpoints",
-    "max_skipped_steps",
-    "resume",
-    "reschedule",
-    "gradient_checkpointing",
-)
 
 
 def run_identity(settings: Settings, data_dir: Path, processes: int = 1) -> dict[str, Any]:
-    """The settings that decide a run's numbers, by key; with the budget, what a finished run depends on.
-
-    Args:
-        processes: that train it, over all nodes; how the batch is split over them does not count.
-    """
-    values = settings.to_dict()
-    training = values["training"]
-    accumulation = training["gradient_accumulation_steps"]
-    noisy = settings.model.type == "mod" and settings.model.mod.routing == "random"
-    return {
-        **flat({"model": values["model"] | {"size": None, "dimensions": vars(settings.model.backbone)}}),
-        **flat({"training": {key: value for key, value in training.items() if key not in FREE}}),
-        "run.seed": settings.run.seed,
-        "system.precision": settings.system.precision,
-        "global_batch": settings.data.batch_size * accumulation * processes,
-        # Each process draws its own noise for each forward.
-        **({"batch_split": [processes, accumulation]} if noisy else {}),
-        "data_digest": read_manifest(data_dir, "prepare_data")["content_digest"],
-    }
+    """The settings and data that decide a run's numbers; with the budget, what a finished run depends on."""
+    data_digest = read_manifest(data_dir, "prepare_data")["content_digest"]
+    return settings_identity(settings, processes) | {"data_digest": data_digest}
 
 
 def training_config(identity: dict[str, Any], settings: Settings) -> dict[str, Any]:
@@ -273,14 +242,3 @@ def refuse_a_full_disk(run_dir: Path, parameters: int) -> None:
         raise UserError(
             f"{run_dir}: {free / 1e6:,.0f} MB are free there, two checkpoints need {needed / 1e6:,.0f} MB"
         )
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `a.b.c`, JSON-able."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return result
