@@ -7,12 +7,11 @@ the paper's equation 1, g = r. Others: y = x.
 
 import torch
 from torch import Tensor
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2MoDConfig
 from .heads import ScoreHead
 from .modeling import RoutedForCausalLM, RoutedModel
-from .routing import Router, RoutingContext, membership_loss, routed_update, row_means
+from .routing import Block, Router, RoutingContext, membership_loss, routed_update, row_means
 from .selection import RoutingResult
 from .state import LayerState
 
@@ -27,7 +26,7 @@ class MoDRouter(Router):
 
     def forward(
         self,
-        block: Qwen2DecoderLayer,
+        block: Block,
         hidden_states: Tensor,
         previous_hidden_states: Tensor,
         context: RoutingContext,

@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from .cache import RoutedCache, row_segments
 from .configuration import RoutedConfig
 from .heads import ScoreHead
-from .routing import Router, RoutingContext, causal_mask
+from .routing import Block, Router, RoutingContext, causal_mask
 from .selection import RoutingResult
 from .state import RoutingState, beta_at
 from .surprise import SurpriseGate, inverse_softplus
@@ -147,7 +147,7 @@ class RoutedModel(Qwen2Model):
                 seen.append(layer_input)
             if str(index) in self.routers:
                 hidden_states, routing[index] = self.routers[str(index)](
-                    block, hidden_states, previous, context, states[index]
+                    Block(block, index), hidden_states, previous, context, states[index]
                 )
             else:
                 hidden_states = block(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .cache import EMPTY, NO_SEGMENT, RoutedCache
 from .configuration import RoutedConfig
@@ -105,8 +104,25 @@ def causal_mask(
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
+class Block:
+    """A Qwen2 decoder layer with its residuals, as a router calls it.
+
+    Tools that offload a model move the arguments of each module's forward, and would move a module among them.
+
+    Attributes:
+        layer: its index.
+    """
+
+    def __init__(self, module: nn.Module, layer: int):
+        self._module, self.layer = module, layer
+
+    def __call__(self, hidden_states: Tensor, **options) -> Tensor:
+        """Its output, (B, T, D) for (B, T, D)."""
+        return self._module(hidden_states, **options)
+
+
 def routed_update(
-    block: Qwen2DecoderLayer,
+    block: Block,
     hidden_states: Tensor,
     selection: Selection,
     gate: Tensor,
@@ -118,7 +134,7 @@ def routed_update(
     computed for (R, K, D), and nothing for the others.
 
     Args:
-        block: a Qwen2 decoder layer with its residuals.
+        block: F.
         hidden_states: (B, T, D).
         gate: g, (B, T).
         context: the layer's own keys and values join its cache, if there is one.
@@ -143,7 +159,7 @@ def routed_update(
     cos, sin = context.position_embeddings
     output = block(
         selected,
-        attention_mask=selected_mask(block.self_attn.layer_idx, selection, context, hidden_states.dtype),
+        attention_mask=selected_mask(block.layer, selection, context, hidden_states.dtype),
         position_ids=gather(context.position_ids),
         position_embeddings=(gather(cos), gather(sin)),
         past_key_values=context.cache,

@@ -11,11 +11,10 @@ reaches the prior and the decision layer through g.
 """
 
 from torch import Tensor
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2SDTConfig
 from .modeling import RoutedForCausalLM, RoutedModel
-from .routing import Router, RoutingContext, routed_update, row_means
+from .routing import Block, Router, RoutingContext, routed_update, row_means
 from .selection import RoutingResult
 from .state import LayerState
 from .surprise import PriorNetwork, SurpriseGate
@@ -32,7 +31,7 @@ class SDTRouter(Router):
 
     def forward(
         self,
-        block: Qwen2DecoderLayer,
+        block: Block,
         hidden_states: Tensor,
         previous_hidden_states: Tensor,
         context: RoutingContext,
@@ -48,7 +47,7 @@ class SDTRouter(Router):
         post, before = hidden_states, previous_hidden_states
         predicted = self.prior(before)
         update = post.float() - before.float()
-        layer = block.self_attn.layer_idx
+        layer = block.layer
         score, gate = self.surprise(update, predicted, before, state.beta, context, layer)
         losses, quantiles = {}, None
         if self.training:

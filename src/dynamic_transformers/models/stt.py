@@ -18,12 +18,12 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration import Qwen2STTConfig
 from .heads import PairScoreHead
 from .modeling import RoutedForCausalLM, RoutedModel
 from .routing import (
+    Block,
     Router,
     RoutingContext,
     membership_loss,
@@ -53,14 +53,14 @@ class STTRouter(Router):
 
     def forward(
         self,
-        block: Qwen2DecoderLayer,
+        block: Block,
         hidden_states: Tensor,
         previous_hidden_states: Tensor,
         context: RoutingContext,
         state: LayerState,
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the routed layer, and what it reports."""
-        logits = self.student_logits(hidden_states.detach(), context, block.self_attn.layer_idx)
+        logits = self.student_logits(hidden_states.detach(), context, block.layer)
         if self.training:
             return self.forward_training(block, hidden_states, logits, context, state)
         selection = self.select(logits, hidden_states, context, state)
@@ -70,7 +70,7 @@ class STTRouter(Router):
 
     def forward_training(
         self,
-        block: Qwen2DecoderLayer,
+        block: Block,
         hidden_states: Tensor,
         logits: Tensor,
         context: RoutingContext,
@@ -90,7 +90,7 @@ class STTRouter(Router):
         teacher, before = (dense.detach(), hidden_states.detach()) if detached else (dense, hidden_states)
         predicted = self.prior(previous_token(teacher, context.document_starts(teacher.shape[1])))
         update = teacher.float() - before.float()
-        layer = block.self_attn.layer_idx
+        layer = block.layer
         score, gate = self.surprise(update, predicted, before, state.beta, context, layer)
         selection = self.targets(score, gate, state.training_capacity, valid)
         quantile = score_quantile(logits, mean_fraction(selection.mask, valid), valid)

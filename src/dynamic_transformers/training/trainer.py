@@ -12,7 +12,11 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+)
 from safetensors.torch import save_model
 
 from dynamic_transformers.data.loading import batches_of, load_split, verify_split
@@ -251,6 +255,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
         mixed_precision=mixed,
         cpu=on_cpu(settings),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Thresholds and β are equal on all ranks without DDP's exchange of buffers before each forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 

@@ -1,0 +1,126 @@
+"""Offload, quantisation and FSDP2 leave a routed model what it is."""
+
+import datetime
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from dynamic_transformers.models.heads import ScoreHead
+from dynamic_transformers.models.surprise import SurpriseGate
+from tests.models.tiny import ALL, CASES, ROUTED, calibrated, calibrated_case, logits, tiny_model, tokens
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_offloaded_model_gives_the_same(case):
+    model, ids = calibrated_case(case), tokens(2, 24)
+    expected = logits(model, ids)
+    generated = model.generate(ids[:, :6], max_new_tokens=4, do_sample=False)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert any(value.device.type == "meta" for value in model.parameters())
+    torch.testing.assert_close(logits(model, ids), expected, atol=0, rtol=0)
+    assert torch.equal(model.generate(ids[:, :6], max_new_tokens=4, do_sample=False), generated)
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_model_whose_layers_do_not_fit_is_loaded_in_parts(architecture, tmp_path):
+    model, ids = calibrated(architecture), tokens(2, 24)
+    model.save_pretrained(tmp_path)
+    memory = {"cpu": "60KB"}  # the rest goes to the disk
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map="auto", max_memory=memory, offload_folder=tmp_path / "offload"
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_what_decides_is_not_quantised(architecture):
+    """Selection of given hidden states stays what it was, though all linear layers have 8 bits."""
+    model, ids = calibrated(architecture), tokens(2, 24)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert type(quantised.model.layers[0].mlp.up_proj) is not torch.nn.Linear
+    seen = {}
+    for layer, router in quantised.model.routers.items():
+        for name, part in router.named_modules():
+            if isinstance(part, (ScoreHead, SurpriseGate)):
+                part.register_forward_hook(
+                    lambda _, inputs, output, at=(layer, name): seen.update({at: (inputs, output)})
+                )
+    logits(quantised, ids)
+    assert len(seen) == len(quantised.model.routers)
+    for (layer, name), (inputs, output) in seen.items():
+        exact = model.model.routers[layer].get_submodule(name)(*inputs)
+        for got, expected in zip(
+            *(x if isinstance(x, tuple) else (x,) for x in (output, exact)), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+def sharded_gradients(rank, architecture, address, folder):
+    """Gradients of one rank's rows under FSDP2, gathered."""
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    try:
+        model, ids = tiny_model(architecture), tokens(4, 24)
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        rows = ids[2 * rank : 2 * rank + 2]
+        loss = model(input_ids=rows, labels=rows, num_items_in_batch=4 * 23, use_cache=False).loss
+        (loss * 2).backward()  # FSDP averages over ranks
+        found = {
+            name: value.grad.full_tensor()
+            for name, value in model.named_parameters()
+            if value.grad is not None
+        }
+        if architecture != "standard":
+            model.advance()
+            found |= dict(model.routing_state.named_buffers())
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_fsdp_of_two_processes_equals_one(architecture, tmp_path):
+    address = f"file://{tmp_path}/meeting"
+    torch.multiprocessing.spawn(sharded_gradients, (architecture, address, str(tmp_path)), nprocs=2)
+    model, ids = tiny_model(architecture), tokens(4, 24)
+    for rows in ids.split(2):  # as the ranks have them
+        model(input_ids=rows, labels=rows, num_items_in_batch=4 * 23, use_cache=False).loss.backward()
+    expected = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    if architecture != "standard":
+        model.advance()
+        expected |= dict(model.routing_state.named_buffers())
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def forward_on_one_rank(rank, architecture, address):
+    """A training forward on rank 0 alone, then the end of a step on both."""
+    limit = datetime.timedelta(seconds=20)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=limit)
+    try:
+        model = tiny_model(architecture)
+        if rank == 0:
+            model(input_ids=tokens(2, 24), use_cache=False)
+        model.advance()
+        both = [torch.zeros_like(model.routing_state.thresholds) for _ in range(2)]
+        distributed.all_gather(both, model.routing_state.thresholds)
+        assert torch.equal(*both) and both[0].any()
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_forward_waits_for_no_other_rank(architecture, tmp_path):
+    address = f"file://{tmp_path}/meeting"
+    torch.multiprocessing.spawn(forward_on_one_rank, (architecture, address), nprocs=2)
