@@ -107,7 +107,7 @@ def causal_mask(
 class Block:
     """A Qwen2 decoder layer with its residuals, as a router calls it.
 
-    Tools that offload a model move the arguments of each module's forward, and would move a module among them.
+    Tools that offload a model move what the forward of a module is given, and would move a module, too.
 
     Attributes:
         layer: its index.
