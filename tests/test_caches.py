@@ -14,7 +14,7 @@ UNWRITABLE = "/proc/nowhere"  # for root, too
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch, tmp_path):
-    for variable in (*CACHES, "HF_HOME", "XDG_CACHE_HOME"):
+    for variable in (*CACHES, "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(variable, "")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
@@ -53,3 +53,22 @@ def test_a_hub_cache_that_can_only_be_read_is_kept(monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", "/proc/self")
     use_writable_caches()
     assert os.environ["HF_HUB_CACHE"] == "/proc/self"
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_old_name_of_the_hub_cache_counts(monkeypatch, tmp_path, writable):
+    monkeypatch.setenv("HF_HOME", UNWRITABLE)
+    monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", str(tmp_path / "old") if writable else f"{UNWRITABLE}/old")
+    use_writable_caches()
+    assert os.environ["HF_HUB_CACHE"] == "" if writable else os.environ["HF_HUB_CACHE"].endswith("/hub")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "new"))
+    use_writable_caches()
+    assert os.environ["HF_HUB_CACHE"] == str(tmp_path / "new")
+
+
+def test_a_variable_in_a_cache_s_place_is_filled_in_as_the_libraries_do(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", "$PLACE/hub")
+    use_writable_caches()
+    assert (tmp_path / "hub").is_dir() and not Path("$PLACE").exists()

@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from dynamic_transformers.cli import read_text
 from dynamic_transformers.command_line import run_command
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
+from dynamic_transformers.step_log import step_log
 
 
 def python(*arguments):
@@ -121,10 +124,53 @@ def test_commands_end_in_one_line_and_their_exit_code(capsys):
     ):
         with pytest.raises(SystemExit) as end:
             run_command(command, argparse.ArgumentParser(), [])
-        assert (end.value.code, capsys.readouterr().err.strip()) == (code, line)
+        told = capsys.readouterr().err.strip()
+        assert end.value.code == code and told.startswith(line) and bool(told) == bool(line)
+        assert "\n" not in told
         if line:
             with pytest.raises((KeyboardInterrupt, UserError)):
                 run_command(command, argparse.ArgumentParser(), ["--debug"])
+
+
+def test_a_full_disk_or_a_folder_that_moved_is_told_in_one_line(capsys, tmp_path):
+    def full(args):
+        with Path("/dev/full").open("w") as file:  # a device on which nothing fits
+            file.write("a")
+
+    def full_to_a_library(args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def full_beneath(args):
+        try:
+            full(args)
+        except OSError as error:
+            raise RuntimeError("cannot save") from error
+
+    def moved(args):
+        (tmp_path / "moved" / "metrics.jsonl").open("a")
+
+    def wrong(args):
+        (tmp_path / "metrics.jsonl").read_text()
+
+    gone = f"{tmp_path}/moved/metrics.jsonl: its folder was moved or removed while the command ran"
+    for command, line in (
+        (full, "No space left on device"),
+        (full_to_a_library, "No space left on device"),
+        (full_beneath, "No space left on device"),
+        (moved, gone),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run_command(command, argparse.ArgumentParser(), [])
+        (told,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 1 and told.startswith("error: ") and line in told
+        with pytest.raises((OSError, RuntimeError, SafetensorError)):
+            run_command(command, argparse.ArgumentParser(), ["--debug"])
+        with pytest.raises(SystemExit, match="1"), step_log(tmp_path / "step"):
+            command(None)
+        log = (tmp_path / "step.log").read_text()
+        assert line in log and "Traceback" not in log
+    with pytest.raises(FileNotFoundError):  # a fault of the program, whose traceback is needed
+        run_command(wrong, argparse.ArgumentParser(), [])
 
 
 def test_routing_reads_a_text_file_or_says_why_not(tmp_path):
@@ -152,5 +198,6 @@ def test_every_test_file_is_collected(request):
         "synthetic_evaluations.py",
         "tiny.py",
         "train_jobs.py",
+        "wandb_server.py",
     }
     assert {path.name for path in files - collected} == helpers

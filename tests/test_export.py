@@ -1,6 +1,7 @@
 """Exported folders load in a process that has torch and transformers alone, with equal logits and tokens."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -18,8 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dynamic_transformers.data.documents import Document
 from dynamic_transformers.data.loading import load_split, load_tokenizer
 from dynamic_transformers.data.tokenization import encode, load_pretrained_tokenizer
-from dynamic_transformers.evaluation.efficiency import load_model
+from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
+from dynamic_transformers.evaluation.results import add_results, identity, read_results
 from dynamic_transformers.export import export, load_run, save_tokenizer
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import ARCHITECTURES, UserError
@@ -192,3 +194,26 @@ def test_weights_that_are_gone_or_damaged_are_told(exported, tmp_path, spoil, me
     with pytest.raises(UserError, match=message):
         export(tmp_path / "run", tmp_path / "model", force=True)
     assert not (tmp_path / "model").exists()
+
+
+def test_results_of_replaced_weights_are_kept_with_them(make_settings, data_dir, tmp_path, caplog):
+    folder = tmp_path / "model"
+
+    def trained(steps):
+        training = {"max_steps": steps, "optimizer": {"min_lr_fraction": 0.1}}
+        return train(make_settings(training=training), data_dir, tmp_path / "run")
+
+    export(trained(2), folder)
+    export(trained(3), folder)
+    assert not list(tmp_path.glob("model.replaced-*"))  # nothing was added to it
+    found = {"results": {"a": {}}, "config": {}, "configs": {}}
+    add_results(folder / "results.json", found, identity(folder))
+    weights = (folder / "model.safetensors").read_bytes()
+    with caplog.at_level(logging.INFO, "dynamic_transformers"):
+        export(trained(4), folder)
+    (kept,) = tmp_path.glob("model.replaced-*")
+    assert [line for line in caplog.messages if "results.json" in line and str(kept) in line]
+    assert (kept / "model.safetensors").read_bytes() == weights
+    assert read_results(kept / "results.json", identity(kept))["results"] == {"a": {}}
+    assert (folder / "model.safetensors").read_bytes() != weights
+    assert not (folder / "results.json").exists()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from dynamic_transformers import folders
 from dynamic_transformers.folders import put_in_place, set_aside, sole_writer
@@ -217,3 +218,20 @@ def test_what_nobody_can_write_needs_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)  # root may write everywhere
     with sole_writer(tmp_path / "out"):
         pass
+
+
+def python_writes():
+    Path("/dev/full").write_text("x")
+
+
+def safetensors_writes():
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("write", [python_writes, safetensors_writes])
+def test_a_full_disk_is_said_in_a_line_and_leaves_what_was_there(write, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("old")
+    with pytest.raises(UserError, match="out: the disk is full; make room"), fresh_folder(tmp_path / "out"):
+        write()
+    assert (tmp_path / "out" / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

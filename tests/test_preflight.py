@@ -1,7 +1,9 @@
 """What is around the settings is looked at before any work is done, and nothing is left behind."""
 
 import os
-from importlib.util import find_spec
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -76,11 +78,15 @@ def test_a_device_is_there(given):
     preflight(settings, here=False)
 
 
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_tracker_is_installed(given):
+def test_a_tracker_is_installed(given, monkeypatch):
     settings = given(tracking={"wandb": True})
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install 'dynamic-transformers[wandb]'" in refusal(settings)
     preflight(settings, here=False)
+    package = ModuleType("wandb")
+    package.__spec__ = ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    preflight(settings)
 
 
 @pytest.mark.parametrize(("key", "group"), [("run.output_dir", "run"), ("data.output_dir", "data")])
@@ -102,10 +108,26 @@ def test_folders_can_be_made(given, key, group, tmp_path):
         preflight(settings, here=False)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_is_refused(given, tmp_path):
-    tmp_path.chmod(0o500)
-    assert "Permission denied" in refusal(given())
+def test_a_volume_that_is_mounted_as_the_run_folder_is_refused_before_data_are_prepared(
+    given, tmp_path, monkeypatch
+):
+    line = refusal(given(run={"output_dir": "/dev", "name": "shm"}))
+    assert line.startswith("/dev/shm: is a mount point") and "name a folder in it" in line
+    (tmp_path / "out" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "here")
+    assert "is the working folder" in refusal(given(run={"output_dir": "..", "name": "here"}))
+
+
+def test_a_folder_that_may_not_be_written_is_refused(given):
+    settings = given(run={"output_dir": "/outputs"})
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may write anywhere
+    try:
+        with pytest.raises(UserError, match=r"^run\.output_dir: /outputs/.* \(/: Permission denied\)$"):
+            check_places(settings)
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.parametrize("name", ["capacity", "selection_rule", "predictor_weight"])
@@ -130,6 +152,7 @@ def test_every_architecture_of_a_pipeline_is_checked(given):
         ("MIXED_PRECISION", "bf16", "give system.precision=bf16 instead"),
         ("MIXED_PRECISION", "fp16", "not supported"),
         ("GRADIENT_ACCUMULATION_STEPS", "4", "give training.gradient_accumulation_steps=4 instead"),
+        ("GRADIENT_ACCUMULATION_STEPS", "many", "give a number"),
         ("GRADIENT_CLIPPING", "0.5", "give training.optimizer.max_grad_norm=0.5 instead"),
         ("USE_FSDP", "true", "does not use FSDP"),
         ("USE_DEEPSPEED", "true", "does not use DeepSpeed"),
@@ -157,6 +180,10 @@ def test_what_accelerate_launch_says_by_itself_or_as_the_settings_do_passes(give
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     settings = given(training={"gradient_accumulation_steps": 4}, system={"precision": "bf16"})
     check_accelerate_environment(settings)
+    for steps, norm in (("04", "1"), ("4.0", "1e0"), ("1.0", "1.00")):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", norm)
+        check_accelerate_environment(settings)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     check_accelerate_environment(settings)

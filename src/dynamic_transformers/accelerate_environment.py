@@ -30,10 +30,14 @@ def check_accelerate_environment(settings: Settings) -> None:
         ours = {word: name for name, word in MIXED_PRECISION.items()}.get(precision)
         _refuse("MIXED_PRECISION", precision, f"system.precision={ours}" if ours else "")
     steps = values.get("GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", str(settings.training.gradient_accumulation_steps)):
+    if _number("GRADIENT_ACCUMULATION_STEPS", steps) not in (
+        1,
+        settings.training.gradient_accumulation_steps,
+    ):
         _refuse("GRADIENT_ACCUMULATION_STEPS", steps, f"training.gradient_accumulation_steps={steps}")
     clipping = values.get("GRADIENT_CLIPPING", "none").lower()
-    if clipping not in ("none", str(settings.training.optimizer.max_grad_norm)):
+    norm = settings.training.optimizer.max_grad_norm
+    if clipping != "none" and _number("GRADIENT_CLIPPING", clipping) != norm:
         _refuse("GRADIENT_CLIPPING", clipping, f"training.optimizer.max_grad_norm={clipping}")
     compiler = values.get("DYNAMO_BACKEND", "no").lower()
     if compiler != "no":
@@ -44,6 +48,13 @@ def check_accelerate_environment(settings: Settings) -> None:
     kinds = ("cpu", "cuda") if settings.system.device == "auto" else (settings.system.device,)
     if device and device.partition(":")[0] not in kinds:
         _refuse("TORCH_DEVICE", device, f"system.device={device}" if device in ("cpu", "cuda") else "")
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"{PREFIX}{key}={text}: give a number, or leave it out") from error
 
 
 def _refuse(key: str, value: str, instead: str = "") -> None:

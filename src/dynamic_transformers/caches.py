@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 CACHES = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets", "HF_MODULES_CACHE": "modules"}
+OLD_NAMES = {"HF_HUB_CACHE": "HUGGINGFACE_HUB_CACHE"}
 
 
 def use_writable_caches() -> None:
@@ -18,7 +19,8 @@ def use_writable_caches() -> None:
     # Unlike Path.expanduser, it does not mind a user without a home.
     home = Path(os.path.expanduser(os.environ.get("HF_HOME") or default))  # noqa: PTH111
     for variable, name in CACHES.items():
-        folder = Path(os.path.expanduser(os.environ.get(variable) or home / name))  # noqa: PTH111
+        given = os.environ.get(variable) or os.environ.get(OLD_NAMES.get(variable, ""))
+        folder = Path(os.path.expandvars(os.path.expanduser(given or home / name)))  # noqa: PTH111
         if not _can_be_written(folder) and not (name == "hub" and folder.is_dir()):
             os.environ[variable] = str(_spare_folder() / name)
 

@@ -57,7 +57,6 @@ def train_command(args: argparse.Namespace) -> None:
     # Not above: what is refused is refused at once, without seconds of imports.
     from accelerate import PartialState
 
-    from dynamic_transformers.data.prepare import default_data_dir, prepare
     from dynamic_transformers.export import export
     from dynamic_transformers.training.display import configure_logging
     from dynamic_transformers.training.trainer import on_cpu, train
@@ -67,11 +66,21 @@ def train_command(args: argparse.Namespace) -> None:
     if not state.is_main_process:
         logging.getLogger("dynamic_transformers").setLevel(logging.WARNING)
     with state.main_process_first():
-        data_dir = prepare(settings, default_data_dir(settings))
+        data_dir = data_folder(settings, args.force)
     run_dir = train(settings, data_dir, settings.run_dir, force=args.force)
     if state.is_main_process:
         model_dir = export(run_dir, run_dir / "final_model", force=args.force)
         print(f"model: {model_dir}\nbench: python bench.py --model_path {model_dir} --tasks quick_test")
+
+
+def data_folder(settings: Settings, force: bool = False) -> Path:
+    """The data to train on: a run that goes on keeps its own; otherwise they are prepared if need be."""
+    from dynamic_transformers.data.prepare import default_data_dir, find_content, prepare
+    from dynamic_transformers.training.run_folder import content_to_go_on_with
+
+    content = content_to_go_on_with(settings, force)
+    own = content and find_content(settings, content)
+    return own or prepare(settings, default_data_dir(settings))
 
 
 def export_command(args: argparse.Namespace) -> None:
@@ -117,7 +126,7 @@ def routing_command(args: argparse.Namespace) -> None:
     text = read_text(args.file) if args.file else args.text
     from transformers import AutoTokenizer
 
-    from dynamic_transformers.evaluation.efficiency import load_model
+    from dynamic_transformers.evaluation.exported import load_model
     from dynamic_transformers.evaluation.routing_page import PAGE, PICTURE, trace_routing, write_routing
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)

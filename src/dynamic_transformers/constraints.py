@@ -130,10 +130,14 @@ def _leaves_of(key: str, value: Any, constraints: list[Any]) -> Iterator[tuple[s
 
 def first_violation(settings: Any) -> str | None:
     """`key=value: must be …` of the first setting that its constraints do not allow."""
-    for key, value, constraints in leaves(settings):
-        if value == "":
-            return f"{key} is empty"
-        for constraint in constraints:
-            if value is not None and not constraint.allows(value):
-                return f"{key}={value}: {constraint.refusal(value)}"
+    return next(filter(None, (violation(*leaf) for leaf in leaves(settings))), None)
+
+
+def violation(key: str, value: Any, constraints: list[Any]) -> str | None:
+    """The same of one value."""
+    if value == "":
+        return f"{key} is empty"
+    for constraint in constraints:
+        if value is not None and not constraint.allows(value):
+            return f"{key}={value}: {constraint.refusal(value)}"
     return None

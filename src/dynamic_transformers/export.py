@@ -21,6 +21,7 @@ from safetensors.torch import load_file, load_model
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from dynamic_transformers.data.loading import load_tokenizer
+from dynamic_transformers.folders import set_aside
 from dynamic_transformers.manifest import (
     input_folder,
     read_manifest,
@@ -60,7 +61,8 @@ def export(run_dir: Path, output_dir: Path, data_dir: Path | None = None, force:
         run_dir: folder that `train` wrote.
         output_dir: the Hugging Face folder.
         data_dir: the run's data; default: where the run's manifest says it was.
-        force: export again although `output_dir` is finished.
+        force: export again although `output_dir` is finished. A folder to which something was added since,
+            such as results, is renamed.
 
     Raises:
         UserError: `run_dir` is not a finished run, its weights were removed, or its data are elsewhere.
@@ -71,6 +73,7 @@ def export(run_dir: Path, output_dir: Path, data_dir: Path | None = None, force:
         if output is not None:
             difference = fill(output, run_dir, data_dir or input_folder(run_dir, "data"), config)
             logger.info("export: %s (reloaded logits differ by %.1e at most)", output_dir, difference)
+            keep_what_was_added(output_dir.resolve(), output)
     return output_dir
 
 
@@ -108,6 +111,13 @@ def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) ->
         logits_difference=difference,
     )
     return difference
+
+
+def keep_what_was_added(old: Path, new: Path) -> None:
+    """Rename a model's folder that holds more than a model, such as results: they are of its weights."""
+    names = {path.name for path in old.iterdir()} if old.is_dir() else set()
+    if added := sorted(names - {path.name for path in new.iterdir()}):
+        logger.info("export: the model before, with %s, is now in %s", ", ".join(added), set_aside(old))
 
 
 def trained_context(config: PreTrainedConfig, run_config: dict[str, Any], block_size: int) -> int:

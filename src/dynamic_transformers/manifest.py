@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -96,7 +97,10 @@ def read_manifest(folder: Path, step: str | None = None) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         made_by = manifest["step"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged; remove or rename {folder}, and run the command again") from error
+        raise UserError(
+            f"{path}: damaged; of a run remove this file, of anything else rename the folder, and run the "
+            "command again"
+        ) from error
     if step not in (None, made_by):
         raise UserError(f"{folder}: is the output of {made_by}, not of {step}")
     return manifest
@@ -135,7 +139,7 @@ def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
         step: what a folder that stands there must be the output of; None: whatever stands there is ours.
 
     Raises:
-        UserError: something else stands there, or what cannot be replaced.
+        UserError: something else stands there, or what cannot be replaced; the disk is full.
     """
     folder = folder.resolve()
     check_target(folder)
@@ -152,8 +156,10 @@ def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
             if path.is_file():  # safetensors lets only the owner read: modes are those that the umask says
                 path.chmod(temporary.stat().st_mode & 0o666)
         put_in_place(temporary, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if os.strerror(errno.ENOSPC) in str(error):  # safetensors raises an error of its own
+            raise UserError(f"{folder}: the disk is full; make room, and run the command again") from error
         raise
 
 

@@ -14,6 +14,7 @@ from dynamic_transformers.accelerate_environment import check_accelerate_environ
 from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.evaluation.suites import EMBEDDED_PREFIX
 from dynamic_transformers.evaluation.task_index import check_tasks
+from dynamic_transformers.folders import check_target
 from dynamic_transformers.settings import ModelSettings, Settings, UserError
 
 
@@ -85,6 +86,7 @@ def check_resume(settings: Settings) -> None:
 def check_places(settings: Settings) -> None:
     """Refuse folders that cannot be made or written; leaves nothing behind."""
     check_writable("run.output_dir", settings.run_dir)
+    check_target(settings.run_dir.resolve())
     if settings.data.output_dir:
         check_writable("data.output_dir", Path(settings.data.output_dir))
 

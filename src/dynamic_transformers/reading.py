@@ -174,9 +174,16 @@ def _boolean(value: Any, path: tuple[str | int, ...]) -> bool:
     return word in TRUE
 
 
+def _may_spell_a_number(value: Any) -> bool:
+    """Whether it is a number, or text without what Python alone takes for one: `1_0`, or other digits."""
+    if isinstance(value, str):
+        return value.isascii() and "_" not in value
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _number(value: Any, path: tuple[str | int, ...]) -> float:
     try:
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
+        if _may_spell_a_number(value):
             return float(value)
     except (ValueError, OverflowError):
         pass
@@ -185,7 +192,7 @@ def _number(value: Any, path: tuple[str | int, ...]) -> float:
 
 def _whole(value: Any, path: tuple[str | int, ...]) -> int:
     try:
-        if isinstance(value, str | int) and not isinstance(value, bool):
+        if _may_spell_a_number(value) and not isinstance(value, float):
             return int(value)
     except ValueError:
         pass

@@ -185,7 +185,7 @@ class DataSettings:
     tokenizer_name: Annotated[str | None, Place()] = (
         None  # None: a byte-level BPE is trained on the training split
     )
-    vocab_size: Annotated[int, In("[257, 4194304]")] = 2048
+    vocab_size: Annotated[int, In("[257, 4194304]")] = 2048  # at least every byte, and the end of text
     block_size: Annotated[int, In("[2, 16777216]")] = 256  # tokens of one packed block
     batch_size: Annotated[int, In("[1, 1048576]")] = 8  # blocks per device and forward pass
     max_tokens: Count | None = None  # of the training split; None: as many as the weights allow

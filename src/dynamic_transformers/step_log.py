@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dynamic_transformers.command_line import machine_failure
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.display import configure_logging
 
@@ -18,8 +19,8 @@ logger = logging.getLogger("dynamic_transformers")
 def step_log(output: Path) -> Iterator[None]:
     """Copy what a step logs to `<output>.log`, while it still reaches the console.
 
-    A failing step leaves its traceback there; a `UserError` becomes one line and exit code 2, which every
-    runner of pipelines counts as a failure.
+    A failing step leaves its traceback there; a `UserError` becomes one line and exit code 2, a full disk and
+    its like one line and 1, which every runner of pipelines counts as failures.
     """
     configure_logging()
     logging.captureWarnings(True)
@@ -39,7 +40,11 @@ def step_log(output: Path) -> Iterator[None]:
     except SystemExit as error:  # a signal, after which the step has ended in order
         logger.info("ended after %.1f s with exit code %s", time.perf_counter() - start, error.code)
         raise
-    except BaseException:
+    except BaseException as error:
+        line = machine_failure(error) if isinstance(error, Exception) else None
+        if line is not None:
+            logger.error("failed after %.1f s: %s", time.perf_counter() - start, line)
+            raise SystemExit(1) from None
         logger.exception("failed after %.1f s", time.perf_counter() - start)
         raise
     finally:

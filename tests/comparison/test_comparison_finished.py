@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
@@ -180,3 +181,19 @@ def test_a_comparison_that_is_made_again_is_tracked_once(pipeline):
         )
         runs = pipeline.client.search_runs([experiment.experiment_id])
         assert sorted(run.info.run_name for run in runs) == ["mod:0", "pipeline", "stt:0"]
+
+
+def test_compare_opens_no_store_where_tracking_is_off(pipeline, monkeypatch):
+    for run in RUNS:
+        pipeline.evaluate(run)
+    pipeline.settings.tracking.mlflow = False
+
+    opened = []
+    monkeypatch.setattr("dynamic_transformers.tracking.search.open_store", opened.append)
+    report = SimpleNamespace(path=str(pipeline.folder / "compare" / "report"))
+    folders = [SimpleNamespace(path=str(pipeline.folder / run.split(":")[0] / "evaluation")) for run in RUNS]
+    for _ in range(2):
+        compare_component.python_func(
+            settings=pipeline.settings.to_json(), models=[], evaluations=folders, report=report
+        )
+    assert compared(Path(report.path)) == ["mod", "stt"] and opened == []

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +13,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from dynamic_transformers.data.files import _ask_for_commit, fingerprints, first_change
+from dynamic_transformers.data.files import _ask_for_commit
+from dynamic_transformers.data.fingerprints import fingerprints, first_change
 from dynamic_transformers.data.prepare import default_data_dir, prepare
+from dynamic_transformers.data.tokenization import train_tokenizer
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
 
@@ -106,6 +109,39 @@ def test_finished_data_outlive_their_source_files(settings, lines, named):
     with pytest.raises(UserError, match=r"no file matches 'notes/\*\.jsonl'"):
         prepare(settings, first, force=True)
     assert read_manifest(first)
+
+
+@pytest.mark.parametrize("gap", ["missing", "empty"])
+def test_a_file_that_is_missing_or_empty_hides_no_change_of_another(notes, make_settings, lines, gap):
+    notes("b.jsonl", 2)
+    files = ["notes/a.jsonl", "notes/b.jsonl"]
+    settings = make_settings([{"name": "notes", "path": "json", "data_files": files}], block_size=16)
+    first = prepare(settings, default_data_dir(settings))
+    Path("notes/b.jsonl").unlink()
+    assert prepare(settings, default_data_dir(settings)) == first
+    if gap == "empty":
+        Path("notes/b.jsonl").touch()
+    words = change(notes, "changed")
+    with pytest.raises(UserError, match=r"no file matches 'notes/b\.jsonl'|b\.jsonl is empty"):
+        prepare(settings, default_data_dir(settings))
+    assert [line for line in lines() if words in line]
+
+
+@pytest.mark.parametrize("part", ["tokenizer.json", "chat_template"])
+def test_a_changed_tokenizer_means_new_data(settings, make_texts, lines, part):
+    train_tokenizer(make_texts(100), 300).save_pretrained("mine")
+    settings = replace(settings, data=replace(settings.data, tokenizer_name="mine"))
+    first = prepare(settings, default_data_dir(settings))
+    assert prepare(settings, default_data_dir(settings)) == first
+    if part == "tokenizer.json":
+        train_tokenizer(make_texts(100, 5), 300).save_pretrained("mine")
+    else:
+        Path("mine/chat_template.jinja").write_text("{{ messages }}")
+    second = prepare(settings, default_data_dir(settings))
+    assert second != first
+    assert len([line for line in lines() if "tokenizer mine has changed" in line]) == 1
+    shutil.rmtree("mine")
+    assert prepare(settings, default_data_dir(settings)) == second
 
 
 def test_data_of_other_settings_are_replaced_by_force_alone(settings, tmp_path):

@@ -77,3 +77,17 @@ def test_a_split_that_cannot_be_read_is_told_in_one_line(folder, damage):
     ) as error:
         load_split(folder, "validation")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["changed", "removed"])
+def test_a_tokenizer_that_is_not_the_one_of_the_data_is_refused(folder, damage):
+    load_tokenizer(folder)
+    file = folder / "tokenizer" / "tokenizer.json"
+    if damage == "changed":
+        file.write_bytes(file.read_bytes().replace(b"<|endoftext|>", b"<|endofdocs|>"))
+    else:
+        file.unlink()
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json: damaged: .*; prepare the data again with --force$"
+    ):
+        load_tokenizer(folder)

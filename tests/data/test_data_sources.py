@@ -228,6 +228,14 @@ def test_a_damaged_file_is_named(tmp_path, name, fault):
         ({"path": "{folder}/train.jsonl"}, "is a file; give path: json, data_files: {folder}/train.jsonl"),
         ({"path": "{folder}/a.csv.gz"}, "is a file; give path: csv, data_files: {folder}/a.csv.gz"),
         ({"path": "{folder}/deep"}, "there are test"),
+        (
+            {"path": "{folder}", "data_files": "*"},
+            "{folder}/a.csv.gz is csv and {folder}/train.jsonl is json: name files of one format",
+        ),
+        (
+            {"path": "{folder}", "data_files": {"train": "*.jsonl", "held": "*.csv.gz"}},
+            "{folder}/train.jsonl is json and {folder}/a.csv.gz is csv",
+        ),
         ({"path": "{folder}/empty"}, "{folder}/empty doesn't contain any data files"),
         ({"path": "nobody/nothing"}, "nobody/nothing"),
         ({"path": "{folder}", "split": "dev"}, "split=dev: no such split; there are train, test"),
@@ -238,8 +246,6 @@ def test_a_damaged_file_is_named(tmp_path, name, fault):
         ({"path": "csv", "data_files": "{folder}/a.csv.gz", "text_column": "x"}, "there are a, b"),
         ({"path": "json", "data_files": "file://{folder}/none.jsonl"}, "none.jsonl"),
         ({"path": "json", "data_files": "file://{folder}/train.jsonl", "text_column": "x"}, "there are"),
-        ({"path": "{folder}", "max_documents": 0}, "max_documents=0: must be at least 1"),
-        ({"path": "{folder}", "max_documents": -1}, "max_documents=-1: must be at least 1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, settings, words, max_documents):
@@ -249,6 +255,8 @@ def test_mistakes_are_told_in_one_line(folder, settings, words, max_documents):
     def filled(value):
         if isinstance(value, list):
             return [filled(entry) for entry in value]
+        if isinstance(value, dict):
+            return {split: filled(entry) for split, entry in value.items()}
         return value.replace("{folder}", str(folder)) if isinstance(value, str) else value
 
     given = {"max_documents": max_documents} | {key: filled(value) for key, value in settings.items()}

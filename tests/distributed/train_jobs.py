@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dynamic_transformers.launch import train_job
 from dynamic_transformers.launch.settings import Launch
 from dynamic_transformers.manifest import read_manifest
-from dynamic_transformers.training.run_folder import training_config
+from dynamic_transformers.training.run_folder import run_identity, training_config
 from tests.distributed.fake_trainer import NOW
 
 STEPS = 24  # more than a node can do between the checkpoint after which it is stopped and being stopped
@@ -33,7 +33,7 @@ def volume_of(launch):
 
 
 def name_of(settings, data_dir, launch):
-    config = training_config(settings, data_dir, launch.world_size)
+    config = training_config(run_identity(settings, data_dir, launch.world_size), settings)
     return train_job.job_name(settings.model.type, config, launch)
 
 

@@ -1,14 +1,17 @@
 """bench.py end to end on the embedded tasks against figures computed here from the logits; refusals."""
 
+import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from dynamic_transformers.cli import routing_command
+from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import render_table, run_benchmarks
 from dynamic_transformers.manifest import write_manifest
 from dynamic_transformers.models import MODEL_CLASSES
@@ -173,7 +178,7 @@ def test_accuracy_is_that_of_the_likeliest_choice(bench: tuple, model_dir: Path)
 
 def test_results_say_how_they_were_made_and_what_was_not_done(bench: tuple) -> None:
     answer, result = bench
-    assert set(result) == {"results", "config", "configs"}
+    assert set(result) == {"model", "results", "config", "configs"}
     made = {
         "batch_size": 4,
         "limit": None,
@@ -248,3 +253,52 @@ def test_without_lm_eval_its_installation_is_named(model_dir: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(UserError, match=r"lm-eval is not installed: pip install 'lm-eval\[hf\]'"):
         run_benchmarks(model_dir, ["quick_test"], data_dir=None, batch_size=4)
+
+
+def spoil(folder: Path, fault: str) -> None:
+    """Weights as a copy that broke off, or a converter that knows only part of the model, leaves them."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    if fault == "one missing":
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+    elif fault == "router missing":
+        tensors = {name: tensor for name, tensor in tensors.items() if ".routers." not in name}
+    elif fault == "other shape":
+        tensors["model.norm.weight"] = torch.ones(7)
+    elif fault == "one more":
+        tensors["model.extra"] = torch.ones(7)
+    save_file(tensors, file, metadata={"format": "pt"})
+    if fault == "cut":
+        os.truncate(file, 5000)
+    if fault == "no file":
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("one missing", "weights are missing: model.layers.1.mlp.up_proj.weight"),
+        ("router missing", "weights are missing: model.routers."),
+        ("other shape", "weights have another shape than config.json says: model.norm.weight"),
+        ("one more", "weights are of another model than config.json says: model.extra"),
+        ("cut", "weights cannot be read: "),
+        ("no file", "weights cannot be read: "),
+    ],
+)
+def test_weights_that_are_missing_are_never_made_up(
+    mod_dir: Path, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str, words: str
+) -> None:
+    folder = shutil.copytree(mod_dir, tmp_path / "model")
+    spoil(folder, fault)
+    for load in (
+        lambda: run_benchmarks(folder, ["dt_cloze"], data_dir=data_dir, batch_size=4, limit=1),
+        lambda: load_model(folder),
+        lambda: routing_command(
+            argparse.Namespace(model_path=folder, text="a", file=None, output_dir=tmp_path)
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            load()
+        assert str(error.value).startswith(f"{folder}: ") and words in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not caplog.messages

@@ -21,7 +21,7 @@ def exported(make_settings, data_dir, tmp_path_factory):
 
 
 def test_the_trace_is_what_the_model_computed(exported, data_dir):
-    from dynamic_transformers.evaluation.efficiency import load_model
+    from dynamic_transformers.evaluation.exported import load_model
 
     model, tokenizer = load_model(exported), load_tokenizer(data_dir)
     ids = tokenizer("12 + 7 = 19\nSo <b> π is 3.")["input_ids"]

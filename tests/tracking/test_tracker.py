@@ -181,6 +181,46 @@ def test_a_run_that_was_replaced_is_marked_and_ended(store, run_dir, monkeypatch
     assert [m.step for m in client(*store).get_metric_history(again.run_id, "train/loss")] == [100]
 
 
+def test_runs_that_were_replaced_in_an_outage_stay_owed(store, nowhere, run_dir):
+    settings, output_dir = store
+    away = TrackingSettings(experiment="test", mlflow_uri=f"http://{nowhere}")
+    first = RunTracker(run_dir, settings, output_dir, "a")
+    assert first.close("FINISHED")
+    for number in (1, 2):
+        aside = run_dir.rename(output_dir / f"run.replaced-{number}")
+        run_dir.mkdir()
+        replace_run(aside, run_dir)
+        again = RunTracker(run_dir, away, output_dir, "a")
+        again.sender.stop()
+        again.file.frozen = True
+    last = RunTracker(run_dir, settings, output_dir, "a")
+    assert last.close("FINISHED")
+    assert client(*store).get_run(first.run_id).data.tags["replaced_by"] == last.run_id
+
+
+def test_a_parameter_that_is_there_with_another_value_keeps_it(store, run_dir, monkeypatch, caplog):
+    settings, output_dir = store
+    real = mlflow.MlflowClient.log_batch
+
+    def answer_lost(self, *arguments, **values):
+        real(self, *arguments, **values)
+        raise ConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_batch", answer_lost)
+        first = RunTracker(run_dir, settings, output_dir, "a", {"x": 1, "log_every": 1}, {"seed": "0"})
+        assert not first.close("KILLED")
+    again = RunTracker(run_dir, settings, output_dir, "a", {"x": 1, "log_every": 2, "y": 3}, {"seed": "0"})
+    write_metrics(again, [1])
+    assert again.close("FINISHED")
+    (run,) = runs_of(store)
+    assert run.data.params == {"x": "1", "log_every": "1", "y": "3"}
+    assert run.data.tags["changed.log_every"] == "2" and "changed.x" not in run.data.tags
+    assert run.info.status == "FINISHED" and run.data.metrics["train/loss"] == 1.0
+    (line,) = [line for line in caplog.messages if "other values" in line]
+    assert run.info.run_id in line and "log_every" in line
+
+
 def test_a_store_that_does_not_know_the_run_gets_all_of_it(store, run_dir, empty_database):
     settings, output_dir = store
     first = RunTracker(run_dir, settings, output_dir, "a", {"x": 1})

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
+from run_contents import assert_equal_ends
 from safetensors.torch import load_file
-from test_run_folder import assert_equal_ends
 
 from dynamic_transformers.training.checkpoint import checkpoints
 from dynamic_transformers.training.trainer import train

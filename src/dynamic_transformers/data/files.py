@@ -1,14 +1,14 @@
-"""Which local files a source consists of, and the fingerprint that tells whether a source has changed."""
+"""Which local files a source consists of, and which commit of the hub."""
 
 from __future__ import annotations
 
 import glob
-import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from dynamic_transformers.manifest import file_digest
-from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
+from dynamic_transformers.settings import SourceSettings, UserError
 
 # These builders take the files of the working directory when no data_files are named.
 FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "webdataset", "xml")
@@ -37,14 +37,19 @@ HUB_SECONDS = 10  # to wait for the hub's answer to which commit is the newest
 READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
 
 Patterns = Mapping[str, Sequence[str]]
-Fingerprint = dict[str, str]  # SHA-256 of each file, the commit of a hub data set, or the Python version
 
 
 class LocalFiles(NamedTuple):
-    """Files of a source by split, each split sorted; `builder` is what `datasets` reads them with."""
+    """Files of a source.
+
+    builder: what `datasets` reads them with.
+    splits: the files of each split, sorted.
+    missing: patterns that no file matches.
+    """
 
     builder: str
     splits: dict[str, list[Path]]
+    missing: tuple[Path, ...] = ()
 
     @property
     def all(self) -> list[Path]:
@@ -56,7 +61,26 @@ def local_files(source: SourceSettings) -> LocalFiles | None:
     """Files of a source of this machine; None for an embedded source, a hub data set, or files behind URLs.
 
     Raises:
-        UserError: no such file or folder, no file matches, a file of 0 bytes, or the wrong kind of setting.
+        UserError: as `files_there`, or no file matches, or a file of 0 bytes.
+    """
+    files = files_there(source)
+    if files is None:
+        return None
+    place = f"data.dataset_configs.{source.name}"
+    for pattern in files.missing:
+        hint = f"; it is a folder: name its files, as in {pattern}/*" if pattern.is_dir() else ""
+        raise UserError(f"{place}.data_files: no file matches '{pattern}'{hint}")
+    for file in files.all:
+        if not file.stat().st_size:
+            raise UserError(f"{place}: {file} is empty (0 bytes): remove it, or leave it out of data_files")
+    return files
+
+
+def files_there(source: SourceSettings) -> LocalFiles | None:
+    """As `local_files`, whatever is missing or empty.
+
+    Raises:
+        UserError: no such file or folder, the wrong kind of setting, or files of several formats.
     """
     if source.type == "embedded":
         return None
@@ -70,43 +94,16 @@ def local_files(source: SourceSettings) -> LocalFiles | None:
             raise UserError(f"{place}.data_files is missing: the builder {source.path!r} needs files to read")
         if any("://" in pattern for group in patterns.values() for pattern in group):
             return None
-        files = LocalFiles(source.path, _matching(place, patterns, Path()))
-    elif path.is_file():
+        return LocalFiles(source.path, *_matching(patterns, Path()))
+    if path.is_file():
         builder = _builder_of(path) or "json"
         raise UserError(
             f"{place}.path={source.path}: is a file; give path: {builder}, data_files: {source.path}"
         )
-    elif path.is_dir():
-        files = _files_of_folder(place, source, path, patterns)
-    elif source.path[0] in "./~" or source.path.count("/") > 1 or _builder_of(path):
+    if path.is_dir():
+        return _files_of_folder(place, source, path, patterns)
+    if source.path[0] in "./~" or source.path.count("/") > 1 or _builder_of(path):
         raise UserError(f"{place}.path={source.path}: no such file or folder")
-    else:
-        return None
-    for file in files.all:
-        if not file.stat().st_size:
-            raise UserError(f"{place}: {file} is empty (0 bytes): remove it, or leave it out of data_files")
-    return files
-
-
-def fingerprints(data: DataSettings) -> dict[str, Fingerprint | None]:
-    """What each source is made of; None where it cannot be told now: a file is gone, the hub is far."""
-    return {source.name: _fingerprint(source) for source in data.dataset_configs}
-
-
-def first_change(made: Mapping[str, Fingerprint | None], now: Mapping[str, Fingerprint | None]) -> str | None:
-    """What differs first between the fingerprints of two times, in words; what is unknown never does."""
-    for name, before in made.items():
-        after = now[name]
-        if before is None or after is None:
-            continue
-        for thing in sorted({*before, *after}):
-            if thing not in before:
-                return f"source {name}: {thing} is new"
-            if thing not in after:
-                return f"source {name}: {thing} is gone"
-            if before[thing] != after[thing]:
-                change = f"{before[thing]:.12} became {after[thing]:.12}"
-                return f"source {name}: {thing} has changed ({change})"
     return None
 
 
@@ -136,22 +133,6 @@ def _digest(file: Path, size: int, time: int) -> str:
     return file_digest(file)
 
 
-def _fingerprint(source: SourceSettings) -> Fingerprint | None:
-    if source.type == "embedded":
-        # The standard library, hence the embedded documents, differ between Python versions.
-        return {"Python": platform.python_version()}
-    try:
-        files = local_files(source)
-        if files is not None:
-            return {str(file): digest_of(file) for file in files.all}
-    except (UserError, OSError):
-        return None  # told when the source is read
-    if source.path in FILE_BUILDERS:
-        return {}  # behind URLs
-    commit = hub_commit(source)
-    return {"commit": commit} if commit else None
-
-
 def one_line(error: BaseException) -> str:
     """First line of an error of a library."""
     # "An error occurred while generating the dataset" says nothing; its cause does.
@@ -170,22 +151,14 @@ def _patterns(place: str, data_files: Any) -> dict[str, list[str]]:
     return {split: list(group) for split, group in patterns.items() if group}
 
 
-def _matching(place: str, patterns: Patterns, base: Path) -> dict[str, list[Path]]:
-    splits = {}
-    for split, group in patterns.items():
-        files: set[Path] = set()
-        for pattern in group:
-            found = _glob(base / pattern)
-            if not found:
-                hint = (
-                    f"; it is a folder: name its files, as in {pattern}/*"
-                    if (base / pattern).is_dir()
-                    else ""
-                )
-                raise UserError(f"{place}.data_files: no file matches {pattern!r}{hint}")
-            files.update(found)
-        splits[split] = sorted(files)
-    return splits
+def _matching(patterns: Patterns, base: Path) -> tuple[dict[str, list[Path]], tuple[Path, ...]]:
+    """The files of each split, and the patterns that match none."""
+    found = {
+        split: {base / pattern: _glob(base / pattern) for pattern in group}
+        for split, group in patterns.items()
+    }
+    missing = tuple(pattern for group in found.values() for pattern, files in group.items() if not files)
+    return {split: sorted({*chain(*group.values())}) for split, group in found.items()}, missing
 
 
 def _glob(pattern: Path) -> list[Path]:
@@ -200,12 +173,8 @@ def _glob(pattern: Path) -> list[Path]:
 
 def _files_of_folder(place: str, source: SourceSettings, folder: Path, patterns: Patterns) -> LocalFiles:
     if patterns:
-        splits = _matching(place, patterns, folder)
-        first = next(iter(splits.values()))[0]
-        if builder := _builder_of(first):
-            return LocalFiles(builder, splits)
-        known = ", ".join(BUILDER_OF_SUFFIX)
-        raise UserError(f"{place}.data_files: {first}: the ending says no format; known are {known}")
+        splits, missing = _matching(patterns, folder)
+        return LocalFiles(_one_builder(place, [*chain(*splits.values())]), splits, missing)
     # `datasets` knows which files of a folder belong to which split, but takes the folder's own name for a
     # pattern: it is shown a copy that consists of links, under a name without special characters.
     with tempfile.TemporaryDirectory() as temporary:
@@ -222,6 +191,24 @@ def _files_of_folder(place: str, source: SourceSettings, folder: Path, patterns:
             for split, names in (built.config.data_files or {}).items()
         }
         return LocalFiles(type(built).__module__.rpartition(".")[2], splits)
+
+
+def _one_builder(place: str, files: Sequence[Path]) -> str:
+    """What reads all of these files; empty where there is none."""
+    builders = {}
+    for file in files:
+        builder = _builder_of(file)
+        if builder is None:
+            known = ", ".join(BUILDER_OF_SUFFIX)
+            raise UserError(f"{place}.data_files: {file}: the ending says no format; known are {known}")
+        builders.setdefault(builder, file)
+    if len(builders) > 1:
+        (one, first), (other, second) = list(builders.items())[:2]
+        raise UserError(
+            f"{place}.data_files: {first} is {one} and {second} is {other}: name files of one format, and "
+            "those of another in a source of their own"
+        )
+    return next(iter(builders), "")
 
 
 def _link(file: str, link: str) -> None:

@@ -42,9 +42,7 @@ def verify_split(data_dir: Path, split: str) -> None:
     Raises:
         UserError: the data folder is missing or unfinished, or a file of the split is missing or differs.
     """
-    for file, expected in _files(data_dir, split).items():
-        if file_digest(file) != expected:
-            raise UserError(f"{file}: damaged: sha256 differs; {REPAIR}")
+    _verify(_files(data_dir, split))
 
 
 def batches_of(split: Dataset, batch_size: int) -> DataLoader:
@@ -54,13 +52,15 @@ def batches_of(split: Dataset, batch_size: int) -> DataLoader:
 
 
 def load_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
-    """Tokenizer of the data folder.
+    """Tokenizer of the data folder, which must be the one that the data were made with.
 
     Raises:
-        UserError: the data folder is missing or unfinished.
+        UserError: the data folder is missing or unfinished, or a file of the tokenizer is missing or differs.
     """
-    read_manifest(data_dir)
-    return PreTrainedTokenizerFast.from_pretrained(Path(data_dir) / "tokenizer")
+    folder = Path(data_dir) / "tokenizer"
+    digests = read_manifest(data_dir).get("tokenizer_files", {})  # data of an older version name none
+    _verify(_there(folder, digests))
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -79,10 +79,17 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 def _files(data_dir: Path, split: str) -> dict[Path, str]:
     """The files of a split, each with the SHA-256 that it had when it was written."""
-    folder = Path(data_dir) / split
-    files = {
-        folder / name: sha256 for name, sha256 in read_manifest(data_dir)["splits"][split]["files"].items()
-    }
+    return _there(Path(data_dir) / split, read_manifest(data_dir)["splits"][split]["files"])
+
+
+def _there(folder: Path, digests: Mapping[str, str]) -> dict[Path, str]:
+    files = {folder / name: sha256 for name, sha256 in digests.items()}
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"{missing[0]}: damaged: no such file; {REPAIR}")
     return files
+
+
+def _verify(digests: Mapping[Path, str]) -> None:
+    for file, expected in digests.items():
+        if file_digest(file) != expected:
+            raise UserError(f"{file}: damaged: sha256 differs; {REPAIR}")

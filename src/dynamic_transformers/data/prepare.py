@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.documents import SPLITS, Corpus, collect
-from dynamic_transformers.data.files import digest_of, fingerprints, first_change
+from dynamic_transformers.data.files import digest_of
+from dynamic_transformers.data.fingerprints import fingerprints, first_change
 from dynamic_transformers.data.mixing import count_tokens, mix, sample_text, shares
 from dynamic_transformers.data.packing import PackedSplit, pack, unigram_loss
 from dynamic_transformers.data.probes import write_tasks
@@ -52,17 +53,30 @@ def default_data_dir(settings: Settings) -> Path:
     """
     if settings.data.output_dir:
         return Path(settings.data.output_dir)
-    config, now = data_config(settings), fingerprints(settings.data)
-    parent = Path(settings.run.output_dir) / "data"
+    now = fingerprints(settings.data)
     changes = []
-    for made in _made_with(parent, config):
+    for made in _made_with(settings):
         change = first_change(read_manifest(made)["config"]["fingerprints"], now)
         if change is None:
             return made
         changes.append(change)
     if changes:
         logger.info("data: %s: prepared anew", changes[0])
-    return parent / digest({**config, "fingerprints": now})[:12]
+    return _parent(settings) / digest({**data_config(settings), "fingerprints": now})[:12]
+
+
+def find_content(settings: Settings, content_digest: str) -> Path | None:
+    """Finished data of these settings with this content, whatever has become of their sources since."""
+    for folder in _made_with(settings):
+        manifest = read_manifest(folder)
+        if manifest["content_digest"] == content_digest:
+            change = first_change(manifest["config"]["fingerprints"], fingerprints(settings.data))
+            if change:
+                logger.warning("data: %s: the run goes on with its own data, %s", change, folder)
+            else:
+                logger.info("data: %s is finished", folder)
+            return folder
+    return None
 
 
 def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
@@ -117,15 +131,24 @@ def _serves(folder: Path, config: dict[str, Any]) -> bool:
     return change is None
 
 
-def _made_with(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
-    """Finished data folders under `parent` of the same settings, the newest first."""
-    manifests = [path for path in parent.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+def _parent(settings: Settings) -> Path:
+    return Path(settings.run.output_dir) / "data"
+
+
+def _made_with(settings: Settings) -> Iterator[Path]:
+    """Finished data folders of the same settings, where they are looked for, the newest first."""
+    asked = {**data_config(settings), "fingerprints": None}
+    named = settings.data.output_dir
+    folders = (
+        [Path(named)] if named else [path for path in _parent(settings).glob("*") if path.name[0] != "."]
+    )
+    manifests = [path for folder in folders if (path := folder / MANIFEST).is_file()]
     for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             manifest = read_manifest(path.parent, STEP)
         except UserError:
             continue  # another step's, or damaged
-        if {**manifest["config"], "fingerprints": None} == {**config, "fingerprints": None}:
+        if {**manifest["config"], "fingerprints": None} == asked:
             yield path.parent
 
 
@@ -136,6 +159,7 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
     (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
     tokenizer = _tokenizer(data, corpus)
     tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer_files = _digests((folder / "tokenizer").iterdir())
 
     weights = {source.name: source.weight for source in data.dataset_configs}
     mixed: dict[str, list[EncodedDocument]] = {}
@@ -160,7 +184,7 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
         "content_digest": digest(
             {
                 "splits": {split: facts["sha256"] for split, facts in splits.items()},
-                "tokenizer": digest_of(folder / "tokenizer" / "tokenizer.json"),
+                "tokenizer": tokenizer_files["tokenizer.json"],
                 "vocab_size": len(tokenizer),
                 "block_size": data.block_size,
             }
@@ -172,6 +196,7 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
         "vocab_size": len(tokenizer),
         "block_size": data.block_size,
         "tokenizer_name": data.tokenizer_name,
+        "tokenizer_files": tokenizer_files,
     }
 
 
@@ -245,5 +270,10 @@ def _split_facts(folder: Path, packed: PackedSplit, mixed: list[EncodedDocument]
         "target_tokens": int(np.count_nonzero(packed.position_ids)),
         "bytes": int(packed.num_bytes.sum()),
         "sha256": content.hexdigest(),
-        "files": {file.name: digest_of(file) for file in sorted(folder.glob("*.arrow"))},
+        "files": _digests(folder.glob("*.arrow")),
     }
+
+
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by its name."""
+    return {file.name: digest_of(file) for file in sorted(files)}

@@ -35,8 +35,6 @@ def read_records(source: SourceSettings) -> Iterator[Row]:
         UserError: no such source, path, configuration, file, split or column; a cut or unreadable file.
     """
     place = f"data.dataset_configs.{source.name}"
-    if source.max_documents is not None and source.max_documents < 1:
-        raise UserError(f"{place}.max_documents={source.max_documents}: must be at least 1")
     if source.type == "embedded":
         if source.name not in EMBEDDED:
             known = ", ".join(EMBEDDED)

@@ -16,7 +16,6 @@ from dynamic_transformers.settings import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 LONG_WORD = re.compile(r"(\S{1000}|\s{1000})")
-MINIMUM_VOCABULARY = 256 + 1  # every byte, and the end of text
 
 
 class EncodedDocument(NamedTuple):
@@ -30,13 +29,9 @@ class EncodedDocument(NamedTuple):
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE; `<|endoftext|>` begins and ends documents and pads.
 
-    Raises:
-        UserError: the vocabulary is too small for the 256 bytes.
+    Args:
+        vocab_size: at least 257: every byte, and the end of text.
     """
-    if vocab_size < MINIMUM_VOCABULARY:
-        raise UserError(
-            f"data.vocab_size={vocab_size}: must be at least {MINIMUM_VOCABULARY} (bytes and end of text)"
-        )
     backend = Tokenizer(models.BPE())
     # Qwen2's own rule, which splits digits. Its NFC step is left out, so that decoding gives back exactly
     # what was encoded.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from dynamic_transformers.command_line import path
-from dynamic_transformers.evaluation.results import add_results, results_path
+from dynamic_transformers.command_line import flag_of, path
+from dynamic_transformers.evaluation.results import add_results, identity, read_results, results_path
 from dynamic_transformers.evaluation.task_index import check_tasks
+from dynamic_transformers.settings import EvaluationSettings, RunSettings
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,13 +18,17 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         default="quick_test",
         help="suites (quick_test, general, math, code) and lm-eval tasks, by commas (default: quick_test)",
     )
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=flag_of(EvaluationSettings, "batch_size"), default=8)
     parser.add_argument("--data_dir", type=path, help="data folder of quick_test (default: the model's own)")
-    parser.add_argument("--limit", type=int, help="documents per task (default: all)")
     parser.add_argument(
-        "--num_fewshot", type=int, help="examples in front of each question (default: the task's)"
+        "--limit", type=flag_of(EvaluationSettings, "limit"), help="documents per task (default: all)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--num_fewshot",
+        type=flag_of(EvaluationSettings, "num_fewshot"),
+        help="examples in front of each question (default: the task's)",
+    )
+    parser.add_argument("--seed", type=flag_of(RunSettings, "seed"), default=0)
     parser.add_argument(
         "--selection_rule", help="replaces a routed model's rule; topk is a non-causal upper bound"
     )
@@ -43,7 +48,8 @@ def bench_command(args: argparse.Namespace) -> None:
     """Run the benchmarks, print the table, add to `results.json` beside the model or to `--output_path`."""
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     check_tasks(tasks, args.confirm_run_unsafe_code)
-    file = results_path(args.model_path, args.output_path)
+    file, model = results_path(args.model_path, args.output_path), identity(args.model_path)
+    read_results(file, model)
     # Not above: what is refused is refused at once, without seconds of imports.
     import torch
     from rich.console import Console
@@ -62,6 +68,6 @@ def bench_command(args: argparse.Namespace) -> None:
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    add_results(file, result)
+    add_results(file, result, model)
     Console().print(render_table(result))
     print(f"written: {file}")

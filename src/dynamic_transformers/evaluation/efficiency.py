@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-import dynamic_transformers.models  # noqa: F401  (registers the routed models)
+from dynamic_transformers.evaluation.exported import load_model
 
 REPEATS = 7
 DECODED_TOKENS = 32
@@ -30,12 +30,6 @@ class Throughput:
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     kv_bytes_per_token: float
-
-
-def load_model(model_dir: Path) -> PreTrainedModel:
-    """An exported model, in fp32 and eval mode, on the GPU when there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, device_map=device).eval()
 
 
 @torch.inference_mode()

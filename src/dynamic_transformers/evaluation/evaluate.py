@@ -10,8 +10,9 @@ from typing import Any
 from transformers import Qwen2Config
 
 from dynamic_transformers.data.loading import load_split, load_tokenizer, verify_split
-from dynamic_transformers.evaluation.efficiency import load_model
+from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
+from dynamic_transformers.evaluation.results import RESULTS, identity
 from dynamic_transformers.evaluation.routing_page import trace_routing, write_routing
 from dynamic_transformers.manifest import (
     digest,
@@ -23,7 +24,7 @@ from dynamic_transformers.manifest import (
 )
 from dynamic_transformers.models import RoutedConfig
 from dynamic_transformers.settings import Settings
-from dynamic_transformers.tracking import METRICS, RunTracker, send_rest
+from dynamic_transformers.tracking import METRICS, RunTracker, reopened, send_rest
 from dynamic_transformers.training.flops import forward_flops, target_fraction
 from dynamic_transformers.training.heldout import evaluate_heldout
 
@@ -53,7 +54,7 @@ def evaluate(
         if output is None:
             send_rest(settings, run_dir)
             return output_dir
-        tracker = RunTracker(run_dir, settings.tracking, settings.run.output_dir)
+        tracker = reopened(settings, run_dir)
         result = fill(output, settings, data_dir, run_dir, model_dir, tracker.run_id)
         write_manifest(output, "evaluate", config, {"data": data_dir, "run": run_dir, "model": model_dir})
     track(tracker, model_dir, output_dir, result, comparison_of(settings))
@@ -132,7 +133,7 @@ def fill(
         "model_digest": model_manifest["digest"],
     }
     write_json(output / "evaluation.json", result)
-    write_json(output / "results.json", bench)
+    write_json(output / RESULTS, {"model": identity(model_dir), **bench})
     write_json(output / PROMPT, test[0]["input_ids"].tolist())
     if isinstance(model.config, RoutedConfig):
         ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer
 
-import dynamic_transformers.models  # noqa: F401  (registers the routed models)
+from dynamic_transformers.evaluation.exported import load_config, load_model, log_level
 from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
 from dynamic_transformers.evaluation.task_index import check_tasks, task_manager
 from dynamic_transformers.manifest import MANIFEST, input_folder
@@ -72,19 +71,19 @@ def run_benchmarks(
         from lm_eval.models import huggingface
     except ModuleNotFoundError as error:
         raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise UserError(f"batch_size={batch_size}, limit={limit}: must be at least 1")
-    config = _load_config(model_dir, selection_rule)
+    config = load_config(model_dir)
+    if selection_rule is not None:
+        _check_selection_rule(config, selection_rule)
+        config.selection_rule = selection_rule
     if data_dir is None and needs_data_folder(tasks):
         data_dir = _data_dir_of(model_dir)
     specs = expand_tasks(tasks, data_dir)
-    with _log_level("lm_eval", logging.WARNING), _bars_on_terminals_only():
+    with log_level("lm_eval", logging.WARNING), _bars_on_terminals_only():
         manager, loaded = _load_tasks(specs, confirm_run_unsafe_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, config=config, dtype=torch.float32)
-        model.eval().to(device)
+        model = load_model(model_dir, config, device)
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         # HFLM warns that it did not load the model itself, which is meant.
-        with _log_level("lm_eval.models.huggingface", logging.ERROR):
+        with log_level("lm_eval.models.huggingface", logging.ERROR):
             hflm: Any = huggingface.HFLM  # its registration decorator hides the signature
             lm = hflm(
                 pretrained=model,
@@ -156,20 +155,6 @@ def _data_dir_of(model_dir: Path) -> Path | None:
     return input_folder(model_dir, "data")
 
 
-def _load_config(model_dir: Path, selection_rule: str | None) -> PreTrainedConfig:
-    if not (model_dir / "config.json").is_file():
-        raise UserError(f"{model_dir}: no exported model (it has no config.json)")
-    # The routed models are registered by this package: the code beside the weights is never run.
-    try:
-        config = AutoConfig.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model_dir}: {str(error).splitlines()[0]}") from error
-    if selection_rule is not None:
-        _check_selection_rule(config, selection_rule)
-        config.selection_rule = selection_rule
-    return config
-
-
 def _check_selection_rule(config: Any, rule: str) -> None:
     if not hasattr(config, "selection_rule"):
         raise UserError(f"--selection_rule={rule}: a {config.model_type} model routes nothing; leave it out")
@@ -191,7 +176,7 @@ def _load_tasks(
     loaded: list[Any] = []
     for name, spec in specs.items():
         try:
-            with _log_level("lm_eval.api.task", logging.ERROR if isinstance(spec, dict) else logging.WARNING):
+            with log_level("lm_eval.api.task", logging.ERROR if isinstance(spec, dict) else logging.WARNING):
                 found = manager.load([spec])  # which warns that data of our own take no options
         except Exception as error:  # whatever a data set, a hub or a missing package brings up
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -203,17 +188,6 @@ def _load_tasks(
     except ValueError as error:  # a task beside a group that holds it
         raise UserError(str(error)) from error
     return manager, loaded
-
-
-@contextmanager
-def _log_level(name: str, level: int) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextmanager

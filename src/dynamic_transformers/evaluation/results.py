@@ -1,4 +1,4 @@
-"""`results.json`: each bench adds its tasks, and replaces those that it has done again."""
+"""`results.json` of one model: each bench adds its tasks, and replaces those that it has done again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_transformers.folders import make_folder, sole_writer
-from dynamic_transformers.manifest import write_json
+from dynamic_transformers.manifest import digest, file_digest, write_json
 from dynamic_transformers.settings import UserError
 
 RESULTS = "results.json"
@@ -21,7 +21,7 @@ def results_path(model_dir: Path, output_path: Path | None) -> Path:
         output_path: a file, or a folder that there is; None: in the model's folder.
 
     Raises:
-        UserError: it cannot be written, or what stands there are no results.
+        UserError: it cannot be written.
     """
     path = output_path or model_dir / RESULTS
     if path.is_dir():
@@ -37,28 +37,56 @@ def results_path(model_dir: Path, output_path: Path | None) -> Path:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); name another file with --output_path"
         ) from error
-    _read(path)
     return path
 
 
-def add_results(path: Path, result: dict[str, Any]) -> None:
-    """Add what `run_benchmarks` returned to the file; of several processes, none loses the others' tasks."""
+def identity(model_dir: Path) -> dict[str, str]:
+    """Which model a folder holds: where it lies, and a digest of its weights and configuration."""
+    files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("config.json")])
+    return {
+        "path": str(model_dir.resolve()),
+        "sha256": digest({file.name: file_digest(file) for file in files}),
+    }
+
+
+def add_results(path: Path, result: dict[str, Any], model: dict[str, str]) -> None:
+    """Add what `run_benchmarks` returned to the file; of several processes, none loses the others' tasks.
+
+    Raises:
+        UserError: as `read_results`.
+    """
     with sole_writer(path, wait=True):
-        before = _read(path)
+        before = read_results(path, model)
         for part in ("results", "configs"):
             result = result | {part: before.get(part, {}) | result[part]}
-        write_json(path, result)
+        write_json(path, {"model": model, **result})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_results(path: Path, model: dict[str, str]) -> dict[str, Any]:
+    """The results that the file holds; empty where there is none.
+
+    Args:
+        model: the `identity` of the model whose they must be.
+
+    Raises:
+        UserError: it holds something else, or results of another model.
+    """
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(found[part], dict) for part in ("results", "configs")):
-            return found
+        sound = all(isinstance(found[part], dict) for part in ("results", "configs"))
+        of = found.get("model", {"path": "which it does not name", "sha256": ""})
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path}: holds no results of bench; remove it, or name another file with --output_path")
+        sound = False
+    if not sound:
+        raise UserError(
+            f"{path}: holds no results of bench; remove it, or name another file with --output_path"
+        )
+    if of["sha256"] != model["sha256"]:
+        raise UserError(
+            f"{path}: holds results of another model, {of['path']}; name another file with --output_path"
+        )
+    return found

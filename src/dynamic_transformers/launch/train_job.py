@@ -26,7 +26,7 @@ from dynamic_transformers.launch.worker import WORKER, write_job
 from dynamic_transformers.manifest import digest, finished, fresh_folder
 from dynamic_transformers.settings import Settings, UserError, holds_credentials
 from dynamic_transformers.training.interruption import Interrupted, Interruption
-from dynamic_transformers.training.run_folder import training_config
+from dynamic_transformers.training.run_folder import run_identity, training_config
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -58,7 +58,7 @@ def train_on_nodes(settings: Settings, data_dir: Path, run_dir: Path, launch: La
         UserError: the volume is not here, the cluster refuses the job, or its nodes found a mistake.
         RuntimeError: the job failed, or the cluster cannot be reached.
     """
-    config = training_config(settings, data_dir, launch.world_size)
+    config = training_config(run_identity(settings, data_dir, launch.world_size), settings)
     if finished(run_dir, "train", config):
         return run_dir
     if not os.access(launch.mount_path, os.W_OK):

@@ -23,7 +23,7 @@ from dynamic_transformers.tracking.search import (
     track_comparison,
 )
 from dynamic_transformers.tracking.store import tracking_uri
-from dynamic_transformers.tracking.sync import send_rest
+from dynamic_transformers.tracking.sync import reopened, send_rest
 from dynamic_transformers.tracking.tracker import RunTracker, description
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "download",
     "find_evaluated",
     "forget_after",
+    "reopened",
     "replace_run",
     "report_of",
     "send_rest",

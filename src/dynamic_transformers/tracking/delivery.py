@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamic_transformers.settings import TrackingSettings, UserError
 from dynamic_transformers.tracking.record import KILLED, METRICS, RUNNING, RecordFile
-from dynamic_transformers.tracking.store import FILE_TIMEOUT, experiment_id, given_run, time_for_files
+from dynamic_transformers.tracking.store import (
+    FILE_TIMEOUT,
+    experiment_id,
+    given_run,
+    store_name,
+    time_for_files,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,6 +31,7 @@ CHUNK = 200  # lines of metrics.jsonl between two notes of how far it went
 REQUEST_METRICS, REQUEST_PARAMS = 1000, 100  # MLflow's limits of one request
 KEY_TAG = "dynamic_transformers.key"
 REPLACED_TAG = "replaced_by"
+CHANGED_TAG = "changed."  # before the name of a parameter
 WORK = ("step", "tokens", "training_flops")  # of a line: shown below `progress/`
 
 
@@ -48,6 +55,9 @@ class Delivery:
         self.run_dir = file.path.parent
         if self.record.run_id:
             self._look_for(self.record.run_id)
+        if self.record.store != (store := store_name(client.tracking_uri)):
+            with self.file.changing() as record:
+                record.store = store
 
     def send(self) -> None:
         """Send everything that has not been sent.
@@ -94,9 +104,7 @@ class Delivery:
 
     def _described_run(self) -> str:
         """Id of the run, with its parameters and tags; made where none has been given."""
-        from mlflow.entities import Param, RunTag
-
-        client, record = self.client, self.record
+        record = self.record
         if record.run_id and record.described:
             return record.run_id
         run_id = record.run_id
@@ -106,12 +114,31 @@ class Delivery:
             with self.file.changing():  # at once: when the rest fails the next attempt goes on with it
                 record.run_id = run_id
             self.answered()
-        for params in batched(record.params.items(), REQUEST_PARAMS):
-            client.log_batch(run_id, params=[Param(*param) for param in params])
-        client.log_batch(run_id, tags=[RunTag(*tag) for tag in record.tags.items()])
+        self._describe(run_id)
         with self.file.changing():
             record.described = True
         return run_id
+
+    def _describe(self, run_id: str) -> None:
+        """Log parameters and tags. MLflow lets no parameter change: another value than it has is a tag."""
+        from mlflow.entities import Param, RunTag
+
+        client, record = self.client, self.record
+        known = client.get_run(run_id).data.params
+        new = [Param(*item) for item in record.params.items() if item[0] not in known]
+        for params in batched(new, REQUEST_PARAMS):
+            client.log_batch(run_id, params=params)
+        changed = {key: value for key, value in record.params.items() if known.get(key, value) != value}
+        if changed:
+            logger.warning(
+                "MLflow: run %s has other values of %s; those of now are its tags `%s…`",
+                run_id,
+                ", ".join(changed),
+                CHANGED_TAG,
+            )
+        tags = record.tags | {f"{CHANGED_TAG}{key}": value for key, value in changed.items()}
+        for some in batched(tags.items(), REQUEST_PARAMS):
+            client.log_batch(run_id, tags=[RunTag(*tag) for tag in some])
 
     def _made_run(self) -> str:
         """A new run, or that which an earlier attempt made without hearing of it."""

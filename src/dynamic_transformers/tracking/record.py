@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Record:
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)  # a tag: finds a run whose id was never told
+    store: str = ""  # to which all of this was sent, as `store_name` calls it
     run_id: str | None = None  # MLflow's
     described: bool = False  # parameters and tags are there
     status: str = RUNNING
@@ -78,9 +80,33 @@ class RecordFile:
 
 
 def read_record(run_dir: Path) -> Record | None:
-    """The record of a run folder; None: it has none."""
+    """The record of a run folder; None: it has none, or a damaged one, which is renamed."""
     path = run_dir / STATE
-    return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return _record(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        aside = path.with_name(f"{STATE}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        logger.warning("%s: damaged (%s); renamed to %s, and the run is sent anew", path, error, aside.name)
+        with suppress(OSError):  # nothing can be written there: the next reader is told the same
+            path.rename(aside)
+        return None
+
+
+def _record(values: Any) -> Record:
+    """A record as another version may have written it.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(values, dict):
+        raise TypeError("it is no JSON object")
+    known = {name: values[name] for name in (item.name for item in fields(Record)) if name in values}
+    for name, default in asdict(Record()).items():
+        if default is not None and not isinstance(known.get(name, default), type(default)):
+            raise TypeError(f"{name} is {known[name]!r}")
+    return Record(**known)
 
 
 def save_record(run_dir: Path, record: Record) -> None:
@@ -88,11 +114,12 @@ def save_record(run_dir: Path, record: Record) -> None:
     write_whole(run_dir / STATE, json.dumps(asdict(record), indent=2))
 
 
-def is_sent(record: Record, run_dir: Path) -> bool:
-    """Whether a run has ended and a server has got all of it."""
+def is_sent(record: Record, run_dir: Path, store: str) -> bool:
+    """Whether a run has ended and the store of this name has got all of it."""
     path = run_dir / METRICS
     return (
-        record.described
+        record.store == store
+        and record.described
         and record.status == record.sent_status != RUNNING
         and record.sent_attachments == len(record.attachments)
         and record.sent_replaced == len(record.replaced)
@@ -150,12 +177,13 @@ def replace_run(aside: Path, run_dir: Path) -> None:
     To be called between the two. The old run gets the tag `replaced_by`; if it was RUNNING it ends as KILLED.
     """
     old = read_record(aside)
-    if old is None or old.run_id is None:
+    if old is None:
         return
     if old.status == RUNNING:
         old.status = KILLED
         save_record(aside, old)
-    save_record(run_dir, Record(replaced=[*old.replaced, old.run_id], sent_replaced=old.sent_replaced))
+    replaced = [*old.replaced, old.run_id] if old.run_id else old.replaced
+    save_record(run_dir, Record(store=old.store, replaced=replaced, sent_replaced=old.sent_replaced))
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -96,11 +96,15 @@ def find_evaluated(settings: TrackingSettings, output_dir: str | Path, compariso
 
 
 def report_of(settings: TrackingSettings, output_dir: str | Path, run_ids: Sequence[str]) -> str | None:
-    """Id of the run that holds one report of all these runs; None where they were not compared together.
+    """Id of the run that holds one report of all these runs.
+
+    None where they were not compared together, or where nothing is tracked.
 
     Raises:
         UserError: the server cannot be reached.
     """
+    if not settings.mlflow:
+        return None
     with _told(tracking_uri(settings, output_dir)) as client:
         reports = {client.get_run(run_id).data.tags.get(REPORT_TAG) for run_id in run_ids}
     return reports.pop() if len(reports) == 1 else None

@@ -14,6 +14,7 @@ from dynamic_transformers.tracking.store import (
     explained,
     load_mlflow,
     local_database,
+    notice_absence,
     open_store,
     tracking_uri,
 )
@@ -113,6 +114,8 @@ class Sender:
 
     def _send(self) -> None:
         if self._delivery is None:
+            self._answered()
+            notice_absence(self._uri())
             self._answered(OPENING)
             load_mlflow(self._uri())
             if local_database(self._uri()) is None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import re
+import socket
+import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from dynamic_transformers.folders import new_sibling, sole_writer
 from dynamic_transformers.settings import TrackingSettings, UserError
@@ -70,10 +75,34 @@ def tracking_uri(settings: TrackingSettings, output_dir: str | Path) -> str:
     return f"sqlite:///{folder / 'mlflow.db'}"
 
 
+def store_name(uri: str) -> str:
+    """The address without a secret: what tells one store from another, and may be shown."""
+    return _hidden(uri).rstrip("/")
+
+
 def given_run(settings: TrackingSettings) -> str | None:
     """MLFLOW_RUN_ID, where the settings name no other server than the one that it came with."""
     same_server = not settings.mlflow_uri or settings.mlflow_uri == os.environ.get("MLFLOW_TRACKING_URI")
     return os.environ.get("MLFLOW_RUN_ID") if same_server else None
+
+
+def notice_absence(uri: str) -> None:
+    """Ask whether a server is there, before the import of MLflow: that takes longer than an answer may.
+
+    Raises:
+        OSError: nothing answers.
+    """
+    if not uri.startswith("http") or "mlflow" in sys.modules:
+        return
+    parts = urlsplit(uri)
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health")
+    try:
+        with urllib.request.urlopen(address.geturl(), timeout=FIRST_TIMEOUT):
+            return
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, (ConnectionError, TimeoutError, socket.gaierror)):
+            raise  # all else is an answer, of which MLflow makes what it can
 
 
 def load_mlflow(uri: str) -> None:
@@ -98,6 +127,7 @@ def open_store(uri: str) -> MlflowClient:
     Raises:
         Exception: MLflow's own; `explained` says what it means.
     """
+    notice_absence(uri)
     load_mlflow(uri)
     path = local_database(uri)
     if path is None:
@@ -196,4 +226,5 @@ def first_line(error: Exception) -> str:
 
 
 def _hidden(line: str) -> str:
-    return re.sub(r"//\S*@", "//***@", line)
+    line = re.sub(r"//\S*@", "//***@", line)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|token|secret)[^=&\s]*=)[^&\s]*", r"\1***", line)

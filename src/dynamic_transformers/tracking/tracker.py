@@ -43,6 +43,7 @@ class RunTracker:
         settings, output_dir: where to track.
         name: of the run; given by the step that trains. Without it a later step adds to what there is.
         params, tags: of the run; needed by the first step only.
+        trained: a later step gives the name, which only counts where no earlier one has told it.
         enabled: false on ranks other than 0.
     """
 
@@ -54,19 +55,21 @@ class RunTracker:
         name: str = "",
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
+        trained: bool = False,
         enabled: bool = True,
     ):
         self.run_dir = run_dir
         self.file = RecordFile(run_dir, Record())
         self.sender = Sender(self.file, settings, output_dir) if enabled and settings.mlflow else None
         self.wandb = None
-        if name and enabled and (settings.mlflow or settings.wandb):
+        with_wandb = bool(name) and enabled and settings.wandb and not trained
+        if name and (self.sender or with_wandb):
             with self.file.changing() as record:
-                record.status = RUNNING
+                record.status = record.status if trained else RUNNING
                 if not record.described:
                     record.name, record.params, record.tags = name, flatten(params or {}), tags or {}
-            if settings.wandb:
-                self.wandb = WandbRun(self.file, settings, params or {})
+        if with_wandb:
+            self.wandb = WandbRun(self.file, settings, params or {})
         if self.sender:
             self.sender.wake()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -14,6 +16,11 @@ class Interrupted(SystemExit):
 
     def __init__(self, number: int):
         super().__init__(128 + number)
+
+
+def leave(number: int) -> NoReturn:
+    """End the command because of a signal."""
+    raise Interrupted(number)
 
 
 class Interruption:
@@ -38,6 +45,29 @@ class Interruption:
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Obey, in the body, a signal where it comes, and before it one that has come.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        before, self.then = self.then, leave
+        try:
+            self.obey()
+            yield
+        finally:
+            self.then = before
+
+    def obey(self) -> None:
+        """End the command if a signal has come.
+
+        Raises:
+            Interrupted: it has.
+        """
+        if self.number is not None:
+            leave(self.number)
 
     def _note(self, number: int, _frame) -> None:
         if self.number is not None and number == signal.SIGINT:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 from dynamic_transformers.training.budget import Horizon, Progress
 from dynamic_transformers.training.interruption import Interruption
-from dynamic_transformers.training.observers import Checkpoints, Moment, Observer
+from dynamic_transformers.training.observers import Moment, Observers
 from dynamic_transformers.training.step import OptimizerStep, StepResult
 
 
@@ -19,9 +18,8 @@ def fit(
     progress: Progress,
     step: OptimizerStep,
     horizon: Horizon,
-    observers: Sequence[Observer],
+    observers: Observers,
     interruption: Interruption,
-    saving: Checkpoints,
     max_skipped: int,
 ) -> bool:
     """Train to the end of the budget.
@@ -29,11 +27,10 @@ def fit(
     Args:
         progress: the work done so far; counted on.
         interruption: a signal to any rank ends the loop on all of them, after the same step.
-        saving: the observer whose clock, on any rank, asks for a checkpoint.
         max_skipped: steps in a row that may go without an update.
 
     Returns:
-        Whether a signal has ended it.
+        Whether the budget is spent; else a signal has ended it.
 
     Raises:
         DivergedError: more than `max_skipped` did.
@@ -45,7 +42,7 @@ def fit(
         result = step(
             progress.step,
             horizon.schedule_steps(progress),
-            lambda: [interruption.number is not None, saving.due],
+            lambda: [interruption.number is not None, observers.due],
         )
         seconds = time.perf_counter() - start
         interrupted, due = result.wishes
@@ -56,9 +53,8 @@ def fit(
         moment = Moment(
             progress, result, seconds, horizon.step_tokens, total, progress.step >= total, interrupted, due
         )
-        for observer in observers:
-            observer.after_step(moment)
-    return interrupted
+        observers.after_step(moment)
+    return not interrupted
 
 
 def count(progress: Progress, result: StepResult, seconds: float, horizon: Horizon) -> None:

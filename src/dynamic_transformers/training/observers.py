@@ -1,8 +1,4 @@
-"""What watches a run: log, display, evaluation, checkpoints. None of them changes a number of the training.
-
-They act in this order after each step. Checkpoints come last, since they hold that a step was logged and
-evaluated.
-"""
+"""What watches a run: log, display, evaluation, checkpoints. None of them changes what is trained."""
 
 from __future__ import annotations
 
@@ -62,9 +58,6 @@ class Observer:
     def after_step(self, moment: Moment) -> None:
         """A step has ended."""
         raise NotImplementedError
-
-    def close(self) -> None:
-        """The loop has ended, however: nothing to do for most."""
 
 
 class Log(Observer):
@@ -200,6 +193,38 @@ class Checkpoints(Observer):
         if regular or moment.last or moment.interrupted:
             self.save()
             self.saved = time.monotonic()
+
+
+@dataclass
+class Observers(Observer):
+    """All observers of a run; on ranks other than 0 nothing is displayed."""
+
+    log: Log
+    display: Display | None
+    evaluation: Evaluation
+    checkpoints: Checkpoints
+
+    @property
+    def due(self) -> bool:
+        """Whether this rank's clock asks for a checkpoint."""
+        return self.checkpoints.due
+
+    def after_step(self, moment: Moment) -> None:
+        """Tell them in their order. Checkpoints come last: they hold that a step was logged and evaluated."""
+        for observer in (self.log, self.display, self.evaluation, self.checkpoints):
+            if observer is not None:
+                observer.after_step(moment)
+
+    def catch_up(self, progress: Progress, total: int) -> None:
+        """Make the evaluation that an interruption has left out."""
+        if self.evaluation.is_owed(progress, total):
+            self.evaluation.evaluate(progress)
+            self.checkpoints.save()
+
+    def close(self) -> None:
+        """The loop has ended, however."""
+        if self.display is not None:
+            self.display.close()
 
 
 def add_up(sums: dict[str, float], values: Mapping[str, float]) -> None:

@@ -18,7 +18,13 @@ from dynamic_transformers.manifest import MANIFEST, read_manifest, write_json
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import METRICS, forget_after, replace_run
 from dynamic_transformers.training.budget import Budget
-from dynamic_transformers.training.checkpoint import Checkpoint, checkpoints, newest_whole, read_checkpoint
+from dynamic_transformers.training.checkpoint import (
+    STATE,
+    Checkpoint,
+    checkpoints,
+    newest_whole,
+    read_checkpoint,
+)
 from dynamic_transformers.training.identity import settings_identity
 
 logger = logging.getLogger("dynamic_transformers")
@@ -33,10 +39,9 @@ def run_identity(settings: Settings, data_dir: Path, processes: int = 1) -> dict
     return settings_identity(settings, processes) | {"data_digest": data_digest}
 
 
-def training_config(settings: Settings, data_dir: Path, processes: int = 1) -> dict[str, Any]:
+def training_config(identity: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What a finished run depends on, without places and names: its identity and its budget."""
-    budget = Budget.from_settings(settings.training)
-    return run_identity(settings, data_dir, processes) | {"budget": dataclasses.asdict(budget)}
+    return identity | {"budget": dataclasses.asdict(Budget.from_settings(settings.training))}
 
 
 @dataclass
@@ -139,6 +144,18 @@ def read_identity(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged; --force begins anew") from error
 
 
+def content_to_go_on_with(settings: Settings, force: bool) -> str | None:
+    """Digest of the data of the run that a command goes on with; None: it begins anew, or cannot be read."""
+    resume = settings.training.resume
+    if force or resume == "none":
+        return None
+    file = settings.run_dir / IDENTITY if resume == "auto" else Path(resume) / STATE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["identity"]["data_digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # told when the run's folder is looked at
+
+
 def refuse_differences(place: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse to go on with other settings.
 
@@ -223,5 +240,5 @@ def refuse_a_full_disk(run_dir: Path, parameters: int) -> None:
     needed, free = 2 * 3 * 4 * parameters, shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{run_dir}: {free / 1e9:.1f} GB are free there, two checkpoints need {needed / 1e9:.1f} GB"
+            f"{run_dir}: {free / 1e6:,.0f} MB are free there, two checkpoints need {needed / 1e6:,.0f} MB"
         )

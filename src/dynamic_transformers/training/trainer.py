@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
@@ -24,9 +26,9 @@ from dynamic_transformers.training.budget import Budget, Horizon, Progress
 from dynamic_transformers.training.calibration import calibrate
 from dynamic_transformers.training.checkpoint import WEIGHTS, checkpoint_folder, last_good, prune
 from dynamic_transformers.training.heldout import HeldoutResult, evaluate_heldout
-from dynamic_transformers.training.interruption import Interrupted, Interruption
+from dynamic_transformers.training.interruption import Interrupted, Interruption, leave
 from dynamic_transformers.training.loop import DivergedError, fit
-from dynamic_transformers.training.observers import Checkpoints, Display, Evaluation, Log, Observer
+from dynamic_transformers.training.observers import Checkpoints, Display, Evaluation, Log, Observers
 from dynamic_transformers.training.run_folder import (
     Start,
     claim,
@@ -62,7 +64,8 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, force: bool = False
     """
     run_dir = run_dir.resolve()  # a link is followed
     accelerator = make_accelerator(settings)
-    config = training_config(settings, data_dir, accelerator.num_processes)
+    identity = run_identity(settings, data_dir, accelerator.num_processes)
+    config = training_config(identity, settings)
     main = accelerator.is_main_process
     with sole_writer(run_dir) if main else nullcontext():
         anew = force or settings.training.resume == "none"
@@ -71,7 +74,6 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, force: bool = False
             if main:
                 send_rest(settings, run_dir)
             return run_dir
-        identity = run_identity(settings, data_dir, accelerator.num_processes)
         if main:
             for split in ("train", "validation"):
                 verify_split(data_dir, split)
@@ -83,7 +85,13 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, force: bool = False
         if main:
             claim(run_dir, start, identity, settings)
         accelerator.wait_for_everyone()
-        facts = run(state, settings, data_dir, run_dir, accelerator)
+        try:
+            facts = run(state, settings, data_dir, run_dir, accelerator)
+        except Interrupted:
+            logger.info(
+                "interrupted after step %d; without --force, a run goes on there", state.progress.step
+            )
+            raise
         if main:
             write_manifest(run_dir, "train", config, {"data": data_dir}, **facts)
         accelerator.wait_for_everyone()
@@ -109,17 +117,74 @@ def run(
     state: TrainingState, settings: Settings, data_dir: Path, run_dir: Path, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Train to the end of the budget, calibrate, write the end; returns the facts for the manifest."""
-    training, main = settings.training, accelerator.is_main_process
-    data = read_manifest(data_dir)
-    validation = load_split(data_dir, "validation")
-    tracker = RunTracker(
-        run_dir,
-        settings.tracking,
-        settings.run.output_dir,
-        **description(settings),
-        enabled=main,
+    training = settings.training
+    block_size = read_manifest(data_dir)["block_size"]
+    step_tokens = state.identity["global_batch"] * block_size
+    horizon = Horizon(Budget.from_settings(training), state.schedule, state.config, step_tokens, block_size)
+    step = OptimizerStep(
+        accelerator,
+        state.model,
+        state.optimizer,
+        training_batches(settings, data_dir, accelerator, state.progress.step),
+        training.optimizer,
+        training.gradient_accumulation_steps,
+        step_tokens,
+        settings.run.seed,
     )
-    tracker.log_data(data_dir, data)
+    validation = load_split(data_dir, "validation")
+    with Interruption() as interruption:
+        with (
+            tracked(settings, data_dir, run_dir, accelerator.is_main_process) as tracker,
+            closing(observers_of(state, settings, validation, run_dir, tracker, accelerator)) as observers,
+        ):
+            with interruption.at_once():
+                observers.catch_up(state.progress, horizon.total_steps(state.progress))
+            try:
+                spent = fit(
+                    state.progress, step, horizon, observers, interruption, training.max_skipped_steps
+                )
+            except DivergedError as error:
+                good = last_good(run_dir) or "none"
+                raise UserError(f"{error}; the last good checkpoint is {good}") from error
+            if not spent:
+                leave(interruption.number or SIGTERM)  # another process of the run may have got the signal
+            with interruption.at_once():
+                if isinstance(state.plain, RoutedForCausalLM):
+                    calibrate(state.plain, batches_of(validation, settings.data.batch_size))
+                if accelerator.is_main_process:
+                    write_end(run_dir, state)
+        interruption.obey()
+    return facts_of(state, settings, tracker.run_id)
+
+
+@contextmanager
+def tracked(settings: Settings, data_dir: Path, run_dir: Path, enabled: bool) -> Iterator[RunTracker]:
+    """A run's tracker, which is told how the body ends, however it does."""
+    tracker = RunTracker(
+        run_dir, settings.tracking, settings.run.output_dir, **description(settings), enabled=enabled
+    )
+    status = "FAILED"
+    try:
+        tracker.log_data(data_dir, read_manifest(data_dir))
+        yield tracker
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status)
+
+
+def observers_of(
+    state: TrainingState,
+    settings: Settings,
+    validation: datasets.Dataset,
+    run_dir: Path,
+    tracker: RunTracker,
+    accelerator: Accelerator,
+) -> Observers:
+    """What watches a run: rank 0 writes, all evaluate."""
+    training, main = settings.training, accelerator.is_main_process
 
     def write(progress: Progress, line: dict[str, float]) -> None:
         if main:
@@ -131,58 +196,18 @@ def run(
 
     def save() -> None:
         if main:
-            state.save(checkpoint_folder(run_dir, state.progress.step))
-            tracker.log_checkpoint(checkpoint_folder(run_dir, state.progress.step))
+            folder = checkpoint_folder(run_dir, state.progress.step)
+            state.save(folder)
+            tracker.log_checkpoint(folder)
             prune(run_dir, training.keep_checkpoints)
         accelerator.wait_for_everyone()
 
-    step_tokens = state.identity["global_batch"] * data["block_size"]
-    horizon = Horizon(
-        Budget.from_settings(training), state.schedule, state.config, step_tokens, data["block_size"]
+    return Observers(
+        Log(write, training.log_every),
+        Display(settings.run.name, state.progress.step) if main else None,
+        Evaluation(measure, write, training.eval_every),
+        Checkpoints(save, training.checkpoint_every, training.checkpoint_minutes),
     )
-    step = OptimizerStep(
-        accelerator,
-        state.model,
-        state.optimizer,
-        training_batches(settings, data_dir, accelerator, state.progress.step),
-        training.optimizer,
-        training.gradient_accumulation_steps,
-        step_tokens,
-        settings.run.seed,
-    )
-    saving = Checkpoints(save, training.checkpoint_every, training.checkpoint_minutes)
-    evaluation = Evaluation(measure, write, training.eval_every)
-    observers: list[Observer] = [Log(write, training.log_every)]
-    if main:
-        observers.append(Display(settings.run.name, state.progress.step))
-    observers += [evaluation, saving]
-    status = "FAILED"
-    try:
-        if evaluation.is_owed(state.progress, horizon.total_steps(state.progress)):
-            evaluation.evaluate(state.progress)
-            save()
-        with Interruption() as interruption:
-            interrupted = fit(
-                state.progress, step, horizon, observers, interruption, saving, training.max_skipped_steps
-            )
-        if interrupted:
-            status = "KILLED"
-            logger.info(
-                "interrupted after step %d; without --force, a run goes on there", state.progress.step
-            )
-            raise Interrupted(interruption.number or SIGTERM)
-        if isinstance(state.plain, RoutedForCausalLM):
-            calibrate(state.plain, batches_of(validation, settings.data.batch_size))
-        if main:
-            write_end(run_dir, state)
-        status = "FINISHED"
-    except DivergedError as error:
-        raise UserError(f"{error}; the last good checkpoint is {last_good(run_dir) or 'none'}") from error
-    finally:
-        for observer in observers:
-            observer.close()
-        tracker.close(status)
-    return facts_of(state, settings, tracker.run_id)
 
 
 def facts_of(state: TrainingState, settings: Settings, mlflow_run_id: str | None) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""Reading an exported model: all of its weights, or none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import dynamic_transformers.models  # noqa: F401  (registers the routed models)
+from dynamic_transformers.settings import UserError
+
+NAMES_SHOWN = 3
+
+
+def load_config(model_dir: Path) -> PreTrainedConfig:
+    """Configuration of an exported model.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise UserError(f"{model_dir}: no exported model (it has no config.json)")
+    # The routed models are registered by this package: the code beside the weights is never run.
+    try:
+        return AutoConfig.from_pretrained(model_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model_dir}: {str(error).splitlines()[0]}") from error
+
+
+def load_model(
+    model_dir: Path, config: PreTrainedConfig | None = None, device: str | None = None
+) -> PreTrainedModel:
+    """An exported model, in fp32 and eval mode.
+
+    Args:
+        config: in place of the one in the folder.
+        device: None: the GPU when there is one.
+
+    Raises:
+        UserError: the folder holds no model, its weights are damaged, or they are not those of the model:
+            transformers would draw missing ones at random.
+    """
+    config = config or load_config(model_dir)
+    loader: Any = AutoModelForCausalLM
+    try:
+        with log_level("transformers", logging.ERROR):  # whose report is told in one line below
+            model, report = loader.from_pretrained(
+                model_dir,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{model_dir}: its weights cannot be read: {reason}") from error
+    for fault, names in (
+        ("weights are missing", report["missing_keys"]),
+        (
+            "weights have another shape than config.json says",
+            [name for name, *_ in report["mismatched_keys"]],
+        ),
+        ("weights are of another model than config.json says", report["unexpected_keys"]),
+    ):
+        if names:
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            raise UserError(f"{model_dir}: {fault}: {', '.join(sorted(names)[:NAMES_SHOWN])}{more}")
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def log_level(name: str, level: int) -> Iterator[None]:
+    """Another level of a logger within the body."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
