@@ -11,11 +11,9 @@ import yaml
 from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
-from omegaconf import OmegaConf
 
 from components import image_of
 from dynamic_transformers import __version__
-from dynamic_transformers.configure import run_names, settings_from_parameters
 from dynamic_transformers.launch.settings import Launch
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 from pipelines.cluster import ClusterSettings, StepSettings, read_cluster
@@ -23,7 +21,11 @@ from pipelines.compile import compile_pipeline
 from pipelines.images import default_tag
 
 GOLDEN = PROJECT_ROOT / "tests" / "pipeline" / "golden" / "pipeline.yaml"
+
+
 EXAMPLE = PROJECT_ROOT / "cluster" / "example.yaml"
+
+
 IMAGES = {
     "compare": "evaluate",
     "configure": "evaluate",
@@ -277,46 +279,6 @@ def test_every_attempt_fits_into_the_window_of_the_retries(cluster, tmp_path):
         assert window > (cluster.retries + 1) * limit + sum(waits)
 
 
-def tolerating(**toleration):
-    return {"steps": {"train": {"tolerations": [{"key": "good"}, {"key": "bad", **toleration}]}}}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": {"training": {}}}, "steps.training: must be one of"),
-        ({"step": {}}, "step"),
-        ({"steps": {"train": {"gpus": 1}}}, "gpus"),
-        ({"nodes": 2, "volume_claim": ""}, "nodes=2 needs volume_claim"),
-        ({"grace_seconds": 20}, "grace_seconds=20: must be at least 30"),
-        ({"parallel_runs": 0}, "parallel_runs=0: must be at least 1"),
-        ({"retries": "often"}, "retries"),
-        ({"retries": -1}, "retries=-1: must be at least 0"),
-        ({"retries": 11}, "retries=11: must be at most 10"),
-        ({"steps": {"train": {"accelerators": -1}}}, "steps.train.accelerators=-1: must be at least 0"),
-        ({"steps": {"train": {"timeout_seconds": -1}}}, "steps.train.timeout_seconds=-1: must be at least 0"),
-        (
-            {"steps": {"export": {"cpu": "lots"}}},
-            "steps.export.cpu=lots: must be a quantity, such as 8 or 500m",
-        ),
-        ({"steps": {"export": {"memory": "64 GB"}}}, "steps.export.memory=64 GB: must be a quantity"),
-        ({"shared_memory": "much"}, "shared_memory=much: must be a quantity, such as 64Gi"),
-        ({"mount_path": "rel"}, "mount_path=rel: must be an absolute path"),
-        (
-            tolerating(operator="Foo"),
-            r"steps.train.tolerations\[1\].operator=Foo: must be one of Exists, Equal",
-        ),
-        (tolerating(operator="Exists", value="a"), "value=a: needs operator=Equal"),
-        (tolerating(effect="Never"), r"steps.train.tolerations\[1\].effect=Never: must be one of NoSchedule"),
-    ],
-)
-def test_a_mistake_in_the_cluster_file_is_named(change, message, tmp_path):
-    path = tmp_path / "cluster.yaml"
-    OmegaConf.save(OmegaConf.create(change), path)
-    with pytest.raises(UserError, match=rf"^{path}: .*{message}"):
-        read_cluster(path)
-
-
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
@@ -329,15 +291,6 @@ def test_a_place_that_cannot_hold_the_package_is_named(place, reason, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=rf"^{tmp_path / place}: {reason}"):
         compile_pipeline(ClusterSettings(), tmp_path / place)
-
-
-def test_a_missing_or_broken_cluster_file_ends_in_one_line(tmp_path):
-    (tmp_path / "broken.yaml").write_text("steps: [}")
-    (tmp_path / "number.yaml").write_text("3")
-    (tmp_path / "list.yaml").write_text("- steps")
-    for name in ("gone.yaml", "broken.yaml", "number.yaml", "list.yaml"):
-        with pytest.raises(UserError, match=rf"{name}: .*$"):
-            read_cluster(tmp_path / name)
 
 
 def test_the_package_is_the_golden_one(full_example, tmp_path):
@@ -373,81 +326,6 @@ def test_the_package_names_images_by_digest_once_they_are_pushed(tmp_path):
     found = executors(next(yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())))
     assert found["exec-train"]["container"]["image"] == pushed["digest"]
     assert found["exec-export"]["container"]["image"] == built["image"]
-
-
-QUICK = {"overrides": [], "dataset_configs": "", "max_flops": 0.0, "mlflow_uri": "", "mlflow_experiment": ""}
-
-
-def merged(**parameters):
-    settings = {
-        "data": {"dataset_configs": [{"name": "math", "type": "embedded"}]},
-        "training": {"max_steps": 3},
-    }
-    return settings_from_parameters(**{"settings": json.dumps(settings)} | QUICK | parameters)
-
-
-def test_parameters_go_over_the_settings(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert merged().training.max_steps == 3
-    assert merged().tracking.mlflow is False  # nowhere to track to
-    changed = merged(
-        overrides=["model.size=micro", "data.block_size=64"],
-        dataset_configs='[{"name": "code", "type": "embedded"}]',
-        max_flops=1e9,
-        mlflow_uri="http://mlflow.example",
-        mlflow_experiment="other",
-    )
-    assert (changed.model.size, changed.data.block_size) == ("micro", 64)
-    assert [source.name for source in changed.data.dataset_configs] == ["code"]
-    assert (changed.training.max_steps, changed.training.max_flops) == (None, 1e9)
-    assert changed.tracking.mlflow and changed.tracking.experiment == "other"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
-    assert merged().tracking.mlflow
-
-
-@pytest.mark.parametrize(
-    ("parameters", "words"),
-    [
-        ({"settings": "{"}, "settings: not JSON"),
-        ({"settings": "3"}, "settings: must be a JSON object, not 3"),
-        ({"settings": "null"}, "settings: must be a JSON object"),
-        ({"settings": "[]"}, "settings: must be a JSON object"),
-        ({"settings": '{"training": []}'}, "training=[]: must be a mapping"),
-        ({"settings": '{"data": 3}'}, "data=3: must be a mapping"),
-        ({"settings": '{"run": {"name": "${x"}}'}, "run.name: "),
-        ({"dataset_configs": "[{]"}, "dataset_configs: not JSON"),
-        ({"dataset_configs": "{}"}, "dataset_configs: must be a JSON list, not {}"),
-        ({"dataset_configs": "[1]"}, "data.dataset_configs[0]=1: must be a mapping"),
-        ({"overrides": ["model.nonsense=1"]}, "nonsense"),
-        ({"overrides": ["evaluation.tasks=["]}, "evaluation.tasks=[: expected the node content"),
-        ({"overrides": [3]}, "'3' is not of the form key=value"),
-        ({"overrides": ["training.optimizer.lr=inf"]}, "training.optimizer.lr=inf: must be finite"),
-        ({"max_flops": float("nan")}, "training.max_flops=nan: must be finite"),
-        ({"mlflow_uri": "http://["}, "tracking.mlflow_uri: Invalid IPv6 URL"),
-        ({"mlflow_experiment": "${"}, "tracking.experiment: "),
-    ],
-)
-def test_wrong_parameters_end_in_one_line(parameters, words):
-    with pytest.raises(UserError) as error:
-        merged(**parameters)
-    assert words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_runs_are_named_by_architecture_and_seed():
-    assert run_names(["mod", "stt"], [0.0, 1.0]) == ["mod:0", "stt:0", "mod:1", "stt:1"]
-    for architectures, seeds in (
-        (["transformer"], [0]),
-        (["mod"], [0.5]),
-        (["mod"], [-1]),
-        (["mod"], []),
-        (["mod"], [1, 1]),
-        (["mod"], ["x"]),
-        (["mod"], [None]),
-        (["mod"], [float("inf")]),
-        ([None], [0]),
-    ):
-        with pytest.raises(UserError, match=r"architectures|seeds"):
-            run_names(architectures, seeds)
 
 
 def test_what_only_says_where_a_step_runs_is_not_in_the_cache_key_of_training(full_example, tmp_path):

@@ -46,9 +46,9 @@ class TrainJobs:
     def run(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Create a job, or take up the one of its name that runs already, and follow it to its end.
 
-        A job of its name that has ended is deleted before: what it left on the volume is gone on with. But
-        one that has used up its time has failed for good, unless the limit is another now. One that no node
-        runs for is deleted when it was made of other settings of `launch`.
+        A job of this name is deleted first if it has ended: the new one goes on from what it left on the
+        volume. A job that has used up its time limit stays as it is, unless the limit has changed. A job
+        that still waits for its nodes is deleted if the settings of `launch` have changed.
 
         Returns:
             The job as it ended, complete or failed.

@@ -1,9 +1,9 @@
 """Training on other nodes: one TrainJob of Kubeflow Trainer v2, whose data and run are on a shared volume.
 
-On the volume, below `dynamic-transformers/`: `data-<digest>/`, once for all jobs that train on it, and of
-each job `<job>/job-….json`, `<job>/run/` and, as its nodes printed it, `<job>/logs/<time>/node-<rank>/`. A
-job's name follows from what it computes, so that a task that is tried again finds its job, whatever became
-of it.
+The volume holds, below `dynamic-transformers/`, one `data-<digest>/` for all jobs that train on it. Each
+job has `<job>/job-….json`, `<job>/run/`, and what its nodes print in `<job>/logs/<time>/node-<rank>/`. A
+job's name follows from what it computes: a task that is tried again finds its job, whether it runs or has
+ended.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ PASSED_ON = (
 )
 VISIBLE_SECONDS = 120.0  # a network volume may show other machines' files late
 LOOK_SECONDS = 2.0
-LEFTOVER_SECONDS = 86400.0  # what has not become a data folder by then, never will
+LEFTOVER_SECONDS = 86400.0  # after which a half-made data folder is nobody's work any more
 MANAGER = "dynamic-transformers.github.io/train"  # the Trainer wants a domain and a path
 USER = 1000  # of the images
-MEETING_SECONDS = 300  # how much later than the others the first node may start
+MEETING_SECONDS = 300  # that the other nodes wait for the first one
 CLOSING_SECONDS = 10  # of the grace period, for torchrun after its workers
 
 
@@ -149,7 +149,7 @@ def node_environment(launch: Launch) -> list[dict[str, Any]]:
         values.pop(entry.variable, None)
     if holds_credentials(values.get("MLFLOW_TRACKING_URI", "")):
         del values["MLFLOW_TRACKING_URI"]
-        values.pop("MLFLOW_RUN_ID", None)  # which only that server knows
+        values.pop("MLFLOW_RUN_ID", None)  # it is a run of that server
         logger.warning("MLFLOW_TRACKING_URI holds a password: give it to the nodes by a Secret")
     plain = [{"name": name, "value": value} for name, value in values.items()]
     return plain + [
@@ -168,8 +168,8 @@ def train_job(name: str, launch: Launch, job_file: Path) -> dict[str, Any]:
     # Of its own for every job of this name, so that a failure is not explained by an earlier one.
     logs = job_file.parent / "logs" / time.strftime("%Y%m%d-%H%M%S")
     torchrun = [
-        # Not torchrun's default: there a node that starts again before the others have noticed meets the past
-        # of the first node, and then all wait for one another.
+        # With torchrun's default, a node that starts again before the others notice reads what the first node
+        # has left of the earlier meeting, and all wait for one another.
         *("--rdzv-backend", "c10d", "--rdzv-id", name),
         *("--rdzv-endpoint", "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)"),  # Kubernetes puts the values there
         *("--rdzv-conf", f"read_timeout={MEETING_SECONDS}"),
