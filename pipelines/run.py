@@ -134,13 +134,22 @@ def execution_of(root: Path, identity: dict[str, Any], force: bool) -> Path:
     if execution.is_dir() and force:
         print(f"moved aside: {set_aside(execution)}")
     elif records and not execution.is_dir():
-        before = json.loads(records[-1].read_text())
+        before = read_identity(records[-1])
         keys = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
         listed = ", ".join(f"{key} ({before.get(key)} there, {identity.get(key)} now)" for key in keys)
-        if keys:
+        if before and keys:
             print(f"begins anew, since settings differ from {records[-1].name.split('.')[0]}: {listed}")
     write_json(execution.with_suffix(".identity.json"), identity)
     return execution
+
+
+def read_identity(record: Path) -> dict[str, Any]:
+    """The identity of an earlier execution; empty where the file is damaged: it only explains."""
+    try:
+        identity = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}
+    return identity if isinstance(identity, dict) else {}
 
 
 def tell_program(execution: Path, program: str) -> None:

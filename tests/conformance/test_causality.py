@@ -190,7 +190,8 @@ def test_measured_fraction_is_the_configured_one(architecture, capacity):
     model = tiny_model(architecture, capacity=capacity, vocab_size=vocabulary)
     k = int(capacity * length)
     for step in range(20):
-        routing = model.model(tokens(128, length, seed=step, vocabulary=vocabulary)).routing
+        with torch.enable_grad():
+            routing = model.model(tokens(128, length, seed=step, vocabulary=vocabulary)).routing
         model.advance()
     for result in routing.values():
         assert (result.selected.sum(1) == k).all()

@@ -92,18 +92,24 @@ def test_an_adapter_that_leaves_new_routers_untrained_says_so_once(architecture)
     def warned(model, **options):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2, **options))
+            get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"], "r": 2} | options))
         return [str(each.message) for each in seen if "never trained" in str(each.message)]
 
     (line,) = warned(tiny_model(architecture))
     parts = eval(line.split("modules_to_save=")[1])
     assert warned(tiny_model(architecture), modules_to_save=parts) == []
     assert warned(calibrated(architecture)) == []  # has been trained
-    saved = train_adapter(tiny_model(architecture), 1, modules_to_save=parts)
-    learned = {name.split(".")[-1] for name, value in saved.named_parameters() if value.requires_grad}
-    assert "weight" in learned and any(
-        ".routers." in n for n, p in saved.named_parameters() if p.requires_grad
-    )
+    fresh = dict(tiny_model(architecture).named_parameters())
+    options = {"modules_to_save": parts, "target_modules": ["q_proj"]}
+    for name, value in train_adapter(tiny_model(architecture), 2, **options).named_parameters():
+        if ".modules_to_save." in name:
+            plain = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            assert not torch.equal(value, fresh.pop(plain)), name
+    assert [name for name in fresh if ".routers." in name] == []
+    # Adapters on all linear layers pass the parts by that decide.
+    told = warned(tiny_model(architecture), target_modules="all-linear")
+    expected = {"mod": "['router']", "sdt": "['surprise']", "stt": "['student', 'surprise']"}[architecture]
+    assert [line.split("modules_to_save=")[1] for line in told] == [expected]
 
 
 @pytest.mark.parametrize("architecture", ROUTED)

@@ -71,10 +71,9 @@ def calibrated(architecture: str, steps: int = 5, **options) -> PreTrainedModel:
     """A model in eval mode whose thresholds have seen some training batches."""
     model = tiny_model(architecture, **options)
     for step in range(steps):
-        with torch.no_grad():
-            model(input_ids=tokens(4, 32, seed=100 + step), use_cache=False)
-            if architecture != "standard":
-                model.advance()
+        model(input_ids=tokens(4, 32, seed=100 + step), use_cache=False)
+        if architecture != "standard":
+            model.advance()
     return model.eval()
 
 

@@ -40,9 +40,12 @@ def results_path(model_dir: Path, output_path: Path | None) -> Path:
     return path
 
 
+WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+
+
 def identity(model_dir: Path) -> dict[str, str]:
     """Which model a folder holds: where it lies, and a digest of its weights and configuration."""
-    files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("config.json")])
+    files = sorted(file for name in WEIGHTS for file in model_dir.glob(name))
     return {
         "path": str(model_dir.resolve()),
         "sha256": digest({file.name: file_digest(file) for file in files}),
@@ -66,7 +69,7 @@ def read_results(path: Path, model: dict[str, str]) -> dict[str, Any]:
     """The results that the file holds; empty where there is none.
 
     Args:
-        model: the `identity` of the model whose they must be.
+        model: the `identity` of the model that the results must belong to.
 
     Raises:
         UserError: it holds something else, or results of another model.
@@ -76,17 +79,19 @@ def read_results(path: Path, model: dict[str, str]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         sound = all(isinstance(found[part], dict) for part in ("results", "configs"))
-        of = found.get("model", {"path": "which it does not name", "sha256": ""})
+        of = found["model"]
+        path_of, digest_of = of["path"], of["sha256"]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError):
-        sound = False
+        sound, path_of, digest_of = False, "", ""
     if not sound:
         raise UserError(
-            f"{path}: holds no results of bench; remove it, or name another file with --output_path"
+            f"{path}: holds no results of bench that name their model; remove it, or name another file with "
+            "--output_path"
         )
-    if of["sha256"] != model["sha256"]:
+    if digest_of != model["sha256"]:
         raise UserError(
-            f"{path}: holds results of another model, {of['path']}; name another file with --output_path"
+            f"{path}: holds results of another model, {path_of}; name another file with --output_path"
         )
     return found

@@ -288,14 +288,15 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             self.model.add_module(STATE, state)
 
     def warn_of_untrained_routers(self, saved: list[str]) -> None:
-        """One warning where routers that were never trained stay as they are while an adapter trains."""
-        routers = self.model.routers
-        parts = {name for router in routers.values() for name, _ in router.named_children()}
-        trained = any(value.requires_grad for value in routers.parameters())
-        if self.routing_state.fresh and not trained and not parts & set(saved):
+        """One warning where an adapter trains, and parts of routers that were never trained stay as they are."""
+        if not self.routing_state.fresh:
+            return
+        parts = [part for router in self.model.routers.values() for part in router.named_children()]
+        left = {name for name, part in parts if name not in saved and stays_untrained(part)}
+        if left:
             warnings.warn(
-                "the routers of this model were never trained, and this adapter leaves them as they are: "
-                f"give it modules_to_save={sorted(parts)}",
+                "the routers of this model were never trained, and this adapter leaves parts of them as they "
+                f"are: give it modules_to_save={sorted(left)}",
                 stacklevel=2,
             )
 
@@ -379,6 +380,14 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             auxiliary_losses=auxiliary,
             routing=outputs.routing,
         )
+
+
+def stays_untrained(part: nn.Module) -> bool:
+    """Whether nothing in a router's part learns, or a score head in it does not, which adapters pass by."""
+    heads = [module for module in part.modules() if isinstance(module, ScoreHead)]
+    return not any(value.requires_grad for value in part.parameters()) or any(
+        not head.weight.requires_grad for head in heads
+    )
 
 
 def combine_losses(

@@ -110,14 +110,17 @@ class RoutingState(Fp32Module):
         self.unmoved = None
 
     def note(self, quantiles: Tensor) -> None:
-        """Remember a training forward's quantiles until the step ends.
+        """Remember a training forward's quantiles until the step ends; not where nothing learns from it.
 
         Args:
-            quantiles: (2, R), NaN where there is none.
+            quantiles: (2, R), NaN where there is none; those that are not finite do not count.
         """
-        seen = torch.stack([quantiles.nan_to_num(), (~quantiles.isnan()).float()])
+        if not torch.is_grad_enabled():
+            return
+        known = quantiles.isfinite()
+        seen = torch.stack([torch.where(known, quantiles, 0), known.float()])
         self._seen = seen if self._seen is None else self._seen + seen
-        if self.unmoved is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.unmoved is not None and not torch.compiler.is_compiling():
             self.unmoved += 1
             if self.unmoved == PATIENCE:
                 warnings.warn(
@@ -161,7 +164,7 @@ class RoutingState(Fp32Module):
 
     @property
     def fresh(self) -> bool:
-        """Whether no threshold was ever set; waits for the device."""
+        """Whether no threshold was ever set; waits for the GPU."""
         return not bool(self.thresholds.any())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.calibration import Batches, calibrate
 
 
@@ -14,7 +15,8 @@ class RoutingCallback(TrainerCallback):
     """Moves what our own loop moves: schedules before each step, thresholds after it, calibration at the end.
 
     Without it β and the training capacity stay at their start, and no threshold is ever set. A model with
-    adapters, or loaded with `trust_remote_code`, is as good; one that routes nothing is left alone.
+    adapters, or loaded with `trust_remote_code`, is as good; one that routes nothing is left alone. Save the
+    model after `train()`: the Trainer's checkpoints hold the averages of training, not the calibration.
 
         Trainer(model, arguments, train_dataset=rows, callbacks=[RoutingCallback(batches)])
 
@@ -24,7 +26,18 @@ class RoutingCallback(TrainerCallback):
     """
 
     def __init__(self, batches: Batches | None = None):
-        self.batches = batches
+        self.batches = None if batches is None else list(batches)  # gone through once for each layer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Refuse `nn.DataParallel`, whose copies of a model forget what they saw.
+
+        Raises:
+            UserError: the Trainer would use several GPUs from one process.
+        """
+        if args.n_gpu > 1:
+            raise UserError(
+                f"Trainer uses {args.n_gpu} GPUs from one process: start it with accelerate launch"
+            )
 
     def on_step_begin(self, args, state, control, *, model, **kwargs) -> None:
         """Move the schedules to this step."""

@@ -70,7 +70,7 @@ class Interruption:
             leave(self.number)
 
     def _note(self, number: int, _frame) -> None:
-        if self.number is not None and number == signal.SIGINT:
+        if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
         if self.then is not None:
