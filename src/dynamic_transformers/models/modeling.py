@@ -288,7 +288,7 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             self.model.add_module(STATE, state)
 
     def warn_of_untrained_routers(self, saved: list[str]) -> None:
-        """One warning where an adapter trains, and parts of routers that were never trained stay as they are."""
+        """One warning where an adapter trains and leaves parts of never trained routers as they are."""
         if not self.routing_state.fresh:
             return
         parts = [part for router in self.model.routers.values() for part in router.named_children()]
