@@ -192,6 +192,7 @@ def test_every_test_file_is_collected(request):
         "fake_kubernetes.py",
         "fake_trainer.py",
         "real_docker.py",
+        "run_contents.py",
         "runs.py",
         "servers.py",
         "submissions.py",
