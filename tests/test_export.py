@@ -31,7 +31,7 @@ from dynamic_transformers.training.trainer import train
 # Everything that such an environment lacks is made unimportable.
 ALONE = """
 import json, sys
-for name in "dynamic_transformers accelerate datasets mlflow lm_eval hydra omegaconf kfp".split():
+for name in "dynamic_transformers accelerate datasets mlflow lm_eval hydra omegaconf kfp peft".split():
     sys.modules[name] = None
 import torch
 from safetensors.torch import save_file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -139,7 +138,7 @@ def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
         step: what a folder that stands there must be the output of; None: whatever stands there is ours.
 
     Raises:
-        UserError: something else stands there, or what cannot be replaced; the disk is full.
+        UserError: something else stands there, or what cannot be replaced.
     """
     folder = folder.resolve()
     check_target(folder)
@@ -156,10 +155,8 @@ def fresh_folder(folder: Path, step: str | None = None) -> Iterator[Path]:
             if path.is_file():  # safetensors lets only the owner read: modes are those that the umask says
                 path.chmod(temporary.stat().st_mode & 0o666)
         put_in_place(temporary, folder)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if os.strerror(errno.ENOSPC) in str(error):  # safetensors raises an error of its own
-            raise UserError(f"{folder}: the disk is full; make room, and run the command again") from error
         raise
 
 

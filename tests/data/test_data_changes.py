@@ -135,11 +135,13 @@ def test_a_changed_tokenizer_means_new_data(settings, make_texts, lines, part):
     assert prepare(settings, default_data_dir(settings)) == first
     if part == "tokenizer.json":
         train_tokenizer(make_texts(100, 5), 300).save_pretrained("mine")
+        words = "tokenizer mine: tokenizer.json has changed"
     else:
         Path("mine/chat_template.jinja").write_text("{{ messages }}")
+        words = "tokenizer mine: chat_template.jinja is new"
     second = prepare(settings, default_data_dir(settings))
     assert second != first
-    assert len([line for line in lines() if "tokenizer mine has changed" in line]) == 1
+    assert len([line for line in lines() if words in line]) == 1
     shutil.rmtree("mine")
     assert prepare(settings, default_data_dir(settings)) == second
 

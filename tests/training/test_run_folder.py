@@ -118,6 +118,14 @@ def test_a_damaged_file_of_a_run_is_named(name, unfinished, make_settings, data_
     assert snapshot(unfinished) == before
 
 
+def test_a_run_without_its_identity_is_refused(unfinished, make_settings, data_dir):
+    (unfinished / "identity.json").unlink()
+    before = snapshot(unfinished)
+    with pytest.raises(UserError, match=r"its identity\.json is missing"):
+        train(make_settings("mod", training=STEPS), data_dir, unfinished)
+    assert snapshot(unfinished) == before
+
+
 @pytest.mark.parametrize(
     ("name", "rest"),
     [

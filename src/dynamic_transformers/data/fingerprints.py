@@ -6,12 +6,18 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+from transformers.utils.hub import cached_file
+
 from dynamic_transformers.data.files import FILE_BUILDERS, digest_of, files_there, hub_commit
-from dynamic_transformers.data.tokenization import load_pretrained_tokenizer
-from dynamic_transformers.manifest import digest
 from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
 
 TOKENIZER = "(tokenizer)"  # beside the sources, none of which can have this name
+# What transformers makes a tokenizer of. What it makes differs between its versions; these do not.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+NOT_FOUND = ("gated_repo", "missing_entries", "connection_errors")
 
 # SHA-256 of each file, the commit of a hub data set, or the Python version; None: it cannot be told.
 Fingerprint = dict[str, str | None]
@@ -69,9 +75,16 @@ def _of_file(file: Path) -> str | None:
 
 
 def _of_tokenizer(name: str) -> Fingerprint | None:
+    found = (_tokenizer_file(name, file) for file in TOKENIZER_FILES)
+    digests: Fingerprint = {
+        f"tokenizer {name}: {file.name}": digest_of(file) for file in found if file is not None
+    }
+    return digests or None
+
+
+def _tokenizer_file(name: str, file: str) -> Path | None:
     try:
-        tokenizer = load_pretrained_tokenizer(name)
-    except UserError:
-        return None
-    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    return {f"tokenizer {name}": digest(parts)}
+        found = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in NOT_FOUND})
+    except OSError:
+        return None  # told when the tokenizer is loaded
+    return Path(found) if found else None

@@ -4,18 +4,17 @@ The backbone is transformers' Qwen2: every tensor keeps Qwen2's name, so a pretr
 one. What is new lies under `model.routers`, one router for each routed layer.
 """
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2ForCausalLM, Qwen2Model
+from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
 from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from .adapters import WithAdapters
 from .cache import RoutedCache, row_segments
 from .configuration import RoutedConfig
 from .heads import ScoreHead
@@ -26,7 +25,6 @@ from .surprise import SurpriseGate, inverse_softplus
 
 # What transformers shall not cast when it loads a checkpoint in bf16: what lies in an `Fp32Module`.
 FP32_MODULES = {"raw_offset_ce", "raw_multiplier_cu", "routing_state"}
-STATE = "routing_state"  # the module that adapters must save beside their own weights
 
 
 @dataclass
@@ -229,7 +227,7 @@ class RoutedModel(Qwen2Model):
         )
 
 
-class RoutedForCausalLM(Qwen2ForCausalLM):
+class RoutedForCausalLM(WithAdapters, Qwen2ForCausalLM):
     """Language model over a routed backbone."""
 
     _supports_flash_attn = False
@@ -239,7 +237,7 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
     model_class: type[RoutedModel]
 
     def __init__(self, config: RoutedConfig):
-        super(Qwen2ForCausalLM, self).__init__(config)
+        Qwen2PreTrainedModel.__init__(self, config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -265,40 +263,6 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             keep: false after a step without an update.
         """
         self.routing_state.advance(keep)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Let every adapter keep its own thresholds and β, without which it is another model.
-
-        PEFT assigns `peft_config`, by adapter name, once an adapter is in place. The routing state then
-        becomes one of the modules that are saved whole (`modules_to_save`).
-        """
-        super().__setattr__(name, value)
-        if name != "peft_config":
-            return
-        from peft.utils import ModulesToSaveWrapper
-
-        for adapter, config in value.items():
-            saved = list(getattr(config, "modules_to_save", None) or [])
-            if STATE in saved or not hasattr(config, "modules_to_save"):
-                continue
-            self.warn_of_untrained_routers(saved)
-            config.modules_to_save = [*saved, STATE]
-            state = ModulesToSaveWrapper(self.model.routing_state, adapter)
-            state.set_adapter(adapter, inference_mode=config.inference_mode)
-            self.model.add_module(STATE, state)
-
-    def warn_of_untrained_routers(self, saved: list[str]) -> None:
-        """One warning where an adapter trains and leaves parts of never trained routers as they are."""
-        if not self.routing_state.fresh:
-            return
-        parts = [part for router in self.model.routers.values() for part in router.named_children()]
-        left = {name for name, part in parts if name not in saved and stays_untrained(part)}
-        if left:
-            warnings.warn(
-                "the routers of this model were never trained, and this adapter leaves parts of them as they "
-                f"are: give it modules_to_save={sorted(left)}",
-                stacklevel=2,
-            )
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -380,14 +344,6 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             auxiliary_losses=auxiliary,
             routing=outputs.routing,
         )
-
-
-def stays_untrained(part: nn.Module) -> bool:
-    """Whether nothing in a router's part learns, or a score head in it does not, which adapters pass by."""
-    heads = [module for module in part.modules() if isinstance(module, ScoreHead)]
-    return not any(value.requires_grad for value in part.parameters()) or any(
-        not head.weight.requires_grad for head in heads
-    )
 
 
 def combine_losses(

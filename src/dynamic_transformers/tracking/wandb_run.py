@@ -126,12 +126,13 @@ class WandbRun:
             self._told.add(type(error))
 
     def _upload(self, folder: Path, run: Run) -> None:
-        """Log a checkpoint. Offline, its files stay beside the run's, for `wandb sync`."""
+        """Log a checkpoint, which waits until it is sent; offline, beside the run for `wandb sync`."""
         import wandb  # type: ignore[import-not-found]
 
-        place = Path(run.dir).parent / "checkpoints" / folder.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(place)
+        place = folder
+        if run.offline:
+            place = Path(run.dir).parent / "checkpoints" / folder.name
+            keep(folder, place)
         artifact = wandb.Artifact(f"{run.id}-checkpoint", type="model")
         self._deadline = time.monotonic() + FILE_TIMEOUT  # reading takes time, wherever the server is
         try:
@@ -139,8 +140,10 @@ class WandbRun:
         finally:
             self._deadline = 0.0
         logged = run.log_artifact(artifact, aliases=["latest", folder.name])
-        if not run.offline:
-            ended = partial(self._try, partial(_remove_when_uploaded, place, logged))
+        if run.offline:
+            shutil.rmtree(folder)
+        else:
+            ended = partial(self._try, partial(_remove_when_uploaded, folder, logged))
             self._uploads.append(threading.Thread(target=ended, name="wandb upload", daemon=True))
             self._uploads[-1].start()
 
@@ -181,9 +184,9 @@ class WandbRun:
         return run
 
 
-def _remove_when_uploaded(place: Path, artifact: Artifact) -> None:
+def _remove_when_uploaded(folder: Path, artifact: Artifact) -> None:
     artifact.wait()
-    shutil.rmtree(place)
+    shutil.rmtree(folder)
 
 
 def keep(folder: Path, place: Path) -> None:

@@ -136,7 +136,10 @@ def read_identity(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / IDENTITY
     if not path.is_file():
-        raise UserError(f"{run_dir}: holds a run of an older version; choose another run.name, or --force")
+        raise UserError(
+            f"{run_dir}: its {IDENTITY} is missing, so what its run was made with is not known; choose "
+            "another run.name, or --force, which moves the old run aside"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {"identity": dict(values["identity"]), "source": values["source"]}
