@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +119,9 @@ def check_evaluation(settings: Settings) -> None:
 
 
 def check_device(settings: Settings) -> None:
-    """Refuse CUDA where there is none."""
+    """Refuse CUDA where there is none, and `system.compile` without a C++ compiler."""
+    if settings.system.compile and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("system.compile=true: needs g++ or clang++, and finds neither; leave it at false")
     if settings.system.device != "cuda":
         return
     import torch

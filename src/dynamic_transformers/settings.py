@@ -267,6 +267,7 @@ class SystemSettings:
     precision: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
     device: Annotated[str, OneOf("auto", "cpu", "cuda")] = "auto"
     num_workers: Annotated[int, In("[0, 1024]")] = 0
+    compile: bool = False  # training forwards by torch.compile, as one graph; needs a C++ compiler
 
 
 @dataclass

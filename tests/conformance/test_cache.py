@@ -247,14 +247,14 @@ def test_a_reset_cache_is_as_new(architecture):
 def test_tokens_of_ragged_rows_come_back_in_the_order_of_their_rows():
     layer = RoutedCacheLayer()
     arrivals = [
-        ([[0, 2], [1, EMPTY]], None),
-        ([[3]], [1]),
-        ([[5, EMPTY], [4, 6]], [0, 1]),
-        ([[7]], [0]),
+        ([[0, 2], [1, EMPTY]], None, [2, 1]),
+        ([[3]], [1], [0, 1]),
+        ([[5, EMPTY], [4, 6]], [0, 1], [1, 2]),
+        ([[7]], [0], [1, 0]),
     ]
-    for slots, rows in arrivals:
+    for slots, rows, counts in arrivals:
         slots = torch.tensor(slots)
-        order, full = layer.append(slots, None if rows is None else torch.tensor(rows), batch=2)
+        order, full = layer.append(slots, None if rows is None else torch.tensor(rows), counts)
         assert full == bool((order != EMPTY).all())
         states = slots[:, None, :, None].float().expand(-1, 1, -1, 4)
         keys, values = layer.update(states, -states)

@@ -154,7 +154,7 @@ def test_gradients_are_the_same_with_gradient_checkpointing(architecture):
     for checkpointing in (False, True):
         model = tiny_model(architecture)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)

@@ -340,7 +340,7 @@ def test_9_top_k_of_one_token_at_a_time(architecture, monkeypatch):
     assert not cache_differs(model)
 
     def top_k_of_this_forward(router, scores, hidden_states, context, state):
-        return routing.select_top_k(scores, router.config.capacity, context.valid)
+        return routing.select_mask(routing.select_top_k(scores, router.config.capacity, context.valid).mask)
 
     monkeypatch.setattr(Router, "select", top_k_of_this_forward)
     assert cache_differs(model)

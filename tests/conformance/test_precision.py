@@ -133,17 +133,18 @@ def test_what_scores_are_compared_with_stays_fp32_in_a_bf16_model(architecture, 
     assert all(value.device.type == "meta" for value in meta.buffers())
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("architecture", ALL)
-def test_compiled_gives_the_same_numbers(architecture, mode):
+# Graphs of training: tests/models/test_compile.py. The default compiler takes minutes for all models.
+@pytest.mark.parametrize(
+    ("architecture", "mode", "backend"),
+    [("mod", "train", "inductor"), *((architecture, "eval", "aot_eager") for architecture in ALL)],
+)
+def test_compiled_gives_the_same_numbers(architecture, mode, backend):
     model = calibrated(architecture).train(mode == "train")
     ids = tokens(2, LENGTH)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model(input_ids=ids, labels=ids, use_cache=False)
     model.load_state_dict(state)
     torch._dynamo.reset()
-    # The default compiler takes minutes for all: one model stands for the kernels, all for the graphs.
-    backend = "inductor" if (architecture, mode) == ("mod", "train") else "aot_eager"
     got = torch.compile(model, backend=backend)(input_ids=ids, labels=ids, use_cache=False)
     torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got.loss, expected.loss, atol=1e-5, rtol=1e-4)

@@ -26,13 +26,14 @@ trainer.facts_of = lambda state, *rest: (model.append(state.plain), facts_of(sta
 trainer.train(settings_from_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), run_dir)
 rank = torch.distributed.get_rank()
 assert torch.distributed.get_world_size() == 2
-state = {name: value for name, value in model[-1].named_buffers() if ".routers." in name}
+state = {name: value for name, value in model[-1].named_buffers() if ".routing_state." in name}
 torch.distributed.barrier()
 for name, value in state.items():
     both = [torch.empty_like(value) for _ in range(2)]
     torch.distributed.all_gather(both, value)
     assert torch.equal(*both), name
-print(f"rank {rank}: {len(state)} buffers agree")
+assert len(state) == 3
+print(f"rank {rank}: thresholds and β agree")
 """
 
 

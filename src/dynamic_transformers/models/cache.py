@@ -29,6 +29,7 @@ class RoutedCacheLayer(CacheLayerMixin):
             row, whose tokens lie in order.
         slots: (B, C), index in its row of each of these tokens, ascending, then `EMPTY`.
         counts: (B,), how many tokens each row has; None for a single row.
+        lengths: the same numbers, on the host.
         state: what the router must remember of the last tokens, (B, any), ending with the last token; None
             before the first forward, and where the router needs nothing.
     """
@@ -41,6 +42,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.places: Tensor | None = None
         self.slots: Tensor | None = None
         self.counts: Tensor | None = None
+        self.lengths: list[int] = []
         self.state: Tensor | None = None
         self._arriving: tuple[Tensor, Tensor] | None = None
         self._read: Tensor | None = None
@@ -50,39 +52,42 @@ class RoutedCacheLayer(CacheLayerMixin):
         """Forget everything."""
         self.keys = self.values = self.places = self.slots = self.counts = self.state = None
         self._arriving = self._read = None
+        self.lengths = []
         self.is_initialized = False
         self.seen_tokens = 0
 
-    def append(self, slots: Tensor, rows: Tensor | None, batch: int) -> tuple[Tensor, bool]:
-        """Announce the tokens whose keys and values the next `update` brings.
+    def append(self, slots: Tensor, rows: Tensor | None, counts: list[int]) -> tuple[Tensor, bool]:
+        """Announce the tokens whose keys and values the next `update` brings. The host does not wait.
 
         Args:
             slots: (R, K) ascending, then `EMPTY` where a row brings fewer.
             rows: which rows bring any, (R,); None: all.
-            batch: B.
+            counts: how many each of the B rows brings.
 
         Returns:
             Slots of all tokens of these rows in the order in which `update` will return keys and values,
             (R, C), and whether none of them is `EMPTY`.
         """
+        batch = len(counts)
         if batch == 1:
             self.slots = slots if self.slots is None else torch.cat([self.slots, slots], dim=1)
             return self.slots, True
         if self.slots is None or self.places is None or self.counts is None:
             self.slots = self.places = slots.new_empty(batch, 0)
-            self.counts = slots.new_zeros(batch)
+            self.counts, self.lengths = slots.new_zeros(batch), [0] * batch
         rows = torch.arange(batch, device=slots.device) if rows is None else rows
-        used = slots != EMPTY
-        before = self.counts[rows]
-        after = before + used.sum(1)
-        self.counts = self.counts.index_copy(0, rows, after)
-        least, width = torch.stack(after.aminmax()).tolist()
+        self.lengths = [before + count for before, count in zip(self.lengths, counts, strict=True)]
+        after = [length for length, count in zip(self.lengths, counts, strict=True) if count]
+        least, width = min(after), max(after)
         more = max(0, width - self.slots.shape[1])
         self.slots, self.places = (
             F.pad(table, (0, more), value=EMPTY) for table in (self.slots, self.places)
         )
-        row, index = used.nonzero().unbind(1)
+        used = slots != EMPTY
+        row, index = torch.nonzero_static(used, size=sum(counts)).unbind(1)
         self._arriving = row, index
+        before = self.counts[rows]
+        self.counts = self.counts.index_copy(0, rows, before + used.sum(1))
         first = 0 if self.keys is None else len(self.keys)
         at = (rows[row], before[row] + index)
         self.slots[at] = slots[row, index]
@@ -143,7 +148,8 @@ class RoutedCacheLayer(CacheLayerMixin):
         change_tensors(self, ("places", "slots", "counts"), lambda value: value[rows.to(value.device)])
         assert self.places is not None and self.counts is not None
         # What only rows that are gone had goes too.
-        width = int(self.counts.max())
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        width = max(self.lengths)
         self.slots, self.places = self.slots[:, :width], self.places[:, :width]
         used = self.places != EMPTY
         kept, places = self.places[used].unique(return_inverse=True)
@@ -151,7 +157,7 @@ class RoutedCacheLayer(CacheLayerMixin):
             self.places = torch.full_like(self.places, EMPTY).masked_scatter(used, places)
             self.keys, self.values = self.keys[kept], self.values[kept]
         if len(rows) == 1:
-            self.places = self.counts = None
+            self.places, self.counts, self.lengths = None, None, []
 
     reorder_cache = batch_select_indices = select_rows  # type: ignore[assignment]  # argument names differ
 
@@ -159,6 +165,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         """Repeat each row; its copies share its tokens."""
         if repeats > 1:
             self._tabulate()
+        self.lengths = [length for length in self.lengths for _ in range(repeats)]
         names = ("places", "slots", "counts", "state")
         change_tensors(self, names, lambda value: value.repeat_interleave(repeats, 0))
 
@@ -167,7 +174,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         if self.slots is not None and self.places is None:
             count = self.slots.shape[1]
             self.places = torch.arange(count, device=self.slots.device).unsqueeze(0)
-            self.counts = self.slots.new_full((1,), count)
+            self.counts, self.lengths = self.slots.new_full((1,), count), [count]
 
 
 class RoutedCache(Cache):
@@ -207,15 +214,11 @@ class RoutedCache(Cache):
         super().reset()
         self.segments = self.last_position = None
 
-    def check_past(self, valid: Tensor) -> None:
-        """Refuse another account of the past (B, S) than the one that the tokens were read with.
-
-        Raises:
-            ValueError: a past token has become padding, or padding a token.
-        """
-        known = torch.ones_like(valid) if self.segments is None else self.segments != NO_SEGMENT
-        if not torch.equal(valid, known):
-            raise ValueError("attention_mask differs from the one with which the cached tokens were read")
+    def knows(self, valid: Tensor) -> Tensor:
+        """Whether the past tokens that are not `valid` (B, S) are those that were padding when read, ()."""
+        if self.segments is None:
+            return valid.all()
+        return (valid == (self.segments != NO_SEGMENT)).all()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows, for beam search."""
@@ -240,26 +243,29 @@ def change_tensors(owner, names: tuple[str, ...], change: Callable[[Tensor], Ten
             setattr(owner, name, change(value))
 
 
-def row_segments(position_ids: Tensor, valid: Tensor | None, cache: RoutedCache | None) -> Tensor | None:
+def row_segments(
+    position_ids: Tensor, valid: Tensor | None, cache: RoutedCache | None, ask: bool
+) -> Tensor | None:
     """Document number of each past and present token; a new one starts where positions do not go on.
 
     Args:
         position_ids: of the present tokens, (B, T).
         valid: which of them are not padding, (B, T); None: all.
         cache: gives the past, and is told of the present.
+        ask: look whether anything needs document numbers, for which the host waits; else they are given.
 
     Returns:
         (B, S + T), `NO_SEGMENT` for padding; None where every row is one document without padding.
 
     Raises:
-        ValueError: padding between two tokens of a row.
+        ValueError: padding between two tokens of a row, if `ask`.
     """
     past = cache.get_seq_length() if cache is not None else 0
     segments = cache.segments if cache is not None and past else None
     before = cache.last_position if cache is not None and past else position_ids[:, :1] - 1
     assert before is not None
     starts = position_ids != torch.cat([before, position_ids[:, :-1]], dim=1) + 1
-    if segments is not None or valid is not None or starts.any():
+    if not ask or segments is not None or valid is not None or starts.any():
         if segments is None:
             segments = position_ids.new_zeros(len(position_ids), past)
         if valid is None:
@@ -267,7 +273,7 @@ def row_segments(position_ids: Tensor, valid: Tensor | None, cache: RoutedCache 
         begun = (segments != NO_SEGMENT).any(1, keepdim=True)
         known = torch.cat([segments[:, -1:] != NO_SEGMENT if past else begun, valid[:, :-1]], dim=1)
         first = valid & ~known
-        if (begun + first.sum(1, keepdim=True) > 1).any():
+        if ask and (begun + first.sum(1, keepdim=True) > 1).any():
             raise ValueError("padding between two tokens of a row: pad on the left to generate")
         number = segments.amax(1, keepdim=True).clamp(min=0) if past else 0
         present = number + (starts & known & valid).cumsum(1)

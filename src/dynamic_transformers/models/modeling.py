@@ -4,10 +4,12 @@ The backbone is transformers' Qwen2: every tensor keeps Qwen2's name, so a pretr
 one. What is new lies under `model.routers`, one router for each routed layer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
 from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
@@ -68,14 +70,42 @@ class RoutedCausalLMOutput(ModelOutput):
     routing: dict[int, RoutingResult] | None = None
 
 
-class RoutedModel(Qwen2Model):
-    """Qwen2 backbone in which some layers compute only selected tokens."""
+class RoutedPreTrainedModel(Qwen2PreTrainedModel):
+    """What transformers must know of every routed model."""
 
     # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
     _supports_flash_attn = False
     _supports_flex_attn = False
     _keep_in_fp32_modules_strict = FP32_MODULES
     config: RoutedConfig
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        initialize_router_part(module, self.config)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **options
+    ) -> None:
+        """Let a routed layer be computed again as a whole, with its router, and keep its input alone.
+
+        Raises:
+            ValueError: reentrant checkpoints, which lose the gradients of the auxiliary losses.
+        """
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("gradient checkpointing of a routed model needs use_reentrant=False")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+        backbone = self.base_model
+        assert isinstance(backbone, RoutedModel)
+        for index, router in backbone.routers.items():
+            block = backbone.layers[int(index)]
+            # By vars, as transformers' flags are no tensors and no modules.
+            vars(router)["gradient_checkpointing"] = block.gradient_checkpointing
+            vars(block)["gradient_checkpointing"] = False
+
+
+class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
+    """Qwen2 backbone in which some layers compute only selected tokens."""
+
     router_class: type[Router]
 
     def __init__(self, config: RoutedConfig):
@@ -86,10 +116,6 @@ class RoutedModel(Qwen2Model):
         self.routing_state = RoutingState(config)
         self.routers.apply(self._init_weights)
         self._init_weights(self.routing_state)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        initialize_router_part(module, self.config)
 
     def forward(
         self,
@@ -196,11 +222,18 @@ class RoutedModel(Qwen2Model):
                     f"(rows, past and present tokens) is {(batch, past + length)}"
                 )
             known = attention_mask != 0
-            padded = not known.all()
-            if cache is not None and past and (padded or cache.segments is not None):
-                cache.check_past(known[:, :past])
-            if padded and not (present := known[:, past:]).all():
-                valid = present
+            present = known[:, past:]
+            if self.training:
+                valid = present  # whether there is padding is not asked: the host would wait for the answer
+            else:
+                as_read = cache.knows(known[:, :past]) if cache is not None else known.new_ones(())
+                same, whole = torch.stack([as_read, present.all()]).tolist()  # one wait
+                if not same:
+                    raise ValueError(
+                        "attention_mask differs from the one with which the cached tokens were read"
+                    )
+                valid = None if whole else present
+        one_document = self.training and position_ids is None and valid is None
         if position_ids is None:
             if valid is None:
                 position_ids = torch.arange(length, device=device).unsqueeze(0)
@@ -208,7 +241,9 @@ class RoutedModel(Qwen2Model):
                 position_ids = (valid.long().cumsum(1) - 1).clamp(min=0)
             if cache is not None and cache.last_position is not None:
                 position_ids = position_ids + cache.last_position + 1
-        segments = row_segments(position_ids.expand(batch, -1), valid, cache)
+        segments = None
+        if not one_document:
+            segments = row_segments(position_ids.expand(batch, -1), valid, cache, ask=not self.training)
         eager = implementation == "eager"
         mask = None
         if segments is not None or eager or (past and length > 1):
@@ -227,13 +262,9 @@ class RoutedModel(Qwen2Model):
         )
 
 
-class RoutedForCausalLM(WithAdapters, Qwen2ForCausalLM):
+class RoutedForCausalLM(RoutedPreTrainedModel, WithAdapters, Qwen2ForCausalLM):
     """Language model over a routed backbone."""
 
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _keep_in_fp32_modules_strict = FP32_MODULES
-    config: RoutedConfig
     model_class: type[RoutedModel]
 
     def __init__(self, config: RoutedConfig):
@@ -242,10 +273,6 @@ class RoutedForCausalLM(WithAdapters, Qwen2ForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        initialize_router_part(module, self.config)
 
     @property
     def routing_state(self) -> RoutingState:

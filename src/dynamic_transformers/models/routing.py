@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache import EMPTY, NO_SEGMENT, RoutedCache
 from .configuration import RoutedConfig
@@ -184,7 +185,8 @@ def selected_mask(
     key_slots, full = slots, True
     if context.cache is not None:
         cached = context.cache.routed(layer)
-        key_slots, full = cached.append(slots, selection.rows, len(selection.mask))
+        assert selection.counts is not None
+        key_slots, full = cached.append(slots, selection.rows, selection.counts)
     # Keys that are the queries' own, or all of each query's row; places without a token are neither.
     plain = full and selection.valid is None and (key_slots.shape == slots.shape or slots.shape[1] == 1)
     if plain and context.segments is None and not context.eager:
@@ -221,7 +223,7 @@ def previous_token(values: Tensor, starts: Tensor | None) -> Tensor:
     return shifted.masked_fill(first.view(*first.shape, *[1] * (values.ndim - 2)), 0)
 
 
-class Router(nn.Module):
+class Router(GradientCheckpointingLayer):
     """Base of the three routers: the selection rules, and what they need from training."""
 
     def __init__(self, config: RoutedConfig):

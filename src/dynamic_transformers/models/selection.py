@@ -46,12 +46,14 @@ class Selection:
         valid: which of the K places are in use, the first ones of each row, (R, K); None: all.
         mask: membership of each of the row's tokens, (B, T) bool.
         rows: which rows have selected tokens, (R,); None: all B.
+        counts: how many tokens each of the B rows has; None where the host has not asked.
     """
 
     indices: Tensor
     valid: Tensor | None
     mask: Tensor
     rows: Tensor | None = None
+    counts: list[int] | None = None
 
     def result(
         self,
@@ -104,22 +106,19 @@ def select_top_k(scores: Tensor, capacity: float, valid: Tensor | None) -> Selec
 
 
 def select_mask(mask: Tensor) -> Selection:
-    """The tokens of a membership mask (B, T); rows without any are left out."""
-    if len(mask) == 1:
-        return Selection(mask.nonzero()[:, 1].unsqueeze(0), None, mask)
-    counts = mask.sum(1)
-    some = counts > 0
-    most = counts.amax()
-    fewest = torch.where(some, counts, most).amin()
-    rows_used, least, width = torch.stack([some.sum(), fewest, most]).tolist()  # one transfer from a GPU
+    """The tokens of a membership mask (B, T); rows without any are left out. The host waits once."""
+    counts: list[int] = mask.sum(1).tolist()
+    used = [count for count in counts if count]
+    width = max(counts)
     members, rows = mask, None
-    if rows_used < len(mask):
-        rows = some.nonzero().squeeze(1)
+    if len(used) < len(counts):
+        rows = torch.nonzero_static(mask.any(1), size=len(used)).squeeze(1)
         members = mask[rows]
+    if width * len(used) == sum(counts):
+        indices = torch.nonzero_static(members, size=sum(counts))[:, 1].view(len(used), width)
+        return Selection(indices, None, mask, rows, counts)
     indices = members.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    if least == width:
-        return Selection(indices, None, mask, rows)
-    return Selection(indices, members.gather(1, indices), mask, rows)
+    return Selection(indices, members.gather(1, indices), mask, rows, counts)
 
 
 def score_quantile(scores: Tensor, fraction: Tensor | float, valid: Tensor | None) -> Tensor:

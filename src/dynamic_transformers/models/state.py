@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .configuration import RoutedConfig, SurpriseConfig
 
 LONGEST_DECAY = 0.99  # ρ of the thresholds' moving average; shorter runs take less
+WARMUP_LEVELS = 4  # values of the training capacity before it is γ
 PATIENCE = 10  # training forwards until somebody is told that nobody moves the schedules
 
 
@@ -98,16 +99,19 @@ class RoutingState(Fp32Module):
     def set_progress(self, step: int, total_steps: int) -> None:
         """Move the schedules to optimizer step `step` of `total_steps`.
 
-        The training capacity falls from 1 to γ over the first `capacity_warmup_steps`. The thresholds look
+        The training capacity falls from 1 to γ over the first `capacity_warmup_steps`, in `WARMUP_LEVELS`
+        equal jumps: a compiled forward is compiled anew for each number of tokens. The thresholds look
         back over a twentieth of the run at most, but ten steps at least: in a run of a few hundred steps
         ρ = 0.99 would still hold what early weights scored.
         """
         warmup = self.config.capacity_warmup_steps
-        done = min(1.0, step / warmup) if warmup else 1.0
+        done = min(1.0, step * WARMUP_LEVELS // warmup / WARMUP_LEVELS) if warmup else 1.0
         self.training_capacity = 1.0 + (self.config.capacity - 1.0) * done
         self.beta.fill_(beta_at(self.config, step, total_steps))
         self.decay = min(LONGEST_DECAY, 1 - 1 / max(10.0, total_steps / 20))
         self.unmoved = None
+        if self._seen is None:  # made here, so that a compiled forward finds it from the first step on
+            self._seen = self.thresholds.new_zeros(2, *self.thresholds.shape)
 
     def note(self, quantiles: Tensor) -> None:
         """Remember a training forward's quantiles until the step ends; not where nothing learns from it.

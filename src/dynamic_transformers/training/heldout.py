@@ -33,6 +33,7 @@ class HeldoutResult:
     gate_std: dict[int, float]
 
 
+@torch.compiler.set_stance("force_eager")  # a model that is compiled is so for training
 @torch.no_grad()
 def evaluate_heldout(model: PreTrainedModel, split: datasets.Dataset, batch_size: int) -> HeldoutResult:
     """Evaluate `model` on every block of a split; its training mode and the random state stay as they were.

@@ -39,6 +39,7 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
         **flat({"training": {key: value for key, value in training.items() if key not in FREE}}),
         "run.seed": settings.run.seed,
         "system.precision": settings.system.precision,
+        "system.compile": settings.system.compile,
         "global_batch": settings.data.batch_size * accumulation * processes,
         # Each process draws its own noise for each forward.
         **({"batch_split": [processes, accumulation]} if noisy else {}),

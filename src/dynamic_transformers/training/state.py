@@ -69,8 +69,9 @@ def fresh_state(
     eos = tokenizer.eos_token_id
     plain = build_model(settings, len(tokenizer), eos if isinstance(eos, int) else None)
     if training.gradient_checkpointing:
-        plain.gradient_checkpointing_enable({"use_reentrant": False})
+        plain.activation_checkpointing_enable({"use_reentrant": False})
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, training.optimizer))
-    return TrainingState(
-        model.train(), accelerator.unwrap_model(model), optimizer, Budget.from_settings(training), identity
-    )
+    plain = accelerator.unwrap_model(model)
+    if settings.system.compile:
+        plain.compile(fullgraph=True)
+    return TrainingState(model.train(), plain, optimizer, Budget.from_settings(training), identity)
