@@ -71,28 +71,36 @@ class RoutedCacheLayer(CacheLayerMixin):
         batch = len(counts)
         if batch == 1:
             self.slots = slots if self.slots is None else torch.cat([self.slots, slots], dim=1)
+            self._read = None
             return self.slots, True
         if self.slots is None or self.places is None or self.counts is None:
             self.slots = self.places = slots.new_empty(batch, 0)
             self.counts, self.lengths = slots.new_zeros(batch), [0] * batch
         rows = torch.arange(batch, device=slots.device) if rows is None else rows
         self.lengths = [before + count for before, count in zip(self.lengths, counts, strict=True)]
-        after = [length for length, count in zip(self.lengths, counts, strict=True) if count]
-        least, width = min(after), max(after)
+        lengths = [length for length, count in zip(self.lengths, counts, strict=True) if count]
+        least, width = min(lengths), max(lengths)
         more = max(0, width - self.slots.shape[1])
         self.slots, self.places = (
             F.pad(table, (0, more), value=EMPTY) for table in (self.slots, self.places)
         )
-        used = slots != EMPTY
-        row, index = torch.nonzero_static(used, size=sum(counts)).unbind(1)
-        self._arriving = row, index
-        before = self.counts[rows]
-        self.counts = self.counts.index_copy(0, rows, before + used.sum(1))
-        first = 0 if self.keys is None else len(self.keys)
-        at = (rows[row], before[row] + index)
-        self.slots[at] = slots[row, index]
-        self.places[at] = torch.arange(first, first + len(row), device=slots.device)
-        self._read = self.places[rows, :width]
+        before = self.counts[rows].unsqueeze(1)
+        first, total = 0 if self.keys is None else len(self.keys), sum(counts)
+        places = torch.arange(first, first + total, device=slots.device)
+        if slots.numel() == total:
+            index = torch.arange(slots.shape[1], device=slots.device)
+            at, arrived, places = (rows.unsqueeze(1), before + index), slots, places.view(slots.shape)
+            after = before + slots.shape[1]
+            self._arriving = None
+        else:
+            used = slots != EMPTY
+            row, index = torch.nonzero_static(used, size=total).unbind(1)
+            self._arriving = row, index
+            at, arrived = (rows[row], before[row, 0] + index), slots[row, index]
+            after = before + used.sum(1, keepdim=True)
+        self.counts = self.counts.index_copy(0, rows, after.squeeze(1))
+        self.slots[at], self.places[at] = arrived, places
+        self._read = self.places[rows, :width].clamp(min=0)
         return self.slots[rows, :width], least == width
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -115,12 +123,12 @@ class RoutedCacheLayer(CacheLayerMixin):
     def _extend(self, old: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
         """What is stored once `new` is, and what attention reads of it."""
         arrived = new.transpose(1, 2)
-        if self.counts is None or self._arriving is None or self._read is None:
+        if self._read is None:
             stored = arrived[0] if old is None else torch.cat([old, arrived[0]])
             return stored, stored.unsqueeze(0).transpose(1, 2)
-        arrived = arrived[self._arriving]
+        arrived = arrived.flatten(0, 1) if self._arriving is None else arrived[self._arriving]
         stored = arrived if old is None else torch.cat([old, arrived])
-        read = stored.index_select(0, self._read.clamp(min=0).flatten()).unflatten(0, self._read.shape)
+        read = stored.index_select(0, self._read.flatten()).unflatten(0, self._read.shape)
         return stored, read.transpose(1, 2)
 
     def get_seq_length(self) -> int:

@@ -46,4 +46,5 @@ class Predictor(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits (B, T) in fp32 for hidden states (B, T, D)."""
-        return self.down_proj(F.silu(self.up_proj(hidden_states.detach())))
+        features = hidden_states.detach().to(self.up_proj.weight.dtype)
+        return self.down_proj(F.silu(self.up_proj(features)))

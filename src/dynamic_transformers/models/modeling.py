@@ -26,6 +26,7 @@ from .state import RoutingState, beta_at
 from .surprise import SurpriseGate, inverse_softplus
 
 # What transformers shall not cast when it loads a checkpoint in bf16: what lies in an `Fp32Module`.
+ROUTERS = {"model.routers", "routers"}  # are fp32 in an fp16 model, and no quantiser converts them
 FP32_MODULES = {"raw_offset_ce", "raw_multiplier_cu", "routing_state"}
 
 
@@ -76,6 +77,7 @@ class RoutedPreTrainedModel(Qwen2PreTrainedModel):
     # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
     _supports_flash_attn = False
     _supports_flex_attn = False
+    _keep_in_fp32_modules = ROUTERS
     _keep_in_fp32_modules_strict = FP32_MODULES
     config: RoutedConfig
 

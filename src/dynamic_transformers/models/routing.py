@@ -144,15 +144,17 @@ def routed_update(
     indices = selection.indices
     if indices.numel() == 0:
         return hidden_states
-    places = None
+    places, rows = None, selection.rows
     if indices.numel() < batch * length or selection.valid is not None:
-        rows = torch.arange(batch, device=indices.device) if selection.rows is None else selection.rows
-        places = (indices + length * rows.unsqueeze(1)).flatten()
+        rows = torch.arange(batch, device=indices.device) if rows is None else rows
+        places = rows if length == 1 else (indices + length * rows.unsqueeze(1)).flatten()
 
     def gather(values: Tensor) -> Tensor:
         """Of (B, T, ...), or (1, T, ...) where rows agree, those of the selected tokens, (R, K, ...)."""
-        if places is None:
+        if places is None or (length == 1 and len(values) < batch):
             return values
+        if length == 1:
+            return values.index_select(0, places)
         of_values = places if len(values) == batch else indices.flatten()
         return values.flatten(0, 1).index_select(0, of_values).unflatten(0, indices.shape)
 
@@ -187,10 +189,12 @@ def selected_mask(
         cached = context.cache.routed(layer)
         assert selection.counts is not None
         key_slots, full = cached.append(slots, selection.rows, selection.counts)
-    # Keys that are the queries' own, or all of each query's row; places without a token are neither.
-    plain = full and selection.valid is None and (key_slots.shape == slots.shape or slots.shape[1] == 1)
-    if plain and context.segments is None and not context.eager:
-        return None
+    if selection.valid is None and context.segments is None and not context.eager:
+        # Keys that are the queries' own, or all of each query's row; places without a token are neither.
+        if full and (key_slots.shape == slots.shape or slots.shape[1] == 1):
+            return None
+        if slots.shape[1] == 1:  # a row's last token sees all that it has
+            return (key_slots != EMPTY)[:, None, None]
     segments = context.segments
     if segments is not None and selection.rows is not None:
         segments = segments[selection.rows]

@@ -109,14 +109,13 @@ def select_mask(mask: Tensor) -> Selection:
     """The tokens of a membership mask (B, T); rows without any are left out. The host waits once."""
     counts: list[int] = mask.sum(1).tolist()
     used = [count for count in counts if count]
-    width = max(counts)
-    members, rows = mask, None
-    if len(used) < len(counts):
-        rows = torch.nonzero_static(mask.any(1), size=len(used)).squeeze(1)
-        members = mask[rows]
-    if width * len(used) == sum(counts):
-        indices = torch.nonzero_static(members, size=sum(counts))[:, 1].view(len(used), width)
-        return Selection(indices, None, mask, rows, counts)
+    some, width, total = len(used) < len(counts), max(counts), sum(counts)
+    if width * len(used) == total:
+        places = torch.nonzero_static(mask, size=total)
+        rows = places[:: max(1, width), 0] if some else None
+        return Selection(places[:, 1].view(len(used), width), None, mask, rows, counts)
+    rows = torch.nonzero_static(mask.any(1), size=len(used)).squeeze(1) if some else None
+    members = mask if rows is None else mask[rows]
     indices = members.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     return Selection(indices, members.gather(1, indices), mask, rows, counts)
 

@@ -8,7 +8,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from .configuration import SurpriseConfig
 from .routing import RoutingContext
@@ -21,14 +20,14 @@ class PriorNetwork(nn.Module):
     def __init__(self, config: SurpriseConfig):
         super().__init__()
         width = prior_width(config)
-        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Predicted update (B, T, D) for (B, T, D)."""
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states.to(self.norm.weight.dtype))
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
