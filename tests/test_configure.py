@@ -6,7 +6,7 @@ import pytest
 
 from dynamic_transformers.checks import check
 from dynamic_transformers.configure import compose_settings, settings_from_dict, settings_from_json
-from dynamic_transformers.settings import ARCHITECTURES, SELECTION_RULES, UserError
+from dynamic_transformers.settings import ARCHITECTURES, CONTROLS, SELECTION_RULES, UserError
 from dynamic_transformers.training.build import model_config
 
 DEFAULT = compose_settings().to_dict()
@@ -264,7 +264,10 @@ def test_a_selection_rule_is_refused_where_the_model_would_refuse_it(
     overrides = [f"model.type={architecture}", f"model.predictor_weight={predictor_weight}"]
     settings = settings_from_dict(DEFAULT, overrides=[*overrides, f"model.mod.aux_weight={aux_weight}"])
     settings.model.selection_rule = rule
-    if rule in model_config(settings.model, vocab_size=300).available_rules:
+    learns = predictor_weight or (architecture == "mod" and aux_weight)  # what a control selects cannot be
+    if rule in model_config(settings.model, vocab_size=300).available_rules and not (
+        rule in CONTROLS and learns
+    ):
         check(settings)
     else:
         with pytest.raises(UserError, match=f"model.selection_rule={rule} needs"):

@@ -178,7 +178,7 @@ def test_files_have_the_mode_that_the_umask_says(exported):
 
 
 def test_the_random_control_exports_and_evaluates(make_settings, data_dir, tmp_path):
-    settings = make_settings("mod", model={"mod": {"routing": "random", "aux_weight": 0.0}})
+    settings = make_settings("mod", model={"selection_rule": "random"})
     folder = export(train(settings, data_dir, tmp_path / "run"), tmp_path / "model")
     assert read_manifest(folder)["logits_difference"] == 0
     assert math.isfinite(evaluate_heldout(load_model(folder), load_split(data_dir, "test"), 4).loss)

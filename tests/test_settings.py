@@ -156,7 +156,20 @@ PRETRAINED = {
             "num_key_value_heads=2",
         ),
         ({"model": {"dimensions": {"max_position_embeddings": 255}}}, "block_size=256: must not exceed"),
-        ({"model": {"mod": {"routing": "random"}}}, "noise cannot be learnt"),
+        (
+            {"model": {"type": "mod", "selection_rule": "random", "mod": {"aux_weight": 0.01}}},
+            "model.selection_rule=random needs model.mod.aux_weight=0: what a control selects",
+        ),
+        ({"model": {"selection_rule": "even", "predictor_weight": 0.1}}, "needs model.predictor_weight=0"),
+        ({"model": {"selection_rule": "even", "training_rule": "threshold"}}, "leave model.training_rule"),
+        (
+            {"model": {"training_rule": "threshold", "selection_rule": "topk"}},
+            "model.training_rule=threshold needs model.selection_rule=threshold, not topk",
+        ),
+        (
+            {"model": {"type": "stt", "training_rule": "threshold", "stt": {"targets": "threshold"}}},
+            "needs model.stt.targets=topk and model.stt.train_output=sparse",
+        ),
         ({"model": {"type": "stt", "predictor_weight": 0.1}}, "STT's student is its predictor"),
         ({"data": {"validation_split_percentage": 60, "test_split_percentage": 40}}, "must be below 100"),
         ({"data": {"dataset_configs": []}}, "data.dataset_configs is empty"),

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 
 from dynamic_transformers.constraints import first_violation
-from dynamic_transformers.settings import DataSettings, ModelSettings, Settings, UserError, holds_credentials
+from dynamic_transformers.settings import (
+    CONTROLS,
+    DataSettings,
+    ModelSettings,
+    Settings,
+    UserError,
+    holds_credentials,
+)
 
 BUDGETS = ("max_steps", "max_tokens", "max_flops")
 
@@ -37,12 +44,37 @@ def check_routing(model: ModelSettings) -> None:
     predicts = model.predictor_weight or (model.type == "stt" and rule == "predictor")
     if "predictor" in rule and not predicts:
         raise UserError(f"model.selection_rule={rule} needs model.predictor_weight > 0, usually 0.01")
-    if rule == "aux" and not (model.type == "mod" and model.mod.aux_weight):
+    if rule == "aux" and (model.type != "mod" or model.mod.aux_weight == 0):
         raise UserError("model.selection_rule=aux needs model.type=mod and model.mod.aux_weight > 0")
-    if model.mod.routing == "random" and model.mod.aux_weight:
-        raise UserError("model.mod.routing=random needs model.mod.aux_weight=0: noise cannot be learnt")
+    if rule in CONTROLS:
+        check_control(model)
+    if model.training_rule == "threshold":
+        check_training_rule(model)
     if model.type == "stt" and model.predictor_weight:
         raise UserError("model.predictor_weight: STT's student is its predictor; leave it at 0")
+
+
+def check_control(model: ModelSettings) -> None:
+    """Refuse what would learn or select beside a control."""
+    control = f"model.selection_rule={model.selection_rule}"
+    for name, weight in (
+        ("predictor_weight", model.predictor_weight),
+        ("mod.aux_weight", model.mod.aux_weight if model.type == "mod" else 0),
+    ):
+        if weight:
+            raise UserError(f"{control} needs model.{name}=0: what a control selects cannot be learnt")
+    if model.training_rule != "topk":
+        raise UserError(f"{control} selects in training, too: leave model.training_rule at topk")
+
+
+def check_training_rule(model: ModelSettings) -> None:
+    """Refuse training by a threshold where evaluation has none, or a row's tokens no bound."""
+    if (rule := model.selection_rule) not in (None, "threshold"):
+        raise UserError(f"model.training_rule=threshold needs model.selection_rule=threshold, not {rule}")
+    if model.type == "stt" and (model.stt.targets, model.stt.train_output) != ("topk", "sparse"):
+        raise UserError(
+            "model.training_rule=threshold needs model.stt.targets=topk and model.stt.train_output=sparse"
+        )
 
 
 def check_start(settings: Settings) -> None:

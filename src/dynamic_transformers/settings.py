@@ -18,7 +18,8 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 ARCHITECTURES = ("standard", "mod", "sdt", "stt")
 ATTENTION = ("sdpa", "eager")
-SELECTION_RULES = ("threshold", "predictor", "calibrated_predictor", "aux", "topk")
+CONTROLS = ("random", "even")  # selection rules that need no learning, in training and evaluation
+SELECTION_RULES = ("threshold", "predictor", "calibrated_predictor", "aux", "topk", *CONTROLS)
 
 # The ranges that many settings share.
 SEED = In(f"[0, {2**32 - 1}]")  # what numpy's generators take
@@ -100,8 +101,7 @@ class MoDSettings:
     """Mixture-of-Depths options (architectures.md, section 3)."""
 
     gate: Annotated[str, OneOf("sigmoid", "raw")] = "sigmoid"  # raw: the paper's formula
-    routing: Annotated[str, OneOf("learned", "random")] = "learned"  # random: a control
-    aux_weight: Weight = 0.01  # of the router's own membership loss; docs/selection_rules.md
+    aux_weight: Weight | None = None  # of the router's own membership loss; None: 0.01, of a control 0
     z_loss_weight: Weight = 0.0
 
 
@@ -143,6 +143,9 @@ class ModelSettings:
     capacity: Annotated[float | None, In("(0, 1]")] = None  # None: 0.125 for MoD, 0.5 for SDT and STT
     capacity_warmup_steps: Steps = 0  # over which training's capacity falls from 1 to γ
     selection_rule: Annotated[str | None, OneOf(*SELECTION_RULES)] = None  # None: the measured default
+    training_rule: Annotated[str, OneOf("topk", "threshold")] = "topk"  # threshold: as evaluation selects
+    training_rule_warmup: Fraction = 0.1  # of the schedule, in which topk selects before threshold does
+    training_rule_bound: Annotated[float, In("[1, 1e6]")] = 1.5  # most tokens of a training row ÷ its k
     predictor_weight: Weight = 0.0
     attention: Annotated[str, OneOf(*ATTENTION)] = "sdpa"  # eager: for reference
     mod: MoDSettings = field(default_factory=MoDSettings)

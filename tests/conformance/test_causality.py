@@ -38,7 +38,7 @@ def test_no_logit_depends_on_a_later_token(case):
     assert not future_leaks(calibrated_case(case))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "standard"])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "standard" and "even" not in case])
 def test_evaluation_routes_by_its_rule_and_no_score_lies_on_the_cut(case):
     """On the cut a token may fall on either side when a sum is computed in another order."""
     model = calibrated_case(case)
@@ -60,8 +60,9 @@ def test_evaluation_routes_by_its_rule_and_no_score_lies_on_the_cut(case):
         assert score.abs().min() > 1e-5
 
 
-def test_random_routing_is_noise_that_holds_its_fraction():
-    model = calibrated("mod", steps=20, routing="random")
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_random_routing_is_noise_that_holds_its_fraction(architecture):
+    model = calibrated(architecture, steps=1, selection_rule="random")
     assert not future_leaks(model)
 
     def selected(seed):

@@ -37,6 +37,9 @@ CASES = STAGES | {
     "sdt state": ("sdt", {"surprise_normalize": "state"}),
     "stt predictor": ("stt", {"selection_rule": "predictor"}),
     "stt threshold targets": ("stt", {"targets": "threshold"}),
+    "mod even": ("mod", {"selection_rule": "even"}),
+    "sdt even": ("sdt", {"selection_rule": "even"}),
+    "stt even": ("stt", {"selection_rule": "even"}),
 }
 
 

@@ -1,10 +1,17 @@
 """The analytic account against torch's own count on the real modules."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.models.state import RoutingState
+from dynamic_transformers.settings import ARCHITECTURES
+from dynamic_transformers.training.budget import Budget, Horizon, Progress
+from dynamic_transformers.training.build import model_config
 from dynamic_transformers.training.calibration import calibrate
 from dynamic_transformers.training.flops import forward_flops, training_flops
 
@@ -19,6 +26,8 @@ CASES = [
     ("stt", {"teacher_detach": True}),
     ("stt", {"train_output": "dense"}),
     ("stt", {"targets": "threshold", "target_threshold": 0.6}),
+    ("mod", {"selection_rule": "even"}),
+    *((name, {"training_rule": "threshold", "capacity": 0.25}) for name in ("mod", "sdt", "stt")),
 ]
 
 
@@ -39,6 +48,10 @@ def build(architecture, options):
     return model_class(config)
 
 
+def computed(outputs):
+    return {i: r.computed for i, r in (getattr(outputs, "routing", None) or {}).items()}
+
+
 def fractions(outputs):
     return {i: r.selected.float().mean().item() for i, r in (getattr(outputs, "routing", None) or {}).items()}
 
@@ -47,12 +60,19 @@ def fractions(outputs):
 def test_forward_and_training_flops_agree_within_one_percent(architecture, options):
     model = build(architecture, options)
     ids = torch.randint(0, VOCAB, (ROWS, LENGTH))
+    if architecture != "standard":
+        model.set_progress(5, 10)  # past the warm-up of the training rule
+        model(input_ids=ids, use_cache=False)
+        model.advance()
     with FlopCounterMode(display=False) as counter:
         outputs = model(input_ids=ids, labels=ids, use_cache=False)
         outputs.loss.backward()
     counted = counter.get_total_flops() / ids.numel()
-    expected = training_flops(model.config, LENGTH, fractions(outputs)).total()
+    expected = training_flops(model.config, LENGTH, computed(outputs)).total()
     assert expected == pytest.approx(counted, rel=0.01)
+    if options.get("training_rule") == "threshold":  # all places of the bound are computed, in use or not
+        assert set(computed(outputs).values()) == {0.375} and computed(outputs) != fractions(outputs)
+        assert expected == training_flops(model.config, LENGTH).total()
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         # One row: the widest of several ragged rows would be counted for all.
@@ -87,6 +107,35 @@ def test_ratios_of_the_specification(capacity, linear, scores):
     assert routed["mlp"] / full["mlp"] == pytest.approx(linear, abs=1e-3)
     assert routed["qkvo"] / full["qkvo"] == pytest.approx(linear, abs=1e-3)
     assert routed["scores"] / full["scores"] == pytest.approx(scores, abs=1e-3)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.training_rule=threshold"]], ids=["topk", "threshold"])
+def test_the_papers_configuration_gives_each_architecture_equal_flops(overrides):
+    """Every step is charged, those of the warm-ups too; Qwen2.5-0.5B has the dimensions of our 0.5b."""
+    spent = {}
+    for architecture in ARCHITECTURES:
+        settings = compose_settings("paper", [f"model.type={architecture}", *overrides])
+        config = model_config(dataclasses.replace(settings.model, size="0.5b", pretrained=None), 151936)
+        budget, data = Budget.from_settings(settings.training), settings.data
+        tokens = data.batch_size * settings.training.gradient_accumulation_steps * data.block_size
+        horizon, done = Horizon(budget, budget, config, tokens, data.block_size), Progress()
+        state = None if architecture == "standard" else RoutingState(config)
+        while done.step < (total := horizon.total_steps(done)):
+            places = {}
+            if state is not None:
+                state.set_progress(done.step, total)
+                by_threshold = state.training_rule == "threshold"
+                places = dict.fromkeys(
+                    config.routed_layers,
+                    config.training_fraction if by_threshold else state.training_capacity,
+                )
+            done.flops += horizon.step_flops(places)
+            done.tokens += tokens
+            done.step += 1
+        assert done.step > 500  # after which the capacity's warm-up is over
+        spent[architecture] = done.flops
+    assert max(spent.values()) / min(spent.values()) < 1.02, spent
+    assert spent["standard"] == pytest.approx(3.228e17, rel=0.02)  # 1e8 tokens of the standard model
 
 
 def test_stt_training_costs_more_than_dense():

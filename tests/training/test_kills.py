@@ -28,7 +28,7 @@ CONFIGURATIONS = {
         {"predictor_weight": 0.01, "selection_rule": "predictor", "capacity_warmup_steps": 9},
         FLOPS,
     ),
-    "mod, random routing, steps": ("mod", {"mod": {"routing": "random", "aux_weight": 0.0}}, STEPS),
+    "mod, random routing, steps": ("mod", {"selection_rule": "random"}, STEPS),
     "mod, aux rule, accumulation": (
         "mod",
         {"selection_rule": "aux", "mod": {"aux_weight": 0.01}},

@@ -212,14 +212,13 @@ def test_steps_to_come_are_expected_to_cost_what_the_schedule_says(
         return totals[-1]
 
     monkeypatch.setattr(Budget, "total_steps", noted)
-    for name, model in {
-        "falling capacity": {"capacity_warmup_steps": 4},
-        "threshold": {"stt": {"targets": "threshold"}},
+    for name, (architecture, model) in {
+        "falling capacity": ("mod", {"capacity_warmup_steps": 4}),
+        "threshold": ("stt", {"stt": {"targets": "threshold"}}),
+        "trained by the threshold": ("mod", {"capacity": 0.5, "training_rule": "threshold"}),
     }.items():
         totals.clear()
-        settings = make_settings(
-            "mod" if name == "falling capacity" else "stt", model=model, training={"max_flops": 3e9}
-        )
+        settings = make_settings(architecture, model=model, training={"max_flops": 3e9})
         run = train(settings, data_dir, tmp_path / name)
         done = read_manifest(run)
         assert done["training_flops"] == pytest.approx(3e9, rel=0.05)
@@ -227,7 +226,7 @@ def test_steps_to_come_are_expected_to_cost_what_the_schedule_says(
 
 
 def test_evaluation_of_random_routing_repeats_and_leaves_the_random_state(make_settings, data_dir):
-    settings = make_settings("mod", model={"mod": {"routing": "random", "aux_weight": 0.0}})
+    settings = make_settings("mod", model={"selection_rule": "random"})
     model = build_model(settings, read_manifest(data_dir)["vocab_size"], None)
     split = load_split(data_dir, "validation")
     before = torch.get_rng_state()
@@ -271,7 +270,7 @@ def test_a_run_that_has_nothing_left_to_do_is_calibrated_too(make_settings, data
 
 
 def test_calibration_leaves_the_random_state(make_settings, data_dir):
-    settings = make_settings("mod", model={"mod": {"routing": "random", "aux_weight": 0.0}})
+    settings = make_settings("mod", model={"selection_rule": "random"})
     model = build_model(settings, read_manifest(data_dir)["vocab_size"], None)
     rows = load_split(data_dir, "validation")
     batch = collate([rows[0], rows[1]])

@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from transformers import Qwen2Config
 
+CONTROLS = ("random", "even")  # selection rules that nothing was learned for
+
 
 class RoutedConfig(Qwen2Config):
     """What MoD, SDT and STT share.
@@ -13,7 +15,12 @@ class RoutedConfig(Qwen2Config):
         capacity_warmup_steps: steps over which the training capacity falls from 1 to `capacity`.
         selection_rule: who decides in eval mode: `threshold` (score > τ), `predictor` (logit > 0),
             `calibrated_predictor` (logit > its own τ), `aux` (router logit > 0; MoD only), or `topk`, which
-            looks at the future and is therefore only an upper bound (architectures.md, section 2).
+            looks at the future and is therefore only an upper bound (architectures.md, section 2). Two more
+            are controls, which select in training too: `random` (each token with probability γ) and `even`
+            (evenly spaced tokens of each document).
+        training_rule: who selects in training: `topk`, or `threshold`, by which evaluation selects, too.
+        training_rule_warmup: fraction of the schedule's steps that `topk` begins with.
+        training_rule_bound: most tokens that `threshold` computes of a training row ÷ those of its capacity.
         predictor_weight: weight of the top-k membership predictor's loss; 0 means that there is no predictor.
     """
 
@@ -25,6 +32,9 @@ class RoutedConfig(Qwen2Config):
     capacity: float = 0.5
     capacity_warmup_steps: int = 0
     selection_rule: str = "threshold"
+    training_rule: str = "topk"
+    training_rule_warmup: float = 0.1
+    training_rule_bound: float = 1.5
     predictor_weight: float = 0.0
 
     @property
@@ -38,8 +48,19 @@ class RoutedConfig(Qwen2Config):
         return self.capacity
 
     @property
+    def training_fraction(self) -> float:
+        """Places that a routed layer computes in training ÷ all tokens, once warm-ups are over."""
+        by_threshold = self.training_rule == "threshold"
+        return min(1.0, self.training_rule_bound * self.capacity) if by_threshold else self.capacity
+
+    @property
     def available_rules(self) -> list[str]:
-        """Selection rules that a model of this configuration can follow."""
+        """Selection rules that a model of this configuration can follow: a control that one alone."""
+        return [self.selection_rule] if self.selection_rule in CONTROLS else self.learned_rules
+
+    @property
+    def learned_rules(self) -> list[str]:
+        """Selection rules that training prepares the model for."""
         predictor = ["predictor", "calibrated_predictor"] if self.predictor_weight else []
         return ["threshold", *predictor, "topk"]
 
@@ -51,21 +72,19 @@ class Qwen2MoDConfig(RoutedConfig):
         gate: `sigmoid` (g = σ(r)) or `raw` (g = r, the paper's equation 1).
         aux_weight: weight of the binary cross-entropy of the router's own logits against top-k membership.
         z_loss_weight: weight of mean(r²).
-        routing: `learned`, or `random`: a control in which scores are noise, in evaluation too.
     """
 
     model_type = "qwen2_mod"
 
     capacity: float = 0.125
     gate: str = "sigmoid"
-    routing: str = "learned"
     aux_weight: float = 0.0
     z_loss_weight: float = 0.0
 
     @property
-    def available_rules(self) -> list[str]:
+    def learned_rules(self) -> list[str]:
         """`aux` too, where its loss has trained the router's logits to be cut at 0."""
-        return [*super().available_rules, *(["aux"] if self.aux_weight else [])]
+        return [*super().learned_rules, *(["aux"] if self.aux_weight else [])]
 
 
 class SurpriseConfig(RoutedConfig):
@@ -122,10 +141,10 @@ class Qwen2STTConfig(SurpriseConfig):
 
     @property
     def target_fraction(self) -> float | None:
-        """γ where the most surprising tokens are the targets."""
-        return self.capacity if self.targets == "topk" else None
+        """γ where the most surprising tokens are the targets, or a control selects."""
+        return self.capacity if self.targets == "topk" or self.selection_rule in CONTROLS else None
 
     @property
-    def available_rules(self) -> list[str]:
+    def learned_rules(self) -> list[str]:
         """`predictor` cuts the student's logits at 0: the student is the predictor."""
         return ["threshold", "predictor", "topk"]

@@ -1,8 +1,8 @@
 """Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258).
 
 Every odd layer is routed. A bias-free router gives each token r = w·x. Training computes the k best tokens
-of a row; inference those that its causal rule selects. Selected: y = x + g·(F(x̃) − x), g = σ(r) or, as in
-the paper's equation 1, g = r. Others: y = x.
+of a row, or those above a threshold; inference those that its causal rule selects. Selected:
+y = x + g·(F(x̃) − x), g = σ(r) or, as in the paper's equation 1, g = r. Others: y = x.
 """
 
 import torch
@@ -34,19 +34,18 @@ class MoDRouter(Router):
     ) -> tuple[Tensor, RoutingResult]:
         """Hidden states (B, T, D) after the routed layer, and what it reports."""
         logits = self.router(hidden_states)
-        scores = torch.rand_like(logits) if self.config.routing == "random" else logits
         gate = torch.sigmoid(logits) if self.config.gate == "sigmoid" else logits
         losses, quantiles = {}, None
         if self.training:
-            selection, losses, quantiles = self.select_for_training(scores, hidden_states, context, state)
+            selection, losses, quantiles = self.select_for_training(logits, hidden_states, context, state)
             if self.config.aux_weight:
                 losses["aux"] = (self.config.aux_weight, membership_loss(logits, selection, context.valid))
             if self.config.z_loss_weight:
                 losses["z"] = (self.config.z_loss_weight, row_means(logits.square(), context.valid))
         else:
-            selection = self.select(scores, hidden_states, context, state)
+            selection = self.select(logits, hidden_states, context, state)
         output = routed_update(block, hidden_states, selection, gate, context)
-        return output, selection.result(scores, gate, losses, quantiles=quantiles)
+        return output, selection.result(logits, gate, losses, quantiles=quantiles)
 
 
 class Qwen2MoDModel(RoutedModel):

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .cache import EMPTY, NO_SEGMENT, RoutedCache
 from .configuration import RoutedConfig
 from .heads import Predictor
+from .rules import evenly_spaced, select_first
 from .selection import Selection, score_quantile, select_mask, select_top_k
 from .state import LayerState
 
@@ -56,6 +57,13 @@ class RoutingContext:
             changed = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
             self._document_starts[length] = torch.where(changed, index, 0).cummax(dim=1).values
         return self._document_starts[length]
+
+    def document_places(self) -> Tensor:
+        """How many tokens of its document precede each present token, (B or 1, T)."""
+        length = self.past + self.position_ids.shape[1]
+        index = torch.arange(self.past, length, device=self.position_ids.device).unsqueeze(0)
+        starts = self.document_starts(length)
+        return index if starts is None else index - starts[:, self.past :]
 
     def with_history(self, values: Tensor, layer: int, length: int) -> Tensor:
         """`values` behind those of the tokens just before, as the cache of routed layer `layer` holds them.
@@ -250,7 +258,7 @@ class Router(GradientCheckpointingLayer):
     def select_for_training(
         self, scores: Tensor, hidden_states: Tensor, context: RoutingContext, state: LayerState
     ) -> tuple[Selection, dict[str, tuple[float, Tensor]], Tensor]:
-        """Top-k selection at the training capacity; trains the predictor.
+        """Selection at the training capacity; trains the predictor.
 
         Args:
             scores: (B, T) fp32.
@@ -260,7 +268,7 @@ class Router(GradientCheckpointingLayer):
             The selection, the predictor's loss if there is a predictor, and the quantiles for the thresholds.
         """
         capacity = state.training_capacity
-        selection = select_top_k(scores.detach(), capacity, context.valid)
+        selection = self.training_selection(scores, context, state)
         quantile = score_quantile(scores, capacity, context.valid)
         if self.predictor is None:
             return selection, {}, torch.stack([quantile, torch.full_like(quantile, torch.nan)])
@@ -268,6 +276,34 @@ class Router(GradientCheckpointingLayer):
         quantiles = torch.stack([quantile, score_quantile(logits, capacity, context.valid)])
         loss = membership_loss(logits, selection, context.valid)
         return selection, {"predictor": (self.config.predictor_weight, loss)}, quantiles
+
+    def training_selection(
+        self, scores: Tensor, context: RoutingContext, state: LayerState, best: Selection | None = None
+    ) -> Selection:
+        """What training computes: what a control says, what lies above τ, or the best.
+
+        Within its bound `threshold` is as causal as in evaluation: of a row with more tokens above τ the
+        first ones are computed.
+
+        Args:
+            scores: (B, T) fp32.
+            best: what `topk` selects; None: the tokens with the highest scores.
+        """
+        capacity, rule, valid = state.training_capacity, self.config.selection_rule, context.valid
+        scores = scores.detach()
+        if rule == "random":
+            return select_top_k(torch.rand_like(scores), capacity, valid)
+        if rule == "even":
+            spaced = evenly_spaced(context.document_places(), capacity)
+            return select_first(spaced.expand_as(scores), capacity, valid)
+        if state.training_rule == "threshold":
+            return select_first(self.above_threshold(scores, state), self.config.training_fraction, valid)
+        return select_top_k(scores, capacity, valid) if best is None else best
+
+    def above_threshold(self, scores: Tensor, state: LayerState) -> Tensor:
+        """Which scores lie above τ, (B, T); at full capacity all, even the lowest."""
+        full = self.config.capacity == 1
+        return torch.ones_like(scores, dtype=torch.bool) if full else scores > state.threshold
 
     def select(
         self, scores: Tensor, hidden_states: Tensor, context: RoutingContext, state: LayerState
@@ -285,9 +321,11 @@ class Router(GradientCheckpointingLayer):
         if rule == "topk":
             return select_top_k(scores, self.config.capacity, context.valid)
         if rule == "threshold":
-            # At full capacity no token may be left out, not even that with the lowest score.
-            full = self.config.capacity == 1
-            mask = torch.ones_like(scores, dtype=torch.bool) if full else scores > state.threshold
+            mask = self.above_threshold(scores, state)
+        elif rule == "random":
+            mask = torch.rand_like(scores) < self.config.capacity
+        elif rule == "even":
+            mask = evenly_spaced(context.document_places(), self.config.capacity).expand_as(scores)
         elif rule == "aux":
             mask = scores > 0
         elif self.predictor is None:

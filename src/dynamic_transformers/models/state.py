@@ -46,12 +46,14 @@ class LayerState:
         predictor_threshold: τ of its predictor's logits, ().
         beta: β of the surprise gate, (1,).
         training_capacity: γ of the top-k in training.
+        training_rule: who selects in training: `topk`, or `threshold` once its warm-up is over.
     """
 
     threshold: Tensor
     predictor_threshold: Tensor
     beta: Tensor
     training_capacity: float
+    training_rule: str
 
 
 class RoutingState(Fp32Module):
@@ -67,6 +69,7 @@ class RoutingState(Fp32Module):
         beta: (1,).
         decay: ρ.
         training_capacity: γ in training; more than the configured one while it warms up.
+        training_rule: as configured, `topk` in its warm-up.
         unmoved: training forwards before the first `set_progress`; None after it.
     """
 
@@ -83,6 +86,7 @@ class RoutingState(Fp32Module):
         self.register_buffer("beta", torch.full((1,), beta_at(config, 0, 1)))
         self.decay = LONGEST_DECAY
         self.training_capacity = config.capacity
+        self.training_rule = "topk"
         self.unmoved: int | None = 0
         # Sums and counts of the step's quantiles, (2, 2, R). No buffer: DDP would overwrite it with rank 0's.
         self._seen: Tensor | None = None
@@ -92,7 +96,7 @@ class RoutingState(Fp32Module):
         device = hidden_states.device
         (scores, logits), beta = self.thresholds.to(device), self.beta.to(device)
         return [
-            LayerState(score, logit, beta, self.training_capacity)
+            LayerState(score, logit, beta, self.training_capacity, self.training_rule)
             for score, logit in zip(scores.unbind(), logits.unbind(), strict=True)
         ]
 
@@ -100,13 +104,17 @@ class RoutingState(Fp32Module):
         """Move the schedules to optimizer step `step` of `total_steps`.
 
         The training capacity falls from 1 to γ over the first `capacity_warmup_steps`, in `WARMUP_LEVELS`
-        equal jumps: a compiled forward is compiled anew for each number of tokens. The thresholds look
+        equal jumps: a compiled forward is compiled anew for each number of tokens. `topk` selects meanwhile,
+        and over `training_rule_warmup` of the run, at least in its first step: τ is not known before. The
+        thresholds look
         back over a twentieth of the run at most, but ten steps at least: in a run of a few hundred steps
         ρ = 0.99 would still hold what early weights scored.
         """
         warmup = self.config.capacity_warmup_steps
         done = min(1.0, step * WARMUP_LEVELS // warmup / WARMUP_LEVELS) if warmup else 1.0
         self.training_capacity = 1.0 + (self.config.capacity - 1.0) * done
+        first = max(1, warmup, math.ceil(self.config.training_rule_warmup * total_steps))
+        self.training_rule = self.config.training_rule if step >= first else "topk"
         self.beta.fill_(beta_at(self.config, step, total_steps))
         self.decay = min(LONGEST_DECAY, 1 - 1 / max(10.0, total_steps / 20))
         self.unmoved = None

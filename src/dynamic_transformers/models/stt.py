@@ -42,6 +42,11 @@ class STTRouter(Router):
     def __init__(self, config: Qwen2STTConfig):
         if config.predictor_weight:
             raise ValueError("predictor_weight: STT's student is its predictor; leave it at 0")
+        if config.training_rule == "threshold" and (config.targets, config.train_output) != (
+            "topk",
+            "sparse",
+        ):
+            raise ValueError("training_rule='threshold' needs targets='topk' and train_output='sparse'")
         super().__init__(config)
         self.config: Qwen2STTConfig = config
         self.prior = PriorNetwork(config)
@@ -76,7 +81,11 @@ class STTRouter(Router):
         context: RoutingContext,
         state: LayerState,
     ) -> tuple[Tensor, RoutingResult]:
-        """Teacher's dense pass, targets, losses, and the sparse pass."""
+        """Teacher's dense pass, targets, losses, and the sparse pass.
+
+        The student always learns the teacher's targets. The sparse pass computes them, unless what selects in
+        evaluation does so in training: the student's logits above τ, or a control.
+        """
         valid = context.valid
         detached = self.config.teacher_detach
         no_graph = detached and self.config.train_output == "sparse"
@@ -92,12 +101,13 @@ class STTRouter(Router):
         update = teacher.float() - before.float()
         layer = block.layer
         score, gate = self.surprise(update, predicted, before, state.beta, context, layer)
-        selection = self.targets(score, gate, state.training_capacity, valid)
-        quantile = score_quantile(logits, mean_fraction(selection.mask, valid), valid)
+        targets = self.targets(score, gate, state.training_capacity, valid)
+        selection = self.training_selection(logits, context, state, best=targets)
+        quantile = score_quantile(logits, mean_fraction(targets.mask, valid), valid)
         error = (predicted.float() - update.detach()).square().mean(-1)
         losses = {
             "prior": (self.config.prior_loss_weight, row_means(error, valid)),
-            "student": (self.config.student_weight, membership_loss(logits, selection, valid)),
+            "student": (self.config.student_weight, membership_loss(logits, targets, valid)),
         }
         if self.config.targets == "threshold":
             losses["gate_mean"] = (self.config.gate_mean_weight, row_means(gate, valid))

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from dynamic_transformers.models import MODEL_CLASSES
-from dynamic_transformers.settings import ModelSettings, Settings, UserError
+from dynamic_transformers.settings import CONTROLS, ModelSettings, Settings, UserError
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -49,13 +49,18 @@ def routing_options(model: ModelSettings) -> dict:
     options: dict = {
         "predictor_weight": model.predictor_weight,
         "capacity_warmup_steps": model.capacity_warmup_steps,
+        "training_rule": model.training_rule,
+        "training_rule_warmup": model.training_rule_warmup,
+        "training_rule_bound": model.training_rule_bound,
     }
     if model.capacity is not None:
         options["capacity"] = model.capacity
     if model.selection_rule is not None:
         options["selection_rule"] = model.selection_rule
     if model.type == "mod":
-        return options | vars(model.mod)
+        default = 0.0 if model.selection_rule in CONTROLS else 0.01
+        given = model.mod.aux_weight
+        return options | vars(model.mod) | {"aux_weight": default if given is None else given}
     surprise = dict(vars(model.surprise))
     for name in ("window", "normalize"):
         surprise[f"surprise_{name}"] = surprise.pop(name)

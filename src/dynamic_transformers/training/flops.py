@@ -89,11 +89,12 @@ def training_flops(
     The backward of a matrix product costs twice its forward. STT is charged for its dense teacher.
 
     Args:
-        config, length, fractions: as in `forward_flops`; the fractions are those seen in training.
+        config, length: as in `forward_flops`.
+        fractions: places that each routed layer's block ran on ÷ all tokens; missing layers take the plan.
     """
     account = FlopAccount(embeddings=0.0, lm_head=3 * 2.0 * config.hidden_size * config.vocab_size)
     for layer in range(config.num_hidden_layers):
-        fraction = layer_fraction(config, layer, fractions)
+        fraction = layer_fraction(config, layer, fractions, training=True)
         if fraction is None:
             account.add(block_flops(config, length), 3)
             continue
@@ -133,8 +134,10 @@ def target_fraction(config: Qwen2Config) -> float | None:
     return getattr(config, "target_fraction", 1.0)
 
 
-def layer_fraction(config: Qwen2Config, layer: int, fractions: dict[int, float] | None) -> float | None:
-    """Routed fraction of a layer; None for a dense one."""
+def layer_fraction(
+    config: Qwen2Config, layer: int, fractions: dict[int, float] | None, training: bool = False
+) -> float | None:
+    """Routed fraction of a layer, the planned one where it was not measured; None for a dense one."""
     if not isinstance(config, RoutedConfig) or layer not in config.routed_layers:
         return None
-    return (fractions or {}).get(layer, config.capacity)
+    return (fractions or {}).get(layer, config.training_fraction if training else config.capacity)

@@ -33,7 +33,7 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
     values = settings.to_dict()
     training = values["training"]
     accumulation = training["gradient_accumulation_steps"]
-    noisy = settings.model.type == "mod" and settings.model.mod.routing == "random"
+    noisy = settings.model.type != "standard" and settings.model.selection_rule == "random"
     return {
         **flat({"model": values["model"] | {"size": None, "dimensions": vars(settings.model.backbone)}}),
         **flat({"training": {key: value for key, value in training.items() if key not in FREE}}),
