@@ -41,10 +41,14 @@ def run_metrics(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("architecture", ["mod", "sdt", "stt"])
-def test_two_processes_equal_one(architecture, make_settings, data_dir, tmp_path):
-    one = train(make_settings(architecture, data={"batch_size": 4}), data_dir, tmp_path / "one")
-    settings = make_settings(architecture, data={"batch_size": 2})
+@pytest.mark.parametrize(
+    ("architecture", "model"),
+    [("mod", {}), ("sdt", {}), ("stt", {}), ("stt", {"selection_rule": "even"})],
+    ids=["mod", "sdt", "stt", "stt even"],
+)
+def test_two_processes_equal_one(architecture, model, make_settings, data_dir, tmp_path):
+    one = train(make_settings(architecture, model=model, data={"batch_size": 4}), data_dir, tmp_path / "one")
+    settings = make_settings(architecture, model=model, data={"batch_size": 2})
     (tmp_path / "settings.json").write_text(settings.to_json())
     (tmp_path / "worker.py").write_text(WORKER)
     two = tmp_path / "two"

@@ -125,10 +125,8 @@ def test_the_papers_configuration_gives_each_architecture_equal_flops(overrides)
             if state is not None:
                 state.set_progress(done.step, total)
                 by_threshold = state.training_rule == "threshold"
-                places = dict.fromkeys(
-                    config.routed_layers,
-                    config.training_fraction if by_threshold else state.training_capacity,
-                )
+                fraction = config.training_fraction if by_threshold else state.training_capacity
+                places = dict.fromkeys(config.routed_layers, fraction)
             done.flops += horizon.step_flops(places)
             done.tokens += tokens
             done.step += 1

@@ -43,6 +43,7 @@ CONFIGURATIONS = {
         },
         FLOPS,
     ),
+    "sdt, trained by the threshold, FLOPs": ("sdt", {"training_rule": "threshold"}, FLOPS),
     "stt, top-k targets, tokens": ("stt", {}, TOKENS),
     "stt, threshold targets, FLOPs, long warm-up": (
         "stt",
