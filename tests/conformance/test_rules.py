@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dynamic_transformers.models.rules import evenly_spaced, select_first
 from dynamic_transformers.training.calibration import calibrate
@@ -201,11 +200,3 @@ def test_the_first_tokens_of_a_mask():
     assert selection.valid.int().tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
     valid = torch.tensor([[1, 1, 1, 1, 0, 0]], dtype=torch.bool)
     assert select_first(mask[:1], 0.5, valid).mask.int().tolist() == [[0, 1, 1, 0, 0, 0]]
-
-
-def test_no_selection_of_training_waits_for_the_device():
-    """A fake tensor has no values: whatever asks for one raises an error."""
-    with FakeTensorMode():
-        scores, valid = torch.randn(3, LENGTH), torch.randn(3, LENGTH) > 0
-        select_first(scores > 0, 0.5, valid)
-        select_first(evenly_spaced(torch.arange(LENGTH).unsqueeze(0), 0.5).expand(3, -1), 0.5, None)

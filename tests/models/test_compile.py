@@ -19,6 +19,10 @@ OPTIONS = {
     "sdt predictor": ("sdt", {"predictor_weight": 0.01, "surprise_normalize": "moving_average"}),
     "stt": ("stt", {}),
     "stt dense": ("stt", {"train_output": "dense", "teacher_detach": True}),
+    "mod by threshold": ("mod", {"training_rule": "threshold", "at_end": True}),
+    "stt by threshold": ("stt", {"training_rule": "threshold", "at_end": True}),
+    "mod even": ("mod", {"selection_rule": "even"}),
+    "sdt random": ("sdt", {"selection_rule": "random"}),
 }
 
 # What needs a value of a tensor, or how many of its elements are true: on a GPU the host waits for it.
@@ -105,6 +109,23 @@ def test_a_warm_up_is_compiled_for_few_capacities(architecture):
         model.advance()
     assert counter.frame_count <= len(set(fractions)) == 5
     assert fractions == sorted(fractions, reverse=True) and fractions[0] == 1 and fractions[-1] == 0.25
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_training_by_the_threshold_is_compiled_once_more_after_its_warm_up(architecture):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = tiny_model(architecture, training_rule="threshold")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(20):
+        model.set_progress(step, 20)
+        ids = tokens(3, 24, seed=step)
+        torch.testing.assert_close(
+            compiled(input_ids=ids, labels=ids, use_cache=False, **ROWS["packed"]).loss,
+            model(input_ids=ids, labels=ids, use_cache=False, **ROWS["packed"]).loss,
+        )
+        model.advance()
+        assert counter.frame_count == (1 if step < 2 else 2)
 
 
 @pytest.mark.parametrize("batch", [1, 5])

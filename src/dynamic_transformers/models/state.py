@@ -106,9 +106,8 @@ class RoutingState(Fp32Module):
         The training capacity falls from 1 to γ over the first `capacity_warmup_steps`, in `WARMUP_LEVELS`
         equal jumps: a compiled forward is compiled anew for each number of tokens. `topk` selects meanwhile,
         and over `training_rule_warmup` of the run, at least in its first step: τ is not known before. The
-        thresholds look
-        back over a twentieth of the run at most, but ten steps at least: in a run of a few hundred steps
-        ρ = 0.99 would still hold what early weights scored.
+        thresholds look back over a twentieth of the run at most, but ten steps at least: in a run of a few
+        hundred steps ρ = 0.99 would still hold what early weights scored.
         """
         warmup = self.config.capacity_warmup_steps
         done = min(1.0, step * WARMUP_LEVELS // warmup / WARMUP_LEVELS) if warmup else 1.0

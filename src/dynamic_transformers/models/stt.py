@@ -42,10 +42,8 @@ class STTRouter(Router):
     def __init__(self, config: Qwen2STTConfig):
         if config.predictor_weight:
             raise ValueError("predictor_weight: STT's student is its predictor; leave it at 0")
-        if config.training_rule == "threshold" and (config.targets, config.train_output) != (
-            "topk",
-            "sparse",
-        ):
+        bounded = config.targets == "topk" and config.train_output == "sparse"
+        if config.training_rule == "threshold" and not bounded:
             raise ValueError("training_rule='threshold' needs targets='topk' and train_output='sparse'")
         super().__init__(config)
         self.config: Qwen2STTConfig = config
