@@ -96,7 +96,8 @@ class Measured(Part):
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Measured:
         """Inverse of `dataclasses.asdict`."""
-        return cls(**values | {"domains": {name: Part(**part) for name, part in values["domains"].items()}})
+        values["domains"] = {name: Part(**part) for name, part in values["domains"].items()}
+        return cls(**values)
 
 
 Results = dict[tuple[str, str], list[Measured]]

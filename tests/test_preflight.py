@@ -130,9 +130,16 @@ def test_a_folder_that_may_not_be_written_is_refused(given):
         os.seteuid(user)
 
 
-@pytest.mark.parametrize("name", ["capacity", "selection_rule", "predictor_weight"])
-def test_settings_of_routing_are_refused_for_a_model_that_routes_nothing(given, name):
-    value = {"capacity": 0.25, "selection_rule": "topk", "predictor_weight": 0.1}[name]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("capacity", 0.25),
+        ("selection_rule", "topk"),
+        ("training_rule", "threshold"),
+        ("predictor_weight", 0.1),
+    ],
+)
+def test_settings_of_routing_are_refused_for_a_model_that_routes_nothing(given, name, value):
     settings = given(model={name: value})
     assert f"model.{name}={value}: the standard model routes nothing" in refusal(settings)
     preflight(settings, architectures=["standard", "mod", "sdt"])  # the others take it

@@ -51,8 +51,10 @@ def check_architectures(settings: Settings, architectures: Sequence[str]) -> Non
 
 def check_standard(model: ModelSettings) -> None:
     """Refuse settings of routing for a model that routes nothing."""
-    for name in ("capacity", "selection_rule", "predictor_weight"):
-        if model.type == "standard" and (value := getattr(model, name)):
+    defaults = ModelSettings()
+    for name in ("capacity", "selection_rule", "training_rule", "predictor_weight"):
+        value = getattr(model, name)
+        if model.type == "standard" and value != getattr(defaults, name):
             raise UserError(
                 f"model.{name}={value}: the standard model routes nothing; leave it out, or give another "
                 "model.type"

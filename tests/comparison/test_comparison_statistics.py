@@ -50,15 +50,17 @@ def test_groups_come_in_fixed_order_with_variants_named():
         make_run("mod", 1),
         make_run("standard"),
         make_run("mod"),
+        make_run("sdt", rule="even"),  # a control says so even where nothing else is of its architecture
     ]
     groups = group_runs(runs)
     assert [group.label for group in groups] == [
         "Standard",
         "MoD (threshold)",
         "MoD (topk) – non-causal upper bound",
+        "SDT (even)",
         "STT",
     ]
-    assert [[run["seed"] for run in group.runs] for group in groups] == [[0], [0, 1], [0], [0]]
+    assert [[run["seed"] for run in group.runs] for group in groups] == [[0], [0, 1], [0], [0], [0]]
 
 
 def test_best_needs_separated_intervals():

@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from dynamic_transformers.settings import ARCHITECTURES
+from dynamic_transformers.settings import ARCHITECTURES, CONTROLS
 
 NAMES = {"standard": "Standard", "mod": "MoD", "sdt": "SDT", "stt": "STT"}
 NON_CAUSAL = "non-causal upper bound"
@@ -85,7 +85,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for architecture, rule, causal in keys:
         siblings = [key for key in keys if key[0] == architecture]
         label = NAMES[architecture]
-        if rule and (len(siblings) > 1 or not causal):
+        if rule and (len(siblings) > 1 or not causal or rule in CONTROLS):
             label += f" ({rule})"
         if not causal:
             label += f" – {NON_CAUSAL}"
