@@ -21,7 +21,7 @@ class RoutedConfig(Qwen2Config):
         training_rule: who selects in training: `topk`, or `threshold`, by which evaluation selects, too.
         training_rule_warmup: fraction of the schedule's steps that `topk` begins with.
         training_rule_bound: most tokens that `threshold` computes of a training row ÷ those of its capacity.
-        predictor_weight: weight of the top-k membership predictor's loss; 0 means that there is no predictor.
+        predictor_weight: weight of the loss of a predictor of what training selects; 0: there is none.
     """
 
     # Of the outputs, for `Trainer`: evaluation gathers the logits alone.
@@ -70,7 +70,7 @@ class Qwen2MoDConfig(RoutedConfig):
 
     Attributes:
         gate: `sigmoid` (g = σ(r)) or `raw` (g = r, the paper's equation 1).
-        aux_weight: weight of the binary cross-entropy of the router's own logits against top-k membership.
+        aux_weight: weight of the router's own membership loss, its logits against what training selects.
         z_loss_weight: weight of mean(r²).
     """
 
