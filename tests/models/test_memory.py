@@ -57,15 +57,16 @@ def test_a_checkpointed_model_keeps_about_as_much_as_a_standard_one(architecture
     assert kept("standard", False) > 3 * kept("standard", True)  # that much is at stake
 
 
-@pytest.mark.parametrize("options", [{}, {"routing": "random"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"selection_rule": "random"}, {"training_rule": "threshold", "at_end": True}], ids=str
+)
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_a_checkpointed_model_learns_the_same(architecture, options):
-    if options and architecture != "mod":
-        pytest.skip("MoD alone has this control")
     models = [tiny_model(architecture, **options) for _ in range(2)]
     models[1].activation_checkpointing_enable({"use_reentrant": False})
     for model in models:
-        model.set_progress(0, 10)
+        if not options.get("at_end"):
+            model.set_progress(0, 10)
         torch.manual_seed(1)
         model(input_ids=tokens(2, 24), labels=tokens(2, 24), use_cache=False).loss.backward()
         model.advance()
