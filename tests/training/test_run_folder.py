@@ -15,6 +15,7 @@ from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training import run_folder
 from dynamic_transformers.training.checkpoint import checkpoints
+from dynamic_transformers.training.identity import settings_identity
 from dynamic_transformers.training.interruption import Interrupted
 from dynamic_transformers.training.run_folder import claim, plan_start, run_identity
 from dynamic_transformers.training.step import OptimizerStep
@@ -266,3 +267,22 @@ def test_a_size_and_its_dimensions_are_the_same_model(make_settings, data_dir):
     )
     assert named == spelt
     assert run_identity(make_settings("mod", model={"size": "tiny"}), data_dir) != named
+
+
+@pytest.mark.parametrize(
+    ("model", "counts"),
+    [
+        ({}, False),
+        ({"selection_rule": "even"}, False),
+        ({"selection_rule": "random"}, True),
+        ({"training_rule": "threshold"}, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ["mod", "sdt", "stt"])
+def test_how_the_batch_is_split_counts_where_it_changes_numbers(architecture, model, counts, make_settings):
+    one, two = (
+        settings_identity(make_settings(architecture, model=model, data={"batch_size": 4 // n}), processes=n)
+        for n in (1, 2)
+    )
+    assert (one != two) == counts

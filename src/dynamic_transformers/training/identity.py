@@ -33,7 +33,10 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
     values = settings.to_dict()
     training = values["training"]
     accumulation = training["gradient_accumulation_steps"]
-    noisy = settings.model.type != "standard" and settings.model.selection_rule == "random"
+    model = settings.model
+    split_counts = model.type != "standard" and (
+        model.selection_rule == "random" or model.training_rule == "threshold"
+    )
     return {
         **flat({"model": values["model"] | {"size": None, "dimensions": vars(settings.model.backbone)}}),
         **flat({"training": {key: value for key, value in training.items() if key not in FREE}}),
@@ -41,8 +44,8 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
         "system.precision": settings.system.precision,
         "system.compile": settings.system.compile,
         "global_batch": settings.data.batch_size * accumulation * processes,
-        # Each process draws its own noise for each forward.
-        **({"batch_split": [processes, accumulation]} if noisy else {}),
+        # Each process draws its own noise for each forward, and has its own quantile for the thresholds.
+        **({"batch_split": [processes, accumulation]} if split_counts else {}),
     }
 
 
