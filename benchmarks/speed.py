@@ -289,8 +289,7 @@ def decode_rows(
             now = {layer: result.selected.float().mean().item() for layer, result in routing.items()}
             held = {layer: held[layer] + value for layer, value in now.items()}
             sums = {layer: sums[layer] + value for layer, value in now.items()}
-            cached = {layer: value / length for layer, value in held.items()}
-            total += forward_flops(model.config, length, now, cached).total()
+            total += forward_flops(model.config, length, now, held).total()
         shares[name] = checked({layer: value / steps for layer, value in sums.items()})
         flops[name] = total / steps
         whole = {layer: value / (prompt + steps) for layer, value in held.items()}

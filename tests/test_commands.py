@@ -191,6 +191,7 @@ def test_every_test_file_is_collected(request):
         "fake_kfp.py",
         "fake_kubernetes.py",
         "fake_trainer.py",
+        "live_bytes.py",
         "real_docker.py",
         "run_contents.py",
         "runs.py",

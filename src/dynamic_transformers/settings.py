@@ -18,6 +18,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 ARCHITECTURES = ("standard", "mod", "sdt", "stt")
 ATTENTION = ("sdpa", "eager")
+PRECISIONS = ("fp32", "bf16")
 CONTROLS = ("random", "even")  # selection rules that need no learning, in training and evaluation
 SELECTION_RULES = ("threshold", "predictor", "calibrated_predictor", "aux", "topk", *CONTROLS)
 
@@ -246,6 +247,7 @@ class EvaluationSettings:
 
     tasks: list[str] = field(default_factory=lambda: ["quick_test"])
     batch_size: Annotated[int, In("[1, 1048576]")] = 16
+    dtype: Annotated[str | None, OneOf(*PRECISIONS)] = None  # of the model's weights; None: system.precision
     limit: Count | None = None
     num_fewshot: Annotated[int | None, In("[0, 1000]")] = None
     confirm_run_unsafe_code: bool = False
@@ -267,7 +269,7 @@ class TrackingSettings:
 class SystemSettings:
     """Hardware."""
 
-    precision: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
+    precision: Annotated[str, OneOf(*PRECISIONS)] = "fp32"
     device: Annotated[str, OneOf("auto", "cpu", "cuda")] = "auto"
     num_workers: Annotated[int, In("[0, 1024]")] = 0
     compile: bool = False  # training forwards by torch.compile, as one graph; needs a C++ compiler

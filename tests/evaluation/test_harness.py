@@ -178,11 +178,12 @@ def test_accuracy_is_that_of_the_likeliest_choice(bench: tuple, model_dir: Path)
 
 def test_results_say_how_they_were_made_and_what_was_not_done(bench: tuple) -> None:
     answer, result = bench
-    assert set(result) == {"model", "results", "config", "configs"}
+    assert set(result) == {"model", "results", "config", "configs", "realised"}
     made = {
         "batch_size": 4,
         "limit": None,
         "seed": 0,
+        "dtype": "fp32",
         "selection_rule": None,
         "causal": True,
         "label": None,
@@ -192,6 +193,8 @@ def test_results_say_how_they_were_made_and_what_was_not_done(bench: tuple) -> N
     assert result["configs"] == {task: {"num_fewshot": 0, **made} for task in shots}
     lines = [line for line in answer.stderr.splitlines() if "num_fewshot" in line]
     assert lines == [f"{', '.join(shots)}: fixed at 0 examples; num_fewshot=3 is not used"]
+    assert set(result["realised"]) == set(shots)
+    assert all(realised["fraction"] is None for realised in result["realised"].values())
     assert "bits_per_byte" in answer.stdout
     assert "non-causal" not in answer.stdout
     for chatter in ("is defined, but", "few-shot", "kwargs", "Running loglikelihood"):

@@ -17,6 +17,7 @@ def result(task, value, **conditions):
         "results": {task: {"acc,none": value}},
         "config": {"tasks": [task], **conditions},
         "configs": {task: conditions},
+        "realised": {task: {"tokens": 7}},
     }
 
 
@@ -31,6 +32,7 @@ def test_other_tasks_are_added_and_the_same_replaced(tmp_path):
     found = json.loads(file.read_text())
     assert found["results"] == {"a": {"acc,none": 0.3}, "b": {"acc,none": 0.2}}
     assert found["configs"] == {"a": {"limit": 5}, "b": {"limit": None}}
+    assert set(found["realised"]) == {"a", "b"}
     assert found["config"] == {"tasks": ["a"], "limit": 5} and found["model"] == MODEL
 
 

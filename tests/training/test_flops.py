@@ -13,7 +13,8 @@ from dynamic_transformers.settings import ARCHITECTURES
 from dynamic_transformers.training.budget import Budget, Horizon, Progress
 from dynamic_transformers.training.build import model_config
 from dynamic_transformers.training.calibration import calibrate
-from dynamic_transformers.training.flops import forward_flops, training_flops
+from dynamic_transformers.training.flops import block_flops, forward_flops, training_flops
+from dynamic_transformers.training.realised import SelectionCounts, Spread
 
 LENGTH, ROWS, VOCAB = 128, 2, 211
 CASES = [
@@ -81,6 +82,95 @@ def test_forward_and_training_flops_agree_within_one_percent(architecture, optio
     assert expected == pytest.approx(counter.get_total_flops() / LENGTH, rel=0.01)
 
 
+def ragged_rows(model):
+    """What `model` selects of rows of 128, 64 and 32 tokens, padded, and which tokens are valid."""
+    lengths = torch.tensor([LENGTH, LENGTH // 2, LENGTH // 4])
+    valid = torch.arange(LENGTH) < lengths.unsqueeze(1)
+    ids = torch.randint(0, VOCAB, valid.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = model.eval()(input_ids=ids, attention_mask=valid.long(), use_cache=False)
+    routing = getattr(outputs, "routing", None) or {}
+    return ids, valid, {layer: result.selected for layer, result in routing.items()}
+
+
+def uneven(architecture):
+    """A model whose thresholds were set by other text, so that rows differ in what they select."""
+    model = build(architecture, {} if architecture == "standard" else {"capacity": 0.5})
+    if architecture != "standard":
+        ids = torch.randint(0, VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+        calibrate(model, [{"input_ids": ids, "position_ids": torch.arange(LENGTH).expand(4, -1)}])
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["standard", "mod", "sdt", "stt"])
+def test_flops_of_ragged_rows_are_those_of_each_row_alone(architecture):
+    model = uneven(architecture)
+    ids, valid, selected = ragged_rows(model)
+    counts = SelectionCounts()
+    counts.add(selected, valid)
+    counted = 0
+    for row, length in zip(ids, valid.sum(1).tolist(), strict=True):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=row[None, :length], use_cache=False)
+        counted += counter.get_total_flops()
+    realised = counts.realised(model.config)
+    assert realised.tokens == valid.sum()
+    assert realised.forward_flops_per_token == pytest.approx(counted / int(valid.sum()), rel=1e-3)
+
+
+def test_scores_are_the_pairs_of_computed_tokens_of_each_row():
+    """Rows of very different fractions, and domains within rows, against pairs counted one by one."""
+    config = build("mod", {"capacity": 0.5}).config
+    generator = torch.Generator().manual_seed(3)
+    valid = torch.arange(LENGTH) < torch.tensor([LENGTH, 100, 61, 7]).unsqueeze(1)
+    domains = torch.randint(0, 2, valid.shape, generator=generator)
+    shares = torch.tensor([0.9, 0.02, 0.5, 0.0]).unsqueeze(1)
+    selected = {
+        layer: (torch.rand(valid.shape, generator=generator) < shares) & valid
+        for layer in config.routed_layers
+    }
+    dense = [layer for layer in range(config.num_hidden_layers) if layer not in selected]
+    counts = SelectionCounts(2)
+    counts.add(selected, valid, domains)
+
+    def pairs(domain):
+        """Of tokens of a domain with the tokens of their row, where a layer computes both."""
+        found = 0
+        for row in range(len(valid)):
+            for mask in [*(selected[layer][row] for layer in selected), *[valid[row]] * len(dense)]:
+                computed = mask.nonzero().flatten().tolist()
+                found += sum(domains[row, query] == domain for query in computed for _ in computed)
+        return int(found)
+
+    per_pair = 4 * config.hidden_size  # a product of queries and keys, one of weights and values
+    linear = forward_flops(config, 0, dict.fromkeys(selected, 1.0), dict.fromkeys(selected, 0.0))
+    for domain in (0, 1):
+        of = valid & (domains == domain)
+        skipped = sum(int((of & ~mask).sum()) for mask in selected.values())
+        block = block_flops(config, 0).total()
+        expected = linear.total() * int(of.sum()) - block * skipped + per_pair * pairs(domain)
+        realised = counts.realised(config, domain)
+        assert realised.tokens == of.sum()
+        assert realised.forward_flops_per_token * realised.tokens == pytest.approx(expected, rel=1e-9)
+    parts = [counts.realised(config, domain) for domain in (0, 1)]
+    whole = counts.realised(config)
+    total = sum(part.forward_flops_per_token * part.tokens for part in parts)
+    assert whole.forward_flops_per_token * whole.tokens == pytest.approx(total, rel=1e-9)
+
+
+def test_the_spread_is_that_of_the_rows():
+    config = build("mod", {"capacity": 0.5}).config
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    first, *others = config.routed_layers
+    selected = {first: torch.tensor([[True] * 2 + [False] * 6, [True] * 6 + [False] * 2])}
+    selected |= {layer: torch.tensor([[True] * 4 + [False] * 4] * 2) for layer in others}
+    counts = SelectionCounts()
+    counts.add(selected, valid)
+    realised = counts.realised(config)
+    assert realised.layers == {first: Spread(0.5, 0.25)} | {layer: Spread(0.5, 0.0) for layer in others}
+    assert realised.fraction == Spread(0.5, pytest.approx(0.25 / len(selected)))
+
+
 @pytest.mark.parametrize("architecture", ["standard", "mod", "sdt", "stt"])
 def test_flops_of_cached_steps_agree_within_one_percent(architecture):
     model = build(architecture, {} if architecture == "standard" else {"capacity": 0.5})
@@ -93,8 +183,8 @@ def test_flops_of_cached_steps_agree_within_one_percent(architecture):
             with FlopCounterMode(display=False) as counter:
                 step = model(input_ids=ids[:, length - 1 : length], past_key_values=cache, use_cache=True)
             selected = fractions(step)
-            cached = {layer: len(cache.routed(layer).keys) / length for layer in selected}
-            expected = forward_flops(model.config, length, selected, cached).total()
+            held = {layer: len(cache.routed(layer).keys) for layer in selected}
+            expected = forward_flops(model.config, length, selected, held).total()
             assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert architecture == "standard" or len(set(selected.values()) | {0.0, 1.0}) == 2
 

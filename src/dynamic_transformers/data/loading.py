@@ -21,7 +21,7 @@ REPAIR = "prepare the data again with --force"
 
 
 def load_split(data_dir: Path, split: str) -> Dataset:
-    """Blocks of `train`, `validation` or `test`: input_ids, position_ids (T,) and num_bytes, as numpy.
+    """Blocks of `train`, `validation` or `test`: input_ids, position_ids, sources, (T,) each, and num_bytes.
 
     Raises:
         UserError: the data folder is missing, unfinished or damaged.
@@ -49,6 +49,26 @@ def batches_of(split: Dataset, batch_size: int) -> DataLoader:
     """All blocks of a split in their order, `batch_size` at a time, as `collate` gives them."""
     # A Dataset has all that torch asks of one, but is not of its class.
     return DataLoader(split, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def source_names(data_dir: Path) -> list[str]:
+    """Names of the sources, in the order in which `domains_of` numbers them.
+
+    Raises:
+        UserError: the data folder is missing or unfinished.
+    """
+    return [source["name"] for source in read_manifest(data_dir, "prepare_data")["sources"]]
+
+
+def domains_of(split: Dataset) -> torch.Tensor:
+    """Number of the source of each token of a split, (N, T) int64.
+
+    Raises:
+        UserError: the data were prepared before tokens had one.
+    """
+    if "sources" not in split.column_names:
+        raise UserError(f"the split does not say of which source its tokens are: {REPAIR}")
+    return torch.from_numpy(np.asarray(split["sources"], dtype=np.int64))
 
 
 def load_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:

@@ -48,6 +48,13 @@ def pack(documents: Sequence[EncodedDocument], block_size: int) -> PackedSplit:
     )
 
 
+def token_sources(documents: Sequence[EncodedDocument], names: Sequence[str], block_size: int) -> np.ndarray:
+    """Of which source each token of the packed blocks is, as its place in `names`, (N, T) int16."""
+    places = np.array([names.index(document.document.source) for document in documents], dtype=np.int16)
+    ids = np.repeat(places, [len(document.input_ids) for document in documents])
+    return ids[: len(ids) - len(ids) % block_size].reshape(-1, block_size)
+
+
 def unigram_loss(train: PackedSplit, split: PackedSplit, vocab_size: int) -> float | None:
     """Nats per target of `split` under add-one-smoothed unigram counts of the targets of `train`.
 

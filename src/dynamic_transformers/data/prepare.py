@@ -20,7 +20,7 @@ from dynamic_transformers.data.documents import SPLITS, Corpus, collect
 from dynamic_transformers.data.files import digest_of
 from dynamic_transformers.data.fingerprints import fingerprints, first_change
 from dynamic_transformers.data.mixing import count_tokens, mix, sample_text, shares
-from dynamic_transformers.data.packing import PackedSplit, pack, unigram_loss
+from dynamic_transformers.data.packing import PackedSplit, pack, token_sources, unigram_loss
 from dynamic_transformers.data.probes import write_tasks
 from dynamic_transformers.data.tokenization import (
     EncodedDocument,
@@ -174,7 +174,8 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
             seed if training else 0,  # runs that differ in their seed are judged on the same text
         )
         packed[split] = pack(mixed[split], data.block_size)
-        _write_split(folder / split, packed[split], mixed[split], data.block_size)
+        sources = token_sources(mixed[split], list(weights), data.block_size)
+        _write_split(folder / split, packed[split], sources, mixed[split])
     write_tasks(folder / "tasks", corpus, data)
     splits = {split: _split_facts(folder / split, packed[split], mixed[split]) for split in SPLITS}
     return {
@@ -210,16 +211,25 @@ def _tokenizer(data: DataSettings, corpus: Corpus) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _write_split(folder: Path, packed: PackedSplit, mixed: list[EncodedDocument], block_size: int) -> None:
-    tokens = count_tokens(mixed)
+def _write_split(
+    folder: Path, packed: PackedSplit, sources: np.ndarray, mixed: list[EncodedDocument]
+) -> None:
+    tokens, block_size = count_tokens(mixed), packed.input_ids.shape[1]
     if not len(packed.input_ids):
         raise UserError(
             f"the {folder.name} split has {tokens} tokens, less than data.block_size={block_size}: "
             "give it more documents or a smaller block"
         )
     block = datasets.Sequence(datasets.Value("int32"), length=block_size)
-    features = {"input_ids": block, "position_ids": block, "num_bytes": datasets.Value("int64")}
-    dataset = datasets.Dataset.from_dict(packed._asdict(), features=datasets.Features(features))
+    features = {
+        "input_ids": block,
+        "position_ids": block,
+        "num_bytes": datasets.Value("int64"),
+        "sources": datasets.Sequence(datasets.Value("int16"), length=block_size),
+    }
+    dataset = datasets.Dataset.from_dict(
+        {**packed._asdict(), "sources": sources}, features=datasets.Features(features)
+    )
     folder.mkdir()
     with tempfile.TemporaryDirectory() as temporary:
         link = Path(temporary) / "split"  # to `datasets`, :: in a path chains addresses

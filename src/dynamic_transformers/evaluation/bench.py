@@ -7,7 +7,7 @@ import argparse
 from dynamic_transformers.command_line import flag_of, path
 from dynamic_transformers.evaluation.results import add_results, identity, read_results, results_path
 from dynamic_transformers.evaluation.task_index import check_tasks
-from dynamic_transformers.settings import EvaluationSettings, RunSettings
+from dynamic_transformers.settings import PRECISIONS, EvaluationSettings, RunSettings
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_fewshot",
         type=flag_of(EvaluationSettings, "num_fewshot"),
         help="examples in front of each question (default: the task's)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=PRECISIONS,
+        help="of the model's weights (default: the precision in which the model was trained)",
     )
     parser.add_argument("--seed", type=flag_of(RunSettings, "seed"), default=0)
     parser.add_argument(
@@ -54,6 +59,7 @@ def bench_command(args: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
+    from dynamic_transformers.evaluation.exported import trained_precision
     from dynamic_transformers.evaluation.harness import render_table, run_benchmarks
 
     result = run_benchmarks(
@@ -67,6 +73,7 @@ def bench_command(args: argparse.Namespace) -> None:
         selection_rule=args.selection_rule,
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=args.dtype or trained_precision(args.model_path),
     )
     add_results(file, result, model)
     Console().print(render_table(result))

@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import dynamic_transformers.models  # noqa: F401  (registers the routed models)
+from dynamic_transformers.manifest import MANIFEST, read_manifest
 from dynamic_transformers.settings import UserError
 
 NAMES_SHOWN = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_config(model_dir: Path) -> PreTrainedConfig:
@@ -33,14 +35,22 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
         raise UserError(f"{model_dir}: {str(error).splitlines()[0]}") from error
 
 
+def trained_precision(model_dir: Path) -> str:
+    """`system.precision` of the run that an exported model is of; fp32 where nothing says so."""
+    if not (model_dir / MANIFEST).is_file():
+        return "fp32"
+    return read_manifest(model_dir).get("run_config", {}).get("system.precision", "fp32")
+
+
 def load_model(
-    model_dir: Path, config: PreTrainedConfig | None = None, device: str | None = None
+    model_dir: Path, config: PreTrainedConfig | None = None, device: str | None = None, dtype: str = "fp32"
 ) -> PreTrainedModel:
-    """An exported model, in fp32 and eval mode.
+    """An exported model in eval mode.
 
     Args:
         config: in place of the one in the folder.
         device: None: the GPU when there is one.
+        dtype: of its weights, fp32 or bf16; what scores tokens is in fp32 in either.
 
     Raises:
         UserError: the folder holds no model, its weights are damaged, or they are not those of the model:
@@ -53,7 +63,7 @@ def load_model(
             model, report = loader.from_pretrained(
                 model_dir,
                 config=config,
-                dtype=torch.float32,
+                dtype=DTYPES[dtype],
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )

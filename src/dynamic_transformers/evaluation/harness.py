@@ -7,12 +7,13 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Config
 
 from dynamic_transformers.evaluation.exported import load_config, load_model, log_level
 from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
@@ -42,11 +43,9 @@ def run_benchmarks(
     selection_rule: str | None = None,
     confirm_run_unsafe_code: bool = False,
     device: str = "cpu",
+    dtype: str = "fp32",
 ) -> dict[str, Any]:
     """Evaluate an exported model with lm-eval.
-
-    HFLM pads likelihood requests on the right without a mask, so scores do not depend on the batch only
-    where the selection is causal.
 
     Args:
         model_dir: a folder that `export` wrote.
@@ -56,11 +55,12 @@ def run_benchmarks(
         num_fewshot: examples in front of each question; None: the task's own. Tasks that fix 0 keep it.
         selection_rule: replaces the routed model's own rule.
         confirm_run_unsafe_code: consent to run code that the model writes (humaneval, mbpp).
+        dtype: of the model's weights, fp32 or bf16; likelihoods are computed in fp32.
 
     Returns:
-        `{"results": lm-eval's results, "config": how they were made, "configs": the same by task}`, with the
-        few-shot examples that lm-eval really gave. `config["causal"]` is False, and `config["label"]` says
-        so, exactly when the selection rule looks at the future (`topk`).
+        `{"results": lm-eval's results, "config": how they were made, "configs": the same by task, "realised":
+        what was computed, by task}`, with the few-shot examples that lm-eval really gave. `config["causal"]`
+        is False, and `config["label"]` says so, exactly when the selection rule looks at the future (`topk`).
 
     Raises:
         UserError: lm-eval is missing, no such model, task or data folder, no consent, an impossible
@@ -68,7 +68,8 @@ def run_benchmarks(
     """
     try:
         from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models import huggingface
+
+        from dynamic_transformers.evaluation.language_model import CountingLM
     except ModuleNotFoundError as error:
         raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
     config = load_config(model_dir)
@@ -80,18 +81,12 @@ def run_benchmarks(
     specs = expand_tasks(tasks, data_dir)
     with log_level("lm_eval", logging.WARNING), _bars_on_terminals_only():
         manager, loaded = _load_tasks(specs, confirm_run_unsafe_code)
-        model = load_model(model_dir, config, device)
+        model = load_model(model_dir, config, device, dtype)
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         # HFLM warns that it did not load the model itself, which is meant.
         with log_level("lm_eval.models.huggingface", logging.ERROR):
-            hflm: Any = huggingface.HFLM  # its registration decorator hides the signature
-            lm = hflm(
-                pretrained=model,
-                tokenizer=tokenizer,
-                backend="causal",
-                batch_size=batch_size,
-                max_length=max(config.max_position_embeddings, SHORTEST_CONTEXT),
-            )
+            context = max(model.config.max_position_embeddings, SHORTEST_CONTEXT)
+            lm = CountingLM(model, tokenizer, batch_size, context)
         output: Any = simple_evaluate(
             model=lm,
             tasks=loaded,
@@ -118,6 +113,7 @@ def run_benchmarks(
         "batch_size": batch_size,
         "limit": limit,
         "seed": seed,
+        "dtype": dtype,
         "selection_rule": rule,
         "causal": causal,
         "label": None if causal else NON_CAUSAL_LABEL,
@@ -126,11 +122,20 @@ def run_benchmarks(
         "results": results,
         "config": {"tasks": tasks, "num_fewshot": shots, **made},
         "configs": {task: {"num_fewshot": n, **made} for task, n in shots.items()},
+        "realised": {
+            task: json.loads(json.dumps(asdict(counts.realised(model.config))))  # layers become text
+            for task, counts in lm.counts.items()
+            if isinstance(model.config, Qwen2Config)
+        },
     }
 
 
 def render_table(result: dict[str, Any]) -> Table:
-    """Table of task × metric with standard errors, from what `run_benchmarks` returns."""
+    """Table of task × metric with standard errors, from what `run_benchmarks` returns.
+
+    And what was computed: of a routed model the mean fraction of tokens over its routed layers, with its
+    standard deviation over rows.
+    """
     table = Table("task", "metric", title=result["config"]["label"])
     table.add_column("value", justify="right")
     table.add_column("± stderr", justify="right")
@@ -146,6 +151,12 @@ def render_table(result: dict[str, Any]) -> Table:
                 f"{value:.4f}" if isinstance(value, float) else str(value),
                 f"{error:.4f}" if isinstance(error, float) else "",
             )
+        if realised := result["realised"].get(task):
+            if fraction := realised["fraction"]:
+                table.add_row(
+                    task, "tokens routed (sd over rows)", f"{fraction['mean']:.4f} ({fraction['sd']:.4f})"
+                )
+            table.add_row(task, "forward FLOPs per token", f"{realised['forward_flops_per_token']:.4g}")
     return table
 
 

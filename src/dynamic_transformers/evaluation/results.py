@@ -60,7 +60,7 @@ def add_results(path: Path, result: dict[str, Any], model: dict[str, str]) -> No
     """
     with sole_writer(path, wait=True):
         before = read_results(path, model)
-        for part in ("results", "configs"):
+        for part in ("results", "configs", "realised"):
             result = result | {part: before.get(part, {}) | result[part]}
         write_json(path, {"model": model, **result})
 

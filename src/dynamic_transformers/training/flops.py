@@ -1,14 +1,16 @@
 """Analytic FLOPs per token (architectures.md, section 9).
 
 Conventions: one multiply-add is 2 FLOPs; matrix products only (norms, activations, softmax and embedding
-look-ups are not counted); attention scores are counted for all T×T pairs, without a discount for causality
-or documents; recomputation under gradient checkpointing is not counted; work that a routed layer skips is
-not counted. A fraction f averaged over rows enters the scores as f², which leaves out how far rows differ:
-with a standard deviation of 0.05 around 0.5, 1 % of a routed layer's scores. Checked against
+look-ups are not counted); attention scores are counted for all pairs of a row's computed tokens (T×T in a
+dense layer, k×k in a routed one that computes k of them), without a discount for causality or documents;
+recomputation under gradient checkpointing is not counted; work that a routed layer skips is not counted.
+Rows that differ in k enter with their own k²: `realised.py` sums them. Checked against
 `torch.utils.flop_counter.FlopCounterMode` on the real modules.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from transformers import Qwen2Config
 
@@ -39,43 +41,44 @@ class FlopAccount(dict[str, float]):
 
 
 def block_flops(
-    config: Qwen2Config, length: int, fraction: float = 1.0, keys: float | None = None
+    config: Qwen2Config, length: float, fraction: float = 1.0, keys: float | None = None
 ) -> FlopAccount:
     """Forward FLOPs of one decoder layer, per token of a row of `length` tokens with `fraction` computed.
 
     Args:
-        keys: fraction of the row's tokens that a computed one is compared with; None: those computed.
+        keys: how many tokens a computed one is compared with, on average; None: those computed.
     """
     d, heads = config.hidden_size, config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
     head_dim = getattr(config, "head_dim", None) or d // heads
     return FlopAccount(
         qkvo=fraction * 2 * d * head_dim * (2 * heads + 2 * kv_heads),
-        scores=fraction * (fraction if keys is None else keys) * 4 * length * heads * head_dim,
+        scores=fraction * (fraction * length if keys is None else keys) * 4 * heads * head_dim,
         mlp=fraction * 6 * d * config.intermediate_size,
     )
 
 
 def forward_flops(
     config: Qwen2Config,
-    length: int,
-    fractions: dict[int, float] | None = None,
-    cached: dict[int, float] | None = None,
+    length: float,
+    fractions: Mapping[int, float] | None = None,
+    keys: Mapping[int, float] | None = None,
 ) -> FlopAccount:
     """FLOPs per token of one forward in eval mode, by component.
 
     Args:
         config: of any of the four architectures.
-        length: T, tokens of a row; for a cached step the past ones and the present one.
+        length: T, tokens of a row, on average over tokens; for a cached step the past ones and the present.
         fractions: measured routed fraction by layer; missing layers take the configured capacity.
-        cached: for a cached step of one token, the fraction of the row's tokens that each routed layer's
-            cache then holds; `fractions` says whether, or how often, the present token was selected.
+        keys: by routed layer, how many tokens a computed one is compared with, on average over computed
+            tokens: Σk²/Σk of rows that compute k tokens, or what the cache holds in a cached step. Missing
+            layers take fraction·T, which is right where all rows compute the same fraction.
     """
     account = FlopAccount(embeddings=0.0, lm_head=2.0 * config.hidden_size * config.vocab_size)
     for layer in range(config.num_hidden_layers):
         fraction = layer_fraction(config, layer, fractions)
-        keys = (cached or {}).get(layer)
-        account.add(block_flops(config, length, 1.0 if fraction is None else fraction, keys))
+        compared = (keys or {}).get(layer)
+        account.add(block_flops(config, length, 1.0 if fraction is None else fraction, compared))
         if fraction is not None:
             account.add(router_flops(config, training=False))
     return account
@@ -135,7 +138,7 @@ def target_fraction(config: Qwen2Config) -> float | None:
 
 
 def layer_fraction(
-    config: Qwen2Config, layer: int, fractions: dict[int, float] | None, training: bool = False
+    config: Qwen2Config, layer: int, fractions: Mapping[int, float] | None, training: bool = False
 ) -> float | None:
     """Routed fraction of a layer, the planned one where it was not measured; None for a dense one."""
     if not isinstance(config, RoutedConfig) or layer not in config.routed_layers:

@@ -195,7 +195,8 @@ def observers_of(
             tracker.log(progress.step, done | line)
 
     def measure() -> HeldoutResult:
-        return evaluate_heldout(state.plain, validation, settings.data.batch_size)
+        with accelerator.autocast():
+            return evaluate_heldout(state.plain, validation, settings.data.batch_size)
 
     def save() -> None:
         if main:
