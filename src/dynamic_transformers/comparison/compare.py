@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from dynamic_transformers.comparison.plots import write_plots
 from dynamic_transformers.comparison.report import render_report
 from dynamic_transformers.comparison.statistics import group_key, group_runs
 from dynamic_transformers.comparison.tables import render_table
-from dynamic_transformers.evaluation.efficiency import measure_side_by_side
-from dynamic_transformers.evaluation.evaluate import PROMPT
+from dynamic_transformers.evaluation.efficiency import (
+    Prompt,
+    Subject,
+    in_tokens_of,
+    measure_side_by_side,
+)
+from dynamic_transformers.evaluation.evaluate import PROMPTS
 from dynamic_transformers.evaluation.routing_page import PICTURE
 from dynamic_transformers.manifest import (
     digest,
@@ -42,12 +48,16 @@ NUMBERS = (
 OTHER_KEYS = (
     "seed",
     "eval.causal",
+    "eval.dtype",
+    "eval.domains",
     "eval.selection_rule",
     "bench",
     "bench_stderr",
     "efficiency.decode_tokens_per_second",
     "efficiency.kv_bytes_per_token",
+    "efficiency.mean_routed_fraction",
     "efficiency.routed_fraction",
+    "efficiency.timed_routed_fraction",
     "history",
     "model_dir",
     "mlflow_run_id",
@@ -119,20 +129,32 @@ def fill(
 
 
 def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path]) -> None:
-    """Put each model's speed, measured side by side, into its run.
+    """Put each model's speed into its run, measured beside that of the standard model on the same text.
 
     Raises:
         UserError: an evaluation's model is not among `models`.
     """
     by_digest = {read_manifest(model, "export")["digest"]: model for model in models}
-    folders, prompts = [], []
     for folder, run in loaded:
         if run.get("model_digest") not in by_digest:
             raise UserError(f"{folder}: its model is not among {', '.join(map(str, models))}")
-        folders.append(by_digest[run["model_digest"]])
-        prompts.append(json.loads((folder / PROMPT).read_text(encoding="utf-8")))
-    for (_, run), speed in zip(loaded, measure_side_by_side(folders, prompts), strict=True):
-        run["efficiency"] |= dataclasses.asdict(speed)
+    # The standard model of the lowest seed first, else the first run.
+    order = sorted(loaded, key=lambda entry: (entry[1]["architecture"] != "standard", entry[1]["seed"]))
+    folder, first = order[0]
+    prompts = [Prompt(**prompt) for prompt in json.loads((folder / PROMPTS).read_text(encoding="utf-8"))]
+    subjects = []
+    for _, run in order:
+        model = by_digest[run["model_digest"]]
+        # A split is packed in tokens: where it is the same, so is the tokenizer.
+        same = run["reference"]["test_sha256"] == first["reference"]["test_sha256"]
+        given = (
+            prompts
+            if same
+            else in_tokens_of(AutoTokenizer.from_pretrained(model, trust_remote_code=False), prompts)
+        )
+        subjects.append(Subject(model, run["eval"]["dtype"], given))
+    for (_, run), speed in zip(order, measure_side_by_side(subjects[0], subjects[1:]), strict=True):
+        run["efficiency"] |= json.loads(json.dumps(dataclasses.asdict(speed)))  # layers become text
 
 
 def tracked_runs(output_dir: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from dynamic_transformers.data.loading import load_split, load_tokenizer, verify_split
+from dynamic_transformers.data.loading import load_split, load_tokenizer, source_names, verify_split
+from dynamic_transformers.evaluation.efficiency import choose_prompts, kv_bytes_per_token
 from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.evaluation.results import RESULTS, identity
@@ -25,13 +27,13 @@ from dynamic_transformers.manifest import (
 from dynamic_transformers.models import RoutedConfig
 from dynamic_transformers.settings import Settings
 from dynamic_transformers.tracking import METRICS, RunTracker, reopened, send_rest
-from dynamic_transformers.training.flops import forward_flops, target_fraction
+from dynamic_transformers.training.flops import target_fraction
 from dynamic_transformers.training.heldout import evaluate_heldout
 
 logger = logging.getLogger("dynamic_transformers")
 
 ROUTING_TOKENS = 128  # of the test split, shown on the routing page
-PROMPT = "prompt.json"  # token ids of a test block, for the measurement of speed
+PROMPTS = "prompts.json"  # of the test split, for the measurement of speed
 
 
 def evaluate(
@@ -73,12 +75,19 @@ def fill(
     model_manifest = read_manifest(model_dir, "export")
     data_manifest = read_manifest(data_dir, "prepare_data")
     options = settings.evaluation
-    model = load_model(model_dir)
+    dtype = options.dtype or settings.system.precision
+    model = load_model(model_dir, dtype=dtype)
     assert isinstance(model.config, Qwen2Config)
     verify_split(data_dir, "test")
-    test = load_split(data_dir, "test")
-    heldout = evaluate_heldout(model, test, options.batch_size)
+    test, tokenizer = load_split(data_dir, "test"), load_tokenizer(data_dir)
+    heldout = evaluate_heldout(model, test, options.batch_size, source_names(data_dir))
     logger.info("test loss %.4f nats/token, %.4f bits/byte", heldout.loss, heldout.bits_per_byte)
+    kv_bytes = kv_bytes_per_token(model, test, options.batch_size)
+    if isinstance(model.config, RoutedConfig):
+        ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
+        write_routing(trace_routing(model, tokenizer, ids), output)
+    config, device = model.config, model.device.type
+    del model  # the benchmarks load their own
     bench = run_benchmarks(
         model_dir,
         options.tasks,
@@ -88,11 +97,14 @@ def fill(
         num_fewshot=options.num_fewshot,
         seed=settings.run.seed,
         confirm_run_unsafe_code=options.confirm_run_unsafe_code,
-        device=model.device.type,
+        device=device,
+        dtype=dtype,
     )
     metrics, errors = split_results(bench["results"])
+    for task, of_task in bench["realised"].items():
+        metrics.setdefault(task, {}).update(realised_figures(of_task))
     train_fraction = {int(k): v for k, v in model_manifest["train_routed_fraction"].items()}
-    length = data_manifest["block_size"]
+    realised = heldout.realised
     result = {
         "schema_version": 1,
         "architecture": model_manifest["architecture"],
@@ -106,6 +118,11 @@ def fill(
             "bits_per_byte": heldout.bits_per_byte,
             "causal": bench["config"]["causal"],
             "selection_rule": bench["config"]["selection_rule"],
+            "dtype": dtype,
+            "domains": {
+                name: {"loss": domain.loss, **dataclasses.asdict(domain.realised)}
+                for name, domain in heldout.domains.items()
+            },
         },
         "reference": {
             "unigram_loss": data_manifest["unigram_loss"]["test"],
@@ -114,16 +131,19 @@ def fill(
         "bench": metrics,
         "bench_stderr": errors,
         "efficiency": {
-            "forward_flops_per_token": forward_flops(model.config, length, heldout.routed_fraction).total(),
+            "forward_flops_per_token": realised.forward_flops_per_token,
+            "kv_bytes_per_token": kv_bytes,
+            "mean_routed_fraction": realised.fraction and dataclasses.asdict(realised.fraction),
             "routed_fraction": {
                 str(layer): {
-                    "target": target_fraction(model.config),
+                    "target": target_fraction(config),
                     "train": train_fraction.get(layer),
-                    "eval": fraction,
+                    "eval": spread.mean,
+                    "eval_sd": spread.sd,
                     "gate_mean": heldout.gate_mean[layer],
                     "gate_std": heldout.gate_std[layer],
                 }
-                for layer, fraction in heldout.routed_fraction.items()
+                for layer, spread in realised.layers.items()
             },
         },
         "history": [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
@@ -134,11 +154,16 @@ def fill(
     }
     write_json(output / "evaluation.json", result)
     write_json(output / RESULTS, {"model": identity(model_dir), **bench})
-    write_json(output / PROMPT, test[0]["input_ids"].tolist())
-    if isinstance(model.config, RoutedConfig):
-        ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
-        write_routing(trace_routing(model, load_tokenizer(data_dir), ids), output)
+    write_json(output / PROMPTS, [vars(prompt) for prompt in choose_prompts(test, tokenizer)])
     return result
+
+
+def realised_figures(realised: dict[str, Any]) -> dict[str, float]:
+    """What was computed for a task, beside its scores: `run_benchmarks` returns it in full."""
+    figures = {"forward_flops_per_token": realised["forward_flops_per_token"]}
+    if fraction := realised["fraction"]:
+        figures |= {"routed_fraction": fraction["mean"], "routed_fraction_sd": fraction["sd"]}
+    return figures
 
 
 def comparison_of(settings: Settings) -> str:
@@ -175,6 +200,10 @@ def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict, 
     figures = {"test/loss": result["eval"]["loss"], "test/bits_per_byte": result["eval"]["bits_per_byte"]}
     for task, metrics in result["bench"].items():
         figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
+    for source, domain in result["eval"]["domains"].items():
+        figures[f"test/{source}/loss"] = domain["loss"]
+        if domain["fraction"]:
+            figures[f"test/{source}/routed_fraction"] = domain["fraction"]["mean"]
     figures["efficiency/forward_flops_per_token"] = result["efficiency"]["forward_flops_per_token"]
     tracker.log_final(result["training_tokens"], figures)
     for path in (tracker.run_dir / "config.yaml", tracker.run_dir / "manifest.json"):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamic_transformers.training.losses import token_losses
-from dynamic_transformers.training.realised import SelectionCounts
+from dynamic_transformers.training.realised import SelectionCounts, selections
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -146,8 +146,3 @@ class CountingLM(HFLM):
 
     def _count(self, selected: dict[int, torch.Tensor], valid: torch.Tensor) -> None:
         self.counts.setdefault(self._task, SelectionCounts()).add(selected, valid)
-
-
-def selections(output: Any) -> dict[int, torch.Tensor]:
-    """Routed layer → which tokens a forward computed, (B, T) bool; empty for a model that routes nothing."""
-    return {layer: result.selected for layer, result in (getattr(output, "routing", None) or {}).items()}

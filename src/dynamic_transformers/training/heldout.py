@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Qwen2Config
 
 from dynamic_transformers.data.loading import IGNORED, batches_of, domains_of
 from dynamic_transformers.training.losses import token_losses
-from dynamic_transformers.training.realised import Realised, SelectionCounts
+from dynamic_transformers.training.realised import Realised, SelectionCounts, selections
 
 
 @dataclass
@@ -101,10 +101,8 @@ def measure(
         losses, _ = token_losses(model, outputs.last_hidden_state[:, :-1][present], labels[:, 1:][present])
         nats.index_add_(0, of[:, 1:][present], losses.double())
         targets.index_add_(0, of[:, 1:][present], torch.ones_like(losses, dtype=torch.float64))
-        routing = getattr(outputs, "routing", None) or {}
-        selected = {layer: result.selected for layer, result in routing.items()}
-        counts.add(selected, torch.ones_like(ids, dtype=torch.bool), of)
-        for layer, result in routing.items():
+        counts.add(selections(outputs), torch.ones_like(ids, dtype=torch.bool), of)
+        for layer, result in (getattr(outputs, "routing", None) or {}).items():
             gate = result.gate.double()
             moments = torch.stack([gate.mean(), gate.square().mean()])
             sums[layer] = sums.get(layer, 0) + len(ids) * moments

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Qwen2Config
@@ -113,6 +114,11 @@ class SelectionCounts:
             _spread(chosen.mean(0), part) if self._layers else None,
             {layer: _spread(counts, part) for layer, counts in zip(self._layers, chosen, strict=True)},
         )
+
+
+def selections(output: Any) -> dict[int, torch.Tensor]:
+    """Routed layer → which tokens a forward computed, (B, T) bool; empty for a model that routes nothing."""
+    return {layer: result.selected for layer, result in (getattr(output, "routing", None) or {}).items()}
 
 
 def _spread(selected: torch.Tensor, tokens: torch.Tensor) -> Spread:
