@@ -32,9 +32,20 @@ def make_run(
             "target": capacity,
             "train": capacity + rng.gauss(0, 0.001),
             "eval": capacity * (1 + rng.uniform(-0.08, 0.08)) if causal else capacity,
+            "eval_sd": 0.3 * capacity,
         }
         for layer in range(1, LAYERS, 2)
         if routed
+    }
+    domains = {
+        name: {
+            "loss": loss + difference,
+            "tokens": 20_000,
+            "forward_flops_per_token": 5.43e6 * flops_ratio * (1 + 0.1 * difference),
+            "fraction": {"mean": capacity * (1 - 0.8 * difference), "sd": 0.1 * capacity} if routed else None,
+            "layers": {},
+        }
+        for name, difference in (("prose", 0.4), ("code", 0.1), ("math", -0.9))
     }
     history: list[dict[str, float]] = []
     for step in range(10, 401, 10):
@@ -56,10 +67,21 @@ def make_run(
             "bits_per_byte": loss / math.log(2) / 2.9,
             "causal": causal,
             "selection_rule": rule if routed else None,
+            "dtype": "fp32",
+            "domains": domains,
         },
         "reference": {"unigram_loss": UNIGRAM, "test_sha256": "a" * 64},
         "bench": {
-            "dt_cloze": {"acc": 0.34 + rng.gauss(0, 0.03), "acc_norm": 0.36},
+            "dt_cloze": {
+                "forward_flops_per_token": 5.2e6 * flops_ratio,
+                **(
+                    {"routed_fraction": 0.9 * capacity, "routed_fraction_sd": 0.2 * capacity}
+                    if routed
+                    else {}
+                ),
+                "acc": 0.34 + rng.gauss(0, 0.03),
+                "acc_norm": 0.36,
+            },
             "dt_arithmetic": {"acc": 0.27 + rng.gauss(0, 0.03)},
             "dt_perplexity_prose": {"bits_per_byte": 2.31 - gain, "word_perplexity": 8123.4},
             "dt_perplexity_code": {"bits_per_byte": 1.62 - gain, "word_perplexity": 4321.0},
@@ -71,6 +93,10 @@ def make_run(
             "prefill_tokens_per_second": 10_400 * speed * (1 + rng.gauss(0, 0.02)),
             "decode_tokens_per_second": 212 * (1 + rng.gauss(0, 0.03)),
             "kv_bytes_per_token": 4096 * kv,
+            "mean_routed_fraction": {"mean": capacity, "sd": 0.3 * capacity} if routed else None,
+            "timed_routed_fraction": {
+                work: {layer: 1.04 * capacity for layer in fractions} for work in ("prefill", "decode")
+            },
             "routed_fraction": fractions,
         },
         "history": history,

@@ -96,6 +96,17 @@ def test_second_call_returns_the_finished_report(four, tmp_path):
     assert "4.011" in (compare(folders, tmp_path / "report") / "report.html").read_text()
 
 
+def test_a_speed_at_another_fraction_is_marked_and_told(tmp_path):
+    run = make_run("stt")
+    for work in run["efficiency"]["timed_routed_fraction"].values():
+        work |= dict.fromkeys(work, 0.0)
+    folders = write_runs(tmp_path / "in", [make_run("standard"), run])
+    html = (compare(folders, tmp_path / "report") / "report.html").read_text()
+    assert "times its prefill speed †" in html  # summary
+    assert html.count("† STT: timed decoding computed 0.000 of the tokens") == 2  # warnings, caption
+    assert "test split: math" in html and "dt_cloze" in html
+
+
 def test_unequal_work_is_said_plainly(tmp_path):
     folders = write_runs(tmp_path / "in", [make_run("standard"), make_run("mod", flops=1.4e13)])
     html = (compare(folders, tmp_path / "report") / "report.html").read_text()

@@ -10,9 +10,12 @@ from dynamic_transformers.comparison.statistics import group_runs, mean_interval
 from dynamic_transformers.comparison.tables import (
     LOSS_HEADER,
     TERMINAL_HEADERS,
+    bench_table,
     bench_value,
     headline_metric,
     main_table,
+    realised_table,
+    render_realised_table,
     render_table,
     si,
     with_interval,
@@ -77,7 +80,16 @@ def test_terminal_table_fits_80_columns_and_cuts_nothing():
     assert text.index("Standard") < text.index("MoD") < text.index("SDT") < text.index("STT")
     for part in ("non-causal", "upper bound", "3 seeds", "unigram", "±0.002"):
         assert part in text
-    assert set(TERMINAL_HEADERS) == set(main_table(runs).headers) - {"architecture", "seeds"}
+    assert set(main_table(runs).headers) - set(TERMINAL_HEADERS) == {
+        "architecture",
+        "seeds",
+        "forward FLOPs/token",
+    }
+    console = Console(width=80, file=io.StringIO())
+    console.print(render_realised_table({"schema_version": 1, "runs": runs[:12]}))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert "test split: math" in text and "(0.013)" in text  # the spread over rows
 
 
 def test_standard_error_does_not_shrink_with_seeds():
@@ -92,3 +104,61 @@ def test_headline_metric():
     assert headline_metric(["word_perplexity", "bits_per_byte"]) == "bits_per_byte"
     assert headline_metric(["acc_norm", "acc"]) == "acc"
     assert headline_metric(["bleu"]) is None
+
+
+def test_what_is_computed_stands_beside_each_text():
+    headers, rows = realised_table([make_run("standard"), make_run("sdt")])
+    assert headers == ["text", "Standard: FLOPs/token", "SDT: routed (sd)", "SDT: FLOPs/token"]
+    found = {text: cells for text, *cells in rows}
+    domains = [f"test split: {name}" for name in ("prose", "code", "math")]
+    assert list(found) == ["test split", *domains, "dt_cloze"]
+    assert found["test split"] == ["5.43 M", "0.500 (0.150)", "4.24 M"]
+    assert found["test split: math"][1] == "0.860 (0.050)"
+    assert found["dt_cloze"] == ["5.20 M", "0.450 (0.100)", "4.06 M"]
+    assert "routed_fraction" not in {metric for _, metric, *_ in bench_table([make_run("sdt")])[1]}
+    assert render_realised_table({"runs": [make_run("standard")]}) is None
+
+
+def timed_at(architecture, prefill, decode, target=None):
+    """A run whose timed forwards computed these fractions in each routed layer."""
+    run = make_run(architecture)
+    efficiency = run["efficiency"]
+    for layer in efficiency["routed_fraction"].values():
+        layer["target"] = target or layer["target"]
+    efficiency["timed_routed_fraction"] = {
+        work: dict.fromkeys(efficiency["routed_fraction"], fraction)
+        for work, fraction in (("prefill", prefill), ("decode", decode))
+    }
+    return run
+
+
+@pytest.mark.parametrize(
+    ("fraction", "off"), [(0.0, True), (1.0, True), (0.39, True), (0.41, False), (0.59, False), (0.61, True)]
+)
+def test_speeds_timed_at_another_fraction_are_marked(fraction, off):
+    """STT's capacity, and its fraction of the test split, is 0.5."""
+    table = main_table([make_run("standard"), timed_at("stt", prefill=0.5, decode=fraction)])
+    assert cell(table, "STT", "routed, timed") == f"{fraction:.3f}"
+    assert cell(table, "STT", "decode tok/s").endswith(" †") == off
+    sentences = [sentence for sentence in table.caption if sentence.startswith("† STT: timed decoding")]
+    assert len(sentences) == off
+    assert (
+        not off
+        or f"computed {fraction:.3f} of the tokens in routed layers, the test split 0.500" in sentences[0]
+    )
+    assert "†" not in cell(table, "STT", "prefill tok/s ratio") + cell(table, "Standard", "decode tok/s")
+
+
+def test_prefill_is_marked_by_itself_and_full_capacity_is_no_fault():
+    table = main_table([make_run("standard"), timed_at("stt", prefill=0.1, decode=0.5)])
+    assert cell(table, "STT", "prefill tok/s ratio").endswith(" †")
+    assert "†" not in cell(table, "STT", "decode tok/s")
+    table = main_table([make_run("standard"), timed_at("stt", prefill=1.0, decode=1.0, target=1.0)])
+    assert "†" not in "".join([*table.caption, *table.rows[1].cells])
+
+
+def test_runs_of_different_precision_are_told():
+    runs = [make_run("standard"), make_run("mod")]
+    assert "precisions" not in " ".join(main_table(runs).caption)
+    runs[1]["eval"]["dtype"] = "bf16"
+    assert "evaluated in different precisions (bf16, fp32)" in " ".join(main_table(runs).caption)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from dynamic_transformers.comparison.plots import write_plots
 from dynamic_transformers.comparison.report import render_report
 from dynamic_transformers.comparison.statistics import group_key, group_runs
-from dynamic_transformers.comparison.tables import render_table
+from dynamic_transformers.comparison.tables import render_realised_table, render_table
 from dynamic_transformers.evaluation.efficiency import (
     Prompt,
     Subject,
@@ -173,6 +173,8 @@ def print_comparison(output_dir: Path) -> None:
     console = Console()
     comparison = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))
     console.print(render_table(comparison))
+    if (realised := render_realised_table(comparison)) is not None:
+        console.print("", realised)
     console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 

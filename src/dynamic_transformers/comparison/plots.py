@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dynamic_transformers.comparison.realised import marked
 from dynamic_transformers.comparison.statistics import Group, Run, baseline_of, group_runs, lookup, ratio_to
 from dynamic_transformers.comparison.tables import bench_tasks, bench_value, headline_metric
 
@@ -167,10 +168,10 @@ def plot_efficiency(groups: Sequence[Group]) -> Figure:
                 "facecolor": "white",
                 "edgecolor": "none",
                 "pad": 0.5,
-            }  # keeps the line at 1 out of the number
-            panel.annotate(
-                f"{ratio.mean:.2f}", (x, top), (0, 4), textcoords="offset points", ha="center", bbox=box
-            )
+            }  # keeps the line at 1 out of the text
+            work = key.removeprefix("efficiency.").removesuffix("_tokens_per_second")
+            text = marked(f"{ratio.mean:.2f}", group, work)
+            panel.annotate(text, (x, top), (0, 4), textcoords="offset points", ha="center", bbox=box)
             tops.append(top)
     panel.axhline(1, color=COLOURS["standard"], lw=1.3)
     panel.set_ylim(0, 1.14 * max(tops))
@@ -186,7 +187,7 @@ def plot_efficiency(groups: Sequence[Group]) -> Figure:
 
 
 def plot_routed_fraction(groups: Sequence[Group]) -> Figure:
-    """Target, training and evaluation fractions of selected tokens per routed layer."""
+    """Target, training and evaluation fractions of selected tokens per routed layer; spread over rows."""
     routed = [group for group in groups if any(_fractions(run) for run in group.runs)]
     if not routed:
         return _message("No routed layers in these models.")
@@ -202,13 +203,23 @@ def plot_routed_fraction(groups: Sequence[Group]) -> Figure:
             for layer, fraction in _fractions(run).items():
                 x = place[int(layer)]
                 # Null becomes NaN, which matplotlib leaves out.
-                target, train, evaluation = (
+                target, train, evaluation, spread = (
                     math.nan if (value := fraction[name]) is None else value
-                    for name in ("target", "train", "eval")
+                    for name in ("target", "train", "eval", "eval_sd")
                 )
                 panel.plot([x - 0.38, x + 0.38], [target] * 2, color="black", lw=2, zorder=2)
                 panel.plot([x - 0.16], [train], "o", mfc="white", mec=colour, mew=1.6, ms=7, zorder=3)
-                panel.plot([x + 0.16], [evaluation], "o", color=colour, alpha=0.8, ms=7, zorder=3)
+                panel.errorbar(
+                    x + 0.16,
+                    evaluation,
+                    spread,
+                    fmt="o",
+                    color=colour,
+                    alpha=0.8,
+                    ms=7,
+                    elinewidth=1,
+                    zorder=3,
+                )
         every = math.ceil(len(layers) / 12)
         panel.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
         panel.set_xlim(-0.6, len(layers) - 0.4)
@@ -225,8 +236,9 @@ def plot_routed_fraction(groups: Sequence[Group]) -> Figure:
         Line2D([], [], color="black", lw=2, label="target"),
         Line2D([], [], marker="o", mfc="white", mec="#555555", mew=1.6, ms=7, ls="", label="training"),
         Line2D([], [], marker="o", color="#555555", ms=7, ls="", label="evaluation"),
+        Line2D([], [], color="#555555", lw=1, label="standard deviation over rows"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
 

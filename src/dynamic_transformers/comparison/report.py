@@ -10,10 +10,12 @@ from typing import Any
 import jinja2
 
 from dynamic_transformers.comparison.plots import CHANCE, SMOOTHING
+from dynamic_transformers.comparison.realised import MARK, marked, timing_warnings
 from dynamic_transformers.comparison.statistics import (
     EQUAL_WORK_TOLERANCE,
     NAMES,
     NON_CAUSAL,
+    ROUTED_FRACTION_TOLERANCE,
     Group,
     Run,
     baseline_of,
@@ -26,7 +28,14 @@ from dynamic_transformers.comparison.statistics import (
     separated,
     warnings,
 )
-from dynamic_transformers.comparison.tables import ABSENT, bench_table, main_table, with_interval
+from dynamic_transformers.comparison.tables import (
+    ABSENT,
+    bench_table,
+    main_table,
+    realised_table,
+    with_interval,
+)
+from dynamic_transformers.evaluation.efficiency import DECODED_TOKENS, PROMPTS
 
 TEMPLATE_DIR = Path(__file__).parent
 
@@ -52,13 +61,19 @@ def render_report(
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     bench_headers, bench_rows = bench_table(runs)
+    realised_headers, realised_rows = realised_table(runs)
     return environment.get_template("report.html.j2").render(
         title=title,
         summary=summary(runs),
-        warnings=warnings(runs),
+        warnings=[*warnings(runs), *timing_warnings(group_runs(runs))],
         table=main_table(runs),
         bench_headers=bench_headers,
         bench_rows=bench_rows,
+        realised_headers=realised_headers,
+        realised_rows=realised_rows,
+        mark=MARK,
+        decoded_tokens=DECODED_TOKENS,
+        prompts=PROMPTS,
         plots={name: _data_uri(path) for name, path in plots.items()},
         routing={name: _data_uri(path) for name, path in routing.items()},
         smoothing=SMOOTHING,
@@ -67,6 +82,7 @@ def render_report(
         has_stt=any(run["architecture"] == "stt" for run in runs),
         non_causal=NON_CAUSAL,
         tolerance=f"{100 * EQUAL_WORK_TOLERANCE:.0f} %",
+        tolerance_routed=f"{100 * ROUTED_FRACTION_TOLERANCE:.0f} %",
         lineage=[_lineage(run, manifest) for run, manifest in zip(runs, manifests, strict=True)],
         packages=_packages(runs, manifests),
     )
@@ -87,7 +103,7 @@ def summary(runs: Sequence[Run]) -> str:
             speed = ratio_to(group, baseline, "efficiency.prefill_tokens_per_second")
             assert flops is not None and speed is not None
             sentence += f", with {flops.mean:.2f} times its forward FLOPs per token"
-            sentence += f" and {speed.mean:.2f} times its prefill speed"
+            sentence += marked(f" and {speed.mean:.2f} times its prefill speed", group, "prefill")
         sentences.append(sentence + ".")
     unigram = mean_interval([run["reference"]["unigram_loss"] for run in runs])
     assert unigram is not None

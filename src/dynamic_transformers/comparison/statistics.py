@@ -50,9 +50,11 @@ class Group:
 
 
 def lookup(run: Run, key: str) -> Any:
-    """Value at a dotted path (`eval.loss`) of a run."""
+    """Value at a dotted path (`eval.loss`) of a run; None where the path ends earlier in a null."""
     value: Any = run
     for part in key.split("."):
+        if value is None:
+            return None
         value = value[part]
     return value
 
@@ -166,6 +168,11 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     if len({run["reference"]["test_sha256"] for run in runs}) > 1:
         found.append(
             "The runs were not all tested on the same split: differences of loss include differences of data."
+        )
+    if len(precisions := sorted({run["eval"]["dtype"] for run in runs})) > 1:
+        found.append(
+            f"The runs were evaluated in different precisions ({', '.join(precisions)}), which changes "
+            "losses, speeds and KV bytes."
         )
     groups = group_runs(runs)
     if single := [group.label for group in groups if len(group.runs) == 1]:

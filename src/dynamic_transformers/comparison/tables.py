@@ -11,6 +11,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from dynamic_transformers.comparison.realised import (
+    FIGURES,
+    computed_texts,
+    marked,
+    timed_fraction,
+    timing_warnings,
+)
 from dynamic_transformers.comparison.statistics import (
     Group,
     Interval,
@@ -27,17 +34,18 @@ from dynamic_transformers.comparison.statistics import (
 ABSENT = "–"
 SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 LOSS_HEADER = "test loss (nats/token)"
-# Eleven columns and the label have to fit a terminal of 80, or the log of a build.
+# Eleven columns and the label have to fit a terminal of 80, or the log of a build. What is computed of the
+# test split stands in a table of its own there.
 TERMINAL_HEADERS = {
     "parameters": "params",
     "training FLOPs": "train\nFLOPs",
     "training tokens": "train\ntok.",
     LOSS_HEADER: "test\nloss\nnats",
     "bits per byte": "bits/\nbyte",
-    "forward FLOPs/token": "fwd\nFLOPs\n/tok.",
     "FLOPs ratio": "FLOPs\nratio",
     "prefill tok/s ratio": "pre-\nfill\nratio",
     "decode tok/s": "dec.\ntok/s",
+    "routed, timed": "rout-\ned,\ntimed",
     "KV bytes/token": "KV B\n/tok.",
     "causal": "cau-\nsal",
 }
@@ -108,8 +116,15 @@ def main_table(runs: Sequence[dict[str, Any]]) -> MainTable:
         "bits per byte": lambda group: with_interval(group.interval("eval.bits_per_byte"), 3),
         "forward FLOPs/token": lambda group: si_interval(group.interval(flops)),
         "FLOPs ratio": lambda group: _ratio(group, baseline, flops),
-        "prefill tok/s ratio": lambda group: _ratio(group, baseline, "efficiency.prefill_tokens_per_second"),
-        "decode tok/s": lambda group: _rate(group.interval("efficiency.decode_tokens_per_second")),
+        "prefill tok/s ratio": lambda group: marked(
+            _ratio(group, baseline, "efficiency.prefill_tokens_per_second"), group, "prefill"
+        ),
+        "decode tok/s": lambda group: marked(
+            _rate(group.interval("efficiency.decode_tokens_per_second")), group, "decode"
+        ),
+        "routed, timed": lambda group: with_interval(
+            mean_interval([timed_fraction(run, "decode") for run in group.runs]), 3
+        ),
         "KV bytes/token": lambda group: _rounded(group.interval("efficiency.kv_bytes_per_token"), 0),
         "causal": lambda group: "yes" if group.causal else "no",
     }
@@ -144,6 +159,47 @@ def render_table(comparison: dict[str, Any]) -> Table:
     return table
 
 
+def realised_table(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows: what each group computed of the test split, of its domains, and of each task.
+
+    Of a routed group the fraction of tokens, with its standard deviation over rows, and FLOPs per token; of
+    another one the FLOPs.
+    """
+    groups = group_runs(runs)
+    texts = computed_texts(groups)
+    routed = [any(of_text[place].fraction for of_text in texts.values()) for place in range(len(groups))]
+    headers = ["text"]
+    for group, is_routed in zip(groups, routed, strict=True):
+        headers += [f"{group.label}: routed (sd)"] if is_routed else []
+        headers.append(f"{group.label}: FLOPs/token")
+    rows = []
+    for text, of_groups in texts.items():
+        cells = []
+        for computed, is_routed in zip(of_groups, routed, strict=True):
+            if is_routed:
+                spread = "" if computed.sd is None else f" ({computed.sd:.3f})"
+                cells.append(with_interval(computed.fraction, 3) + spread)
+            cells.append(si_interval(computed.flops))
+        rows.append([text, *cells])
+    return headers, rows
+
+
+def render_realised_table(comparison: dict[str, Any]) -> Table | None:
+    """The fractions of `realised_table` for the terminal; None where nothing is routed."""
+    headers, rows = realised_table(comparison["runs"])
+    shown = [place for place, header in enumerate(headers) if header.endswith("routed (sd)")]
+    if not shown:
+        return None
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")
+    table.caption = Text("Fraction of tokens that routed layers computed (standard deviation over rows).")
+    table.add_column("", overflow="fold")
+    for place in shown:
+        table.add_column(headers[place].removesuffix(": routed (sd)"), justify="right")
+    for row in rows:
+        table.add_row(Text(row[0]), *(Text(row[place]) for place in shown))
+    return table
+
+
 def headline_metric(metrics: Iterable[str]) -> str | None:
     """The metric of a task that its plot shows: bits per byte of a perplexity task, else an accuracy."""
     return next(
@@ -158,7 +214,7 @@ def bench_tasks(groups: Sequence[Group]) -> dict[str, list[str]]:
         for run in group.runs:
             for task, metrics in run["bench"].items():
                 known = tasks.setdefault(task, [])
-                known.extend(metric for metric in metrics if metric not in known)
+                known.extend(metric for metric in metrics if metric not in (*known, *FIGURES))
     return tasks
 
 
@@ -219,4 +275,4 @@ def _caption(runs: Sequence[dict[str, Any]], groups: Sequence[Group], best: Grou
         sentences.append("± is the 95 % interval over seeds (Student t).")
     if best is not None:
         sentences.append(f"Bold: the interval of {best.label} lies below that of every other causal model.")
-    return (*sentences, *warnings(runs))
+    return (*sentences, *warnings(runs), *timing_warnings(groups))

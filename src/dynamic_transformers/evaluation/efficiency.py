@@ -7,7 +7,6 @@ forwards computed is kept, so that a speed stands beside it.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,15 +22,15 @@ from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.training.realised import selections
 
 PROMPTS = 64
-DECODED_TOKENS = 8  # of each prompt: many prompts of few tokens say more of a split than the reverse
-MOST_CONTEXT = 512  # tokens in front of them
-REPEATS = 3
+DECODED_TOKENS = 16  # of each prompt: many prompts of few tokens say more of a split than the reverse
+LONGEST = 1024  # tokens of a prompt
+TURNS, SECONDS = 2, 60.0  # over all prompts of a pair of models; after the first, none begins later than that
 WARM_UP = 4  # prompts
 
 
 @dataclass
 class Prompt:
-    """Part of one document.
+    """A block of the test split, read as one text.
 
     Attributes:
         ids: token ids.
@@ -97,8 +96,8 @@ class Timing:
 
     @property
     def total(self) -> float:
-        """Seconds of all prompts, of each the median over turns."""
-        return sum(statistics.median(turns) for turns in self.seconds.values())
+        """Seconds of all prompts, of each the faster turn: the rest is what else the machine did."""
+        return sum(map(min, self.seconds.values()))
 
     @property
     def fractions(self) -> dict[int, float]:
@@ -110,21 +109,13 @@ Timings = dict[str, Timing]  # `prefill`, and `decode` where there is a cache
 
 
 def choose_prompts(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """`PROMPTS` parts of documents; the tokens that are decoded begin at even distances over the split.
-
-    Each document is taken as far as it lies in one block. No token without one in front of it is decoded.
-    """
-    ids, positions = (torch.tensor(split[name][:]).flatten() for name in ("input_ids", "position_ids"))
-    starts = positions.eq(0).nonzero().flatten()
-    ends = torch.cat([starts[1:], torch.tensor([len(ids)])])
-    places = positions.nonzero().flatten()
+    """`PROMPTS` blocks at even distances over the split, as long as the rows that FLOPs are counted of."""
     chosen = []
     for number in range(PROMPTS):
-        place = int(places[len(places) * number // PROMPTS])
-        document = int(torch.searchsorted(starts, place, right=True)) - 1
-        start = max(int(starts[document]), place - MOST_CONTEXT)
-        part = ids[start : min(place + DECODED_TOKENS, int(ends[document]))].tolist()
-        chosen.append(Prompt(part, place - start, str(tokenizer.decode(part, skip_special_tokens=True))))
+        ids = split[len(split) * number // PROMPTS]["input_ids"][:LONGEST].tolist()
+        decoded = min(DECODED_TOKENS, len(ids) // 2)
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        chosen.append(Prompt(ids, len(ids) - decoded, text))
     return chosen
 
 
@@ -180,7 +171,10 @@ def time_in_turn(subjects: Sequence[tuple[PreTrainedModel, Sequence[Prompt]]]) -
         for number, prompt in enumerate(prompts[:WARM_UP]):
             time_prompt(model, prompt, number, {})
     timings: list[Timings] = [{} for _ in subjects]
-    for turn in range(REPEATS):
+    start = time.monotonic()
+    for turn in range(TURNS):
+        if turn and time.monotonic() - start > SECONDS:
+            break
         for number in range(len(subjects[0][1])):
             order = list(zip(subjects, timings, strict=True))
             for (model, prompts), noted in order[:: -1 if (turn + number) % 2 else 1]:
