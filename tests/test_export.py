@@ -206,7 +206,7 @@ def test_results_of_replaced_weights_are_kept_with_them(make_settings, data_dir,
     export(trained(2), folder)
     export(trained(3), folder)
     assert not list(tmp_path.glob("model.replaced-*"))  # nothing was added to it
-    found = {"results": {"a": {}}, "config": {}, "configs": {}}
+    found = {"results": {"a": {}}, "config": {}, "configs": {}, "realised": {}}
     add_results(folder / "results.json", found, identity(folder))
     weights = (folder / "model.safetensors").read_bytes()
     with caplog.at_level(logging.INFO, "dynamic_transformers"):

@@ -7,12 +7,12 @@ import pytest
 
 from dynamic_transformers.data.documents import Document
 from dynamic_transformers.data.loading import collate
-from dynamic_transformers.data.packing import PackedSplit, pack, unigram_loss
+from dynamic_transformers.data.packing import PackedSplit, pack, token_sources, unigram_loss
 from dynamic_transformers.data.tokenization import EncodedDocument, encode, train_tokenizer
 
 
-def document(ids, widths):
-    return EncodedDocument(Document("", "a", b""), np.array(ids, np.int32), np.array(widths, np.int32))
+def document(ids, widths, source="a"):
+    return EncodedDocument(Document("", source, b""), np.array(ids, np.int32), np.array(widths, np.int32))
 
 
 def test_blocks_positions_and_bytes_by_hand():
@@ -38,6 +38,14 @@ def test_blocks_positions_and_bytes_by_hand():
     )
     assert batch["labels"].tolist() == [[-100, 1, 2, 9, -100], [-100, 4, 5, 6, 9]]
     assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64"}
+
+
+def test_tokens_know_their_source():
+    lengths = {"b": 3, "a": 4, "c": 5}
+    documents = [document([9] * length, [0] * length, source) for source, length in lengths.items()]
+    sources = token_sources(documents, ["a", "b", "c"], 5)
+    assert sources.tolist() == [[1, 1, 1, 0, 0], [0, 0, 2, 2, 2]]
+    assert sources.shape == pack(documents, 5).input_ids.shape
 
 
 def test_a_document_longer_than_two_blocks_starts_anew_in_each():

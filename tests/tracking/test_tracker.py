@@ -312,7 +312,8 @@ def track_evaluation(tracker):
     for file in ("config.yaml", "manifest.json", "evaluation/evaluation.json", "model/weights"):
         (tracker.run_dir / file).parent.mkdir(exist_ok=True)
         (tracker.run_dir / file).write_text("{}")
-    result = {"training_tokens": 1, "eval": {"loss": 1.0, "bits_per_byte": 1.0}, "bench": {}}
+    result = {"training_tokens": 1, "bench": {}}
+    result["eval"] = {"loss": 1.0, "bits_per_byte": 1.0, "domains": {}}
     result["efficiency"] = {"forward_flops_per_token": 1}
     track(tracker, tracker.run_dir / "model", tracker.run_dir / "evaluation", result, "this")
 
