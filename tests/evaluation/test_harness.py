@@ -212,6 +212,11 @@ def test_topk_is_labelled_and_changes_the_scores(mod_dir: Path, data_dir: Path) 
     assert (topk["config"]["selection_rule"], topk["config"]["causal"]) == ("topk", False)
     assert own["config"]["label"] is None and topk["config"]["label"] == "non-causal upper bound"
     assert render_table(topk).title == "non-causal upper bound"
+    realised = own["realised"]["dt_perplexity_prose"]
+    cells = [list(column.cells) for column in render_table(own).columns]
+    row = cells[1].index("tokens routed (sd)")
+    assert cells[2][row] == f"{realised['fraction']['mean']:.4f} ({realised['fraction']['sd']:.4f})"
+    assert cells[2][row + 1] == f"{realised['forward_flops_per_token']:.3e}"
     key = "bits_per_byte,none"
     assert own["results"]["dt_perplexity_prose"][key] != topk["results"]["dt_perplexity_prose"][key]
     assert topk["results"]["dt_perplexity_prose"]["sample_len"] == 3

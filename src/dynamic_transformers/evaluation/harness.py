@@ -153,10 +153,8 @@ def render_table(result: dict[str, Any]) -> Table:
             )
         if realised := result["realised"].get(task):
             if fraction := realised["fraction"]:
-                table.add_row(
-                    task, "tokens routed (sd over rows)", f"{fraction['mean']:.4f} ({fraction['sd']:.4f})"
-                )
-            table.add_row(task, "forward FLOPs per token", f"{realised['forward_flops_per_token']:.4g}")
+                table.add_row(task, "tokens routed (sd)", f"{fraction['mean']:.4f} ({fraction['sd']:.4f})")
+            table.add_row(task, "forward FLOPs per token", f"{realised['forward_flops_per_token']:.3e}")
     return table
 
 

@@ -1,0 +1,76 @@
+"""Which models are timed beside which, and on what: `compare` with models."""
+
+import json
+
+import pytest
+from synthetic_evaluations import make_run, write_run
+
+from dynamic_transformers.comparison import compare as module
+from dynamic_transformers.comparison.compare import compare
+from dynamic_transformers.data.loading import load_tokenizer
+from dynamic_transformers.evaluation.efficiency import Speed
+from dynamic_transformers.evaluation.evaluate import PROMPTS
+from dynamic_transformers.manifest import write_json, write_manifest
+from dynamic_transformers.settings import UserError
+
+TEXT = "12 + 7 = 19"
+
+
+@pytest.fixture
+def measured(data_dir, tmp_path, monkeypatch):
+    """A comparison of runs whose models are not run: what would be timed, and the report's runs."""
+    asked = []
+
+    def noted(reference, others):
+        asked.extend([reference, *others])
+        return [Speed(100.0 + place, 10.0, {}) for place in range(len(asked))]
+
+    monkeypatch.setattr(module, "measure_side_by_side", noted)
+
+    def measure(runs):
+        evaluations, models = [], []
+        for number, run in enumerate(runs):
+            model = tmp_path / f"model{number}"
+            model.mkdir()
+            load_tokenizer(data_dir).save_pretrained(model)
+            write_manifest(model, "export", {"number": number}, {})
+            run["model_digest"] = json.loads((model / "manifest.json").read_text())["digest"]
+            folder = write_run(tmp_path / f"evaluation{number}", run)
+            write_json(folder / PROMPTS, [{"ids": [number, 1, 2], "prefilled": 1, "text": TEXT}])
+            evaluations.append(folder)
+            models.append(model)
+        report = compare(evaluations, tmp_path / "report", models=models[::-1])
+        return asked, json.loads((report / "comparison.json").read_text())["runs"]
+
+    return measure
+
+
+def test_all_are_timed_beside_the_first_standard_on_its_text(measured):
+    runs = [make_run("mod", 0), make_run("standard", 1), make_run("standard", 0), make_run("mod", 1)]
+    for run in runs:
+        run["eval"]["dtype"] = "bf16"
+    asked, compared = measured(runs)
+    assert [subject.folder.name for subject in asked] == ["model2", "model1", "model0", "model3"]
+    assert {subject.dtype for subject in asked} == {"bf16"}
+    assert [subject.prompts[0].ids for subject in asked] == [[2, 1, 2]] * 4
+    speeds = {
+        (run["architecture"], run["seed"]): run["efficiency"]["prefill_tokens_per_second"] for run in compared
+    }
+    assert speeds == {("standard", 0): 100, ("standard", 1): 101, ("mod", 0): 102, ("mod", 1): 103}
+
+
+def test_a_model_of_other_tokens_reads_the_same_text(measured, data_dir):
+    runs = [make_run("standard"), make_run("mod")]
+    runs[1]["reference"]["test_sha256"] = "b" * 64
+    asked, _ = measured(runs)
+    tokens = load_tokenizer(data_dir)(TEXT)["input_ids"]
+    assert asked[1].prompts[0].ids == tokens
+    assert len(tokens) - asked[1].prompts[0].prefilled == 2
+
+
+def test_a_model_that_was_not_given_is_named(tmp_path):
+    folder = write_run(tmp_path / "in", make_run("standard"))
+    (tmp_path / "model").mkdir()
+    write_manifest(tmp_path / "model", "export", {}, {})
+    with pytest.raises(UserError, match="its model is not among"):
+        compare([folder], tmp_path / "report", models=[tmp_path / "model"])
