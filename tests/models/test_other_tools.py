@@ -211,6 +211,9 @@ SHARED = {
     "capacity": 0.75,
     "capacity_warmup_steps": 11,
     "selection_rule": "topk",
+    "training_rule": "threshold",
+    "training_rule_warmup": 0.25,
+    "training_rule_bound": 2.0,
     "predictor_weight": 0.125,
 }
 SURPRISE = {
@@ -226,7 +229,7 @@ SURPRISE = {
     "prior_loss_weight": 0.5,
 }
 OTHER = {
-    "mod": {"gate": "raw", "routing": "random", "aux_weight": 0.5, "z_loss_weight": 0.25},
+    "mod": {"gate": "raw", "aux_weight": 0.5, "z_loss_weight": 0.25},
     "sdt": SURPRISE,
     "stt": {
         **SURPRISE,
