@@ -27,6 +27,7 @@ from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import ARCHITECTURES, UserError
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
+from tests.models.tiny import tiny_model
 
 # Everything that such an environment lacks is made unimportable.
 ALONE = """
@@ -111,9 +112,19 @@ def test_model_type_and_lineage(exported):
     architecture = manifest["architecture"]
     assert config["model_type"] == ("qwen2" if architecture == "standard" else f"qwen2_{architecture}")
     assert ("auto_map" in config) == (architecture != "standard")
+    for auto, place in config.get("auto_map", {}).items():
+        file, name = place.split(".")
+        assert f"class {name}(" in (folder / f"{file}.py").read_text(), auto
     assert config["max_position_embeddings"] == 32  # the blocks of its training
     assert manifest["inputs"]["run"]["digest"] == read_manifest(run_dir)["digest"]
     assert not list(folder.glob("*.bin")) and not list(folder.glob("*.pt"))
+
+
+def test_a_new_model_generates_with_the_tokenizers_special_tokens(exported, data_dir):
+    tokenizer = load_tokenizer(data_dir)
+    saved = json.loads((exported[1] / "generation_config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert saved[name] == getattr(tokenizer, name) is not None
 
 
 def test_a_finished_export_is_returned(exported):
@@ -217,3 +228,29 @@ def test_results_of_replaced_weights_are_kept_with_them(make_settings, data_dir,
     assert read_results(kept / "results.json", identity(kept))["results"] == {"a": {}}
     assert (folder / "model.safetensors").read_bytes() != weights
     assert not (folder / "results.json").exists()
+
+
+# A process in which transformers says that it is of another version.
+OTHER_VERSION = """
+import sys
+sys.path.insert(0, sys.argv[2])
+sys.modules["dynamic_transformers"] = None
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("4.57.1", False), ("5.12.1", False), ("5.99.0", True), ("6.0.0", False)]
+)
+def test_exported_code_says_which_transformers_it_needs(version, fits, tmp_path):
+    tiny_model("mod").save_pretrained(tmp_path / "model")
+    facts = tmp_path / f"site/transformers-{version}.dist-info/METADATA"
+    facts.parent.mkdir(parents=True)
+    facts.write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
+    command = [sys.executable, "-c", OTHER_VERSION, str(tmp_path / "model"), str(tmp_path / "site")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == fits, result.stderr
+    if not fits:
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("ImportError")]
+        assert "transformers>=5.13,<6 is required" in line and f"found transformers=={version}" in line

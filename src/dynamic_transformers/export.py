@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from dynamic_transformers.data.loading import load_tokenizer
 from dynamic_transformers.folders import set_aside
@@ -160,7 +160,9 @@ def load_run(run_dir: Path) -> PreTrainedModel:
         )
     try:
         load_model(model, weights)
-    except (SafetensorError, RuntimeError) as error:
+        # From a file, since one that contradicts itself can be saved again only if it is as it was read.
+        model.generation_config = GenerationConfig.from_pretrained(weights.parent)
+    except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{weights}: damaged ({reason}); train again with --force") from error
     return model.eval()

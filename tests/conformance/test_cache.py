@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen2Config, StaticCache
 
 from dynamic_transformers.models.cache import EMPTY, RoutedCache, RoutedCacheLayer
-from tests.models.tiny import CASES, ROUTED, ROUTED_STAGES, calibrated, calibrated_case, logits, tokens
+from tests.models.tiny import (
+    BACKBONE,
+    CASES,
+    ROUTED,
+    ROUTED_STAGES,
+    calibrated,
+    calibrated_case,
+    logits,
+    tokens,
+)
 
 LENGTH = 24
 
@@ -265,10 +274,36 @@ def test_tokens_of_ragged_rows_come_back_in_the_order_of_their_rows():
     assert layer.keys[:, 0, 0].tolist() == [0, 2, 1, 3, 5, 4, 6, 7]
 
 
+@pytest.mark.parametrize("make", [DynamicCache, lambda: DynamicCache(config=Qwen2Config(**BACKBONE))])
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_an_empty_dynamic_cache_is_as_good_as_a_routed_one(architecture, make):
+    """It is filled itself: a caller who goes on with it, and not with the output's, has the past."""
+    model, ids = calibrated(architecture), tokens(2, 16)
+    expected, cache = logits(model, ids), make()
+    for first, last in ((0, 9), (9, 10), (10, 16)):
+        with torch.no_grad():
+            found = model(input_ids=ids[:, first:last], past_key_values=cache).logits
+        torch.testing.assert_close(found, expected[:, first:last], atol=1e-5, rtol=1e-4)
+    assert isinstance(cache, RoutedCache) and cache.get_seq_length() == 16
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected, cache = model.generate(ids, **options), make()
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    assert cache.get_seq_length() == 19
+    longer = torch.cat([expected, ids[:, :2]], dim=1)  # a second turn on the same cache
+    assert torch.equal(
+        model.generate(longer, past_key_values=cache, **options), model.generate(longer, **options)
+    )
+
+
 def test_what_does_not_fit_is_refused():
     model, ids = calibrated("mod"), tokens(2, 8)
-    with pytest.raises(ValueError, match="needs a RoutedCache"):
-        model(input_ids=ids, past_key_values=DynamicCache())
+    filled = DynamicCache()
+    filled.update(torch.ones(2, 2, 3, 8), torch.ones(2, 2, 3, 8), 0)
+    for other in (filled, StaticCache(model.config, 8), DynamicCache(offloading=True)):
+        with pytest.raises(ValueError, match="needs a RoutedCache or an empty DynamicCache"):
+            model(input_ids=ids, past_key_values=other)
+        with pytest.raises(ValueError, match="needs a RoutedCache or an empty DynamicCache"):
+            model.generate(ids, past_key_values=other, max_new_tokens=2)
     mask = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
     padded = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="pad on the left"):

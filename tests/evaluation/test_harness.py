@@ -22,8 +22,10 @@ from transformers import (
 )
 
 from dynamic_transformers.cli import routing_command
+from dynamic_transformers.evaluation import harness
 from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import render_table, run_benchmarks
+from dynamic_transformers.evaluation.suites import expand_tasks
 from dynamic_transformers.manifest import write_manifest
 from dynamic_transformers.models import MODEL_CLASSES
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
@@ -310,3 +312,28 @@ def test_weights_that_are_missing_are_never_made_up(
         assert str(error.value).startswith(f"{folder}: ") and words in str(error.value)
         assert "\n" not in str(error.value)
     assert not caplog.messages
+
+
+def test_a_task_says_how_long_a_text_is_not_the_model(
+    model_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"max_new_tokens": 40, "do_sample": false}')
+    (task,) = expand_tasks(["dt_arithmetic"], data_dir).values()
+    assert isinstance(task, dict)
+    for name in ("doc_to_choice", "metric_list", "target_delimiter"):
+        task.pop(name)
+    task |= {"output_type": "generate_until", "doc_to_target": "{{choices[0]}}"}
+    task |= {"generation_kwargs": {"until": ["no such text"], "max_gen_toks": 5}}
+    monkeypatch.setattr(harness, "expand_tasks", lambda *_: {"dt_arithmetic": task})
+    lengths = []
+
+    def generate(model, *arguments, **options):
+        text = generate_as_ever(model, *arguments, **options)
+        lengths.append(text.shape[1] - options["input_ids"].shape[1])
+        return text
+
+    generate_as_ever = Qwen2ForCausalLM.generate
+    monkeypatch.setattr(Qwen2ForCausalLM, "generate", generate)
+    run_benchmarks(tmp_path / "model", ["dt_arithmetic"], data_dir=data_dir, batch_size=4, limit=4)
+    assert lengths == [5]

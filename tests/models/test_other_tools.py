@@ -1,6 +1,9 @@
-"""Offload, quantisation and FSDP2 leave a routed model what it is."""
+"""Offload, quantisation, FSDP2, resized embeddings and copies leave a routed model what it is."""
 
+import copy
 import datetime
+import inspect
+import json
 
 import pytest
 import torch
@@ -9,11 +12,23 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, TorchAoConfig
 
+from dynamic_transformers.models import MODEL_CLASSES, RoutedConfig
 from dynamic_transformers.models.heads import ScoreHead
 from dynamic_transformers.models.surprise import SurpriseGate
-from tests.models.tiny import ALL, CASES, ROUTED, calibrated, calibrated_case, logits, tiny_model, tokens
+from tests.models.tiny import (
+    ALL,
+    BACKBONE,
+    CASES,
+    ROUTED,
+    VOCAB,
+    calibrated,
+    calibrated_case,
+    logits,
+    tiny_model,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -31,12 +46,16 @@ def test_an_offloaded_model_gives_the_same(case):
 def test_a_model_whose_layers_do_not_fit_is_loaded_in_parts(architecture, tmp_path):
     model, ids = calibrated(architecture), tokens(2, 24)
     model.save_pretrained(tmp_path)
-    memory = {"cpu": "60KB"}  # the rest goes to the disk
+    memory = {"cpu": "150KB"}  # two of four layers; the rest goes to the disk
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, device_map="auto", max_memory=memory, offload_folder=tmp_path / "offload"
     )
     assert "disk" in loaded.hf_device_map.values()
+    layers = [place for place in loaded.hf_device_map if place.startswith("model.layers")]
+    assert layers and all(place.count(".") == 2 for place in layers)  # each in one place, with its residuals
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(loaded.generate(ids[:, :6], **options), model.generate(ids[:, :6], **options))
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
@@ -154,3 +173,99 @@ def forward_on_one_rank(rank, architecture, address):
 def test_a_forward_waits_for_no_other_rank(architecture, tmp_path):
     address = f"file://{tmp_path}/meeting"
     torch.multiprocessing.spawn(forward_on_one_rank, (architecture, address), nprocs=2)
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_continuous_batching_is_refused(architecture):
+    """Transformers would catch the error of its paged cache, and return no tokens."""
+    model = calibrated(architecture)
+    with pytest.raises(ValueError, match="continuous batching is not available"):
+        model.generate_batch([[1, 2, 3], [4, 5]], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ALL)
+def test_embeddings_are_resized(architecture, tied, tmp_path):
+    """More tokens, and fewer: those that stay are what they were, trained and saved with the new number."""
+    model, ids = calibrated(architecture, tie_word_embeddings=tied), tokens(2, 12)
+    before = logits(model, ids)
+    model.resize_token_embeddings(VOCAB + 7)
+    assert logits(model, ids).shape[-1] == model.config.vocab_size == model.vocab_size == VOCAB + 7
+    torch.testing.assert_close(logits(model, ids)[..., :VOCAB], before)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    new = torch.full((2, 12), VOCAB + 3)
+    model.train()(input_ids=new, labels=new, use_cache=False).loss.backward()
+    assert (
+        model.model.embed_tokens.weight.grad[VOCAB + 3].any() and len(model.lm_head.weight.grad) == VOCAB + 7
+    )
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, new), logits(model, new))
+    assert loaded.generate(new, max_new_tokens=2, do_sample=False).shape == (2, 14)
+    model.resize_token_embeddings(VOCAB)
+    torch.testing.assert_close(logits(model, ids), before)
+
+
+# A value other than the default for every setting that the routed configurations add to Qwen2's.
+SHARED = {
+    "capacity": 0.75,
+    "capacity_warmup_steps": 11,
+    "selection_rule": "topk",
+    "training_rule": "threshold",
+    "training_rule_warmup": 0.25,
+    "training_rule_bound": 2.0,
+    "predictor_weight": 0.125,
+}
+SURPRISE = {
+    "offset_ce_init": 2.0,
+    "multiplier_cu_init": 3.0,
+    "surprise_window": 7,
+    "beta_start": 0.5,
+    "beta_end": 9.0,
+    "beta_warmup_steps": 3,
+    "beta_schedule": "cosine",
+    "surprise_normalize": "state",
+    "prior_factor": 0.25,
+    "prior_loss_weight": 0.5,
+}
+OTHER = {
+    "mod": {"gate": "raw", "aux_weight": 0.5, "z_loss_weight": 0.25},
+    "sdt": SURPRISE,
+    "stt": {
+        **SURPRISE,
+        "targets": "threshold",
+        "target_threshold": 0.5,
+        "train_output": "dense",
+        "teacher_detach": True,
+        "student_weight": 0.5,
+        "gate_mean_weight": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_configuration_survives_every_way_it_is_carried(architecture, tmp_path):
+    given = SHARED | OTHER[architecture]
+    config_class = MODEL_CLASSES[architecture][0]
+    added = {
+        name
+        for kind in config_class.__mro__
+        if issubclass(kind, RoutedConfig)
+        for name in inspect.get_annotations(kind)
+    }
+    assert given.keys() == added - {"keys_to_ignore_at_inference"}
+    default, config = config_class(), config_class(**BACKBONE, **given)
+    assert all(getattr(default, name) != value for name, value in given.items())
+    config.save_pretrained(tmp_path)
+    values = config.to_dict()
+    for carried in (
+        config_class.from_dict(values),
+        config_class.from_dict(json.loads(config.to_json_string())),
+        config_class(**values),
+        AutoConfig.from_pretrained(tmp_path),
+        copy.deepcopy(config),
+    ):
+        assert type(carried) is config_class
+        assert {name: getattr(carried, name) for name in given} == given
+        assert carried.to_dict() | {"_name_or_path": ""} == values
+        assert carried.routed_layers == [1, 3]

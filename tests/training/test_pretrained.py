@@ -1,12 +1,17 @@
 """A pretrained Qwen2, trained and saved here, becomes each of the architectures."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from dynamic_transformers.data.loading import load_tokenizer
+from dynamic_transformers.export import export, load_run
 from dynamic_transformers.settings import ARCHITECTURES, UserError
 from dynamic_transformers.training.build import NEW_PARTS, build_model
+from dynamic_transformers.training.trainer import train
 from tests.models.tiny import BACKBONE, ROUTED, logits, tokens
 
 
@@ -75,6 +80,39 @@ def test_a_tensor_that_has_no_place_is_named(architecture, converted, pretrained
         save_file(rest | changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
             converted(architecture, tmp_path)
+
+
+SAMPLING = {
+    "bos_token_id": 3,
+    "eos_token_id": [7, 0],
+    "pad_token_id": 5,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "repetition_penalty": 1.05,
+    "max_new_tokens": 11,
+}
+CONTRADICTORY = {"eos_token_id": [7, 0], "temperature": 0.6}  # no do_sample; published ones are like that
+
+
+@pytest.mark.parametrize("kept", [SAMPLING, CONTRADICTORY], ids=["sampling", "contradictory"])
+@pytest.mark.parametrize("architecture", ["standard", "sdt"])
+def test_how_the_source_generates_is_kept_to_the_exported_folder(
+    architecture, kept, make_settings, data_dir, tmp_path
+):
+    Qwen2ForCausalLM(Qwen2Config(**BACKBONE | {"vocab_size": 300})).save_pretrained(tmp_path / "source")
+    (tmp_path / "source/generation_config.json").write_text(json.dumps(kept))
+    load_tokenizer(data_dir).save_pretrained(tmp_path / "source")
+    settings = make_settings(
+        architecture,
+        model={"pretrained": str(tmp_path / "source")},
+        data={"tokenizer_name": str(tmp_path / "source")},
+        training={"mode": "pretrained", "max_steps": 2},
+    )
+    folder = export(train(settings, data_dir, tmp_path / "run"), tmp_path / "model")
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert saved.items() >= kept.items()
+    assert load_run(tmp_path / "run").generation_config.to_dict().items() >= kept.items()
 
 
 def test_what_cannot_work_is_refused(converted, pretrained, make_settings, tmp_path):

@@ -82,6 +82,8 @@ def run_benchmarks(
     with log_level("lm_eval", logging.WARNING), _bars_on_terminals_only():
         manager, loaded = _load_tasks(specs, confirm_run_unsafe_code)
         model = load_model(model_dir, config, device, dtype)
+        # A pretrained model's own length would go before the task's.
+        model.generation_config.max_new_tokens = None
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         # HFLM warns that it did not load the model itself, which is meant.
         with log_level("lm_eval.models.huggingface", logging.ERROR):

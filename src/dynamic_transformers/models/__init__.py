@@ -1,12 +1,19 @@
 """The routed models and their registration with transformers. The standard one is transformers' own Qwen2."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from .configuration import Qwen2MoDConfig, Qwen2SDTConfig, Qwen2STTConfig, RoutedConfig
-from .mod import Qwen2MoDForCausalLM
+from .mod import Qwen2MoDForCausalLM, Qwen2MoDForSequenceClassification, Qwen2MoDModel
 from .modeling import RoutedForCausalLM
-from .sdt import Qwen2SDTForCausalLM
-from .stt import Qwen2STTForCausalLM
+from .sdt import Qwen2SDTForCausalLM, Qwen2SDTForSequenceClassification, Qwen2SDTModel
+from .stt import Qwen2STTForCausalLM, Qwen2STTForSequenceClassification, Qwen2STTModel
 
 MODEL_CLASSES = {
     "standard": (Qwen2Config, Qwen2ForCausalLM),
@@ -15,9 +22,14 @@ MODEL_CLASSES = {
     "stt": (Qwen2STTConfig, Qwen2STTForCausalLM),
 }
 
-for _config_class, _model_class in MODEL_CLASSES.values():
-    if _config_class is not Qwen2Config:
-        AutoConfig.register(_config_class.model_type, _config_class)
-        AutoModelForCausalLM.register(_config_class, _model_class)
+for _config, _backbone, _language_model, _classifier in (
+    (Qwen2MoDConfig, Qwen2MoDModel, Qwen2MoDForCausalLM, Qwen2MoDForSequenceClassification),
+    (Qwen2SDTConfig, Qwen2SDTModel, Qwen2SDTForCausalLM, Qwen2SDTForSequenceClassification),
+    (Qwen2STTConfig, Qwen2STTModel, Qwen2STTForCausalLM, Qwen2STTForSequenceClassification),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _backbone)
+    AutoModelForCausalLM.register(_config, _language_model)
+    AutoModelForSequenceClassification.register(_config, _classifier)
 
 __all__ = ["MODEL_CLASSES", "RoutedConfig", "RoutedForCausalLM"]

@@ -24,7 +24,7 @@ class WithAdapters(nn.Module):
         if name == "peft_config" and is_peft_available():
             from peft.utils import ModulesToSaveWrapper
 
-            backbone = self.get_submodule("model")
+            backbone: Any = self.base_model
             for adapter, config in value.items():
                 saved = list(getattr(config, "modules_to_save", None) or [])
                 if STATE in saved or not hasattr(config, "modules_to_save"):

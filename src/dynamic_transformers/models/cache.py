@@ -9,12 +9,16 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from .configuration import RoutedConfig
 
 EMPTY = -1  # slot of a place that holds no token
 NO_SEGMENT = -1  # document number of padding
+CACHE_NAME = ALL_CACHE_NAMES[
+    0
+]  # of arguments and outputs: `past_key_values`, `cache` from transformers 5.24 on
 
 
 class RoutedCacheLayer(CacheLayerMixin):
@@ -203,6 +207,23 @@ class RoutedCache(Cache):
         super().__init__(layers=layers)
         self.segments: Tensor | None = None
         self.last_position: Tensor | None = None
+
+    @classmethod
+    def of(cls, cache: Cache, config: RoutedConfig) -> "RoutedCache":
+        """The cache that a caller gave. An empty `DynamicCache` turns into a `RoutedCache`, in place.
+
+        Callers go on with the object that they gave: with another in its stead the past would be lost.
+
+        Raises:
+            ValueError: a cache of another kind, or one that holds tokens of another model.
+        """
+        if type(cache) is DynamicCache and not cache.offloading and not cache.get_seq_length():
+            cache.__class__ = cls  # type: ignore[assignment]
+            cls.__init__(cache, config)  # type: ignore[arg-type]
+        if not isinstance(cache, cls):
+            kind = type(cache).__name__
+            raise ValueError(f"{config.model_type} needs a RoutedCache or an empty DynamicCache; got {kind}")
+        return cache
 
     def routed(self, index: int) -> RoutedCacheLayer:
         """The cache of routed layer `index`."""

@@ -3,6 +3,10 @@
 from typing import ClassVar
 
 from transformers import Qwen2Config
+from transformers.utils.versions import require_version
+
+# What an exported model's files were tried with; they load this file first.
+require_version("transformers>=5.13,<6")
 
 CONTROLS = ("random", "even")  # selection rules that nothing was learned for
 
@@ -26,7 +30,8 @@ class RoutedConfig(Qwen2Config):
 
     # Of the outputs, for `Trainer`: evaluation gathers the logits alone.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values", "hidden_states", "language_model_loss", "auxiliary_losses", "routing"
+        "past_key_values", "cache", "hidden_states", "language_model_loss", "classification_loss",
+        "auxiliary_losses", "routing",
     ]  # fmt: skip
 
     capacity: float = 0.5
@@ -63,6 +68,17 @@ class RoutedConfig(Qwen2Config):
         """Selection rules that training prepares the model for."""
         predictor = ["predictor", "calibrated_predictor"] if self.predictor_weight else []
         return ["threshold", *predictor, "topk"]
+
+    @property
+    def auto_classes(self) -> dict[str, str]:
+        """Auto class of transformers → file and class beside the weights, as config.json says it."""
+        name, file = type(self).__name__.removesuffix("Config"), self.model_type.removeprefix("qwen2_")
+        return {
+            "AutoConfig": f"configuration.{name}Config",
+            "AutoModel": f"{file}.{name}Model",
+            "AutoModelForCausalLM": f"{file}.{name}ForCausalLM",
+            "AutoModelForSequenceClassification": f"{file}.{name}ForSequenceClassification",
+        }
 
 
 class Qwen2MoDConfig(RoutedConfig):
@@ -148,3 +164,6 @@ class Qwen2STTConfig(SurpriseConfig):
     def learned_rules(self) -> list[str]:
         """`predictor` cuts the student's logits at 0: the student is the predictor."""
         return ["threshold", "predictor", "topk"]
+
+
+RoutedConfig.register_for_auto_class()

@@ -8,6 +8,7 @@ y = x + g·(F(x̃) − x), g = σ(r) or, as in the paper's equation 1, g = r. Ot
 import torch
 from torch import Tensor
 
+from .classification import RoutedForSequenceClassification
 from .configuration import Qwen2MoDConfig
 from .heads import ScoreHead
 from .modeling import RoutedForCausalLM, RoutedModel
@@ -62,5 +63,8 @@ class Qwen2MoDForCausalLM(RoutedForCausalLM):
     model_class = Qwen2MoDModel
 
 
-Qwen2MoDConfig.register_for_auto_class()
-Qwen2MoDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class Qwen2MoDForSequenceClassification(RoutedForSequenceClassification):
+    """Mixture-of-Depths under a classifier of whole texts."""
+
+    config: Qwen2MoDConfig
+    model_class = Qwen2MoDModel

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
 from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .adapters import WithAdapters
-from .cache import RoutedCache, row_segments
+from .cache import CACHE_NAME, RoutedCache, row_segments
 from .configuration import RoutedConfig
 from .heads import ScoreHead
 from .routing import Block, Router, RoutingContext, causal_mask
@@ -31,47 +31,39 @@ FP32_MODULES = {"raw_offset_ce", "raw_multiplier_cu", "routing_state"}
 
 
 @dataclass
-class RoutedModelOutput(ModelOutput):
-    """Output of the backbone.
+class RoutedModelOutput(BaseModelOutputWithPast):
+    """Output of the backbone, as transformers' own, whose name for the cache it takes over.
 
     Attributes:
         last_hidden_state: (B, T, D), after the final norm.
-        past_key_values: the cache, if one was used.
+        past_key_values: the cache, if one was used; `cache` from transformers 5.24 on.
         hidden_states: if asked for, the embeddings and each layer's output, the last after the final norm.
         routing: layer index → what the routed layer reports.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: RoutedCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     routing: dict[int, RoutingResult] | None = None
 
 
 @dataclass
-class RoutedCausalLMOutput(ModelOutput):
-    """Output of the language model.
+class RoutedCausalLMOutput(CausalLMOutputWithPast):
+    """Output of the language model, as transformers' own.
 
     Attributes:
         loss: with labels; in training the language-model loss plus the weighted auxiliary losses.
         logits: (B, T, vocabulary).
+        past_key_values, hidden_states: as of the backbone.
         language_model_loss: cross-entropy alone, nats per target token.
-        past_key_values: the cache, if one was used.
-        hidden_states: as of the backbone.
         auxiliary_losses: name → mean over routed layers, not weighted, the forward's share of the step's like
             `language_model_loss`; training only.
         routing: layer index → what the routed layer reports.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     language_model_loss: Tensor | None = None
-    past_key_values: RoutedCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     auxiliary_losses: dict[str, Tensor] | None = None
     routing: dict[int, RoutingResult] | None = None
 
 
-class RoutedPreTrainedModel(Qwen2PreTrainedModel):
+class RoutedPreTrainedModel(WithAdapters, Qwen2PreTrainedModel):
     """What transformers must know of every routed model."""
 
     # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
@@ -104,6 +96,11 @@ class RoutedPreTrainedModel(Qwen2PreTrainedModel):
             vars(router)["gradient_checkpointing"] = block.gradient_checkpointing
             vars(block)["gradient_checkpointing"] = False
 
+    def save_pretrained(self, *arguments, **options) -> None:
+        """As every model of transformers; config.json names the classes of all auto classes."""
+        self.config.auto_map = self.config.auto_classes
+        super().save_pretrained(*arguments, **options)
+
 
 class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
     """Qwen2 backbone in which some layers compute only selected tokens."""
@@ -129,6 +126,7 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: RoutedCache | None = None,
         **kwargs,
     ) -> RoutedModelOutput:
         """Run the layers.
@@ -138,11 +136,12 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
             attention_mask: 0 for padding, (B, S + T); S is the length of the past.
             position_ids: (B or 1, T); counted from `attention_mask` when not given. A position that does not
                 follow its predecessor starts a document; documents of a row do not see one another.
-            past_key_values: the past, to which the present is added.
+            past_key_values: the past, to which the present is added; an empty `DynamicCache` will do.
             inputs_embeds: (B, T, D) in place of input_ids.
             use_cache: make a cache when none is given; not in training mode, nor with the `topk` rule.
                 Default: as configured.
             output_hidden_states: default: as configured.
+            cache: the same as `past_key_values`, as transformers names it from 5.24 on.
 
         Raises:
             ValueError: inputs that do not fit together, a cache of another kind or where none can work, or
@@ -153,13 +152,12 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions: not available in a model with routed layers")
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is not None:
-            if not isinstance(cache, RoutedCache):
-                raise ValueError(f"{self.config.model_type} needs a RoutedCache; got {type(cache).__name__}")
             if not self.cacheable:
                 reason = "training mode selects" if self.training else "selection_rule='topk' selects"
                 raise ValueError(f"past_key_values: {reason} among all tokens of a row, so it has no cache")
+            cache = RoutedCache.of(cache, self.config)
         elif self.cacheable and (self.config.use_cache if use_cache is None else use_cache):
             cache = RoutedCache(self.config)
         context = self.routing_context(hidden_states, attention_mask, position_ids, cache)
@@ -181,7 +179,7 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
                     attention_mask=context.attention_mask,
                     position_ids=context.position_ids,
                     position_embeddings=context.position_embeddings,
-                    past_key_values=cache,
+                    **{CACHE_NAME: cache},
                 )
             previous = layer_input
         if cache is not None:
@@ -192,9 +190,9 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
         last = self.norm(hidden_states)
         return RoutedModelOutput(
             last_hidden_state=last,
-            past_key_values=cache,
             hidden_states=(*seen, last) if output_hidden_states else None,
             routing=routing,
+            **{CACHE_NAME: cache},  # type: ignore[arg-type]
         )
 
     @property
@@ -264,17 +262,11 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
         )
 
 
-class RoutedForCausalLM(RoutedPreTrainedModel, WithAdapters, Qwen2ForCausalLM):
-    """Language model over a routed backbone."""
+class RoutedModelWithHead(RoutedPreTrainedModel):
+    """A routed backbone, `model`, under a head: what training moves in it."""
 
     model_class: type[RoutedModel]
-
-    def __init__(self, config: RoutedConfig):
-        Qwen2PreTrainedModel.__init__(self, config)
-        self.model = self.model_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    model: RoutedModel
 
     @property
     def routing_state(self) -> RoutingState:
@@ -293,6 +285,21 @@ class RoutedForCausalLM(RoutedPreTrainedModel, WithAdapters, Qwen2ForCausalLM):
         """
         self.routing_state.advance(keep)
 
+
+class RoutedForCausalLM(RoutedModelWithHead, Qwen2ForCausalLM):
+    """Language model over a routed backbone."""
+
+    def __init__(self, config: RoutedConfig):
+        Qwen2PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def init_continuous_batching(self, *arguments, **options):
+        """Refused, for `generate_batch` too: its paged cache has no room for layers that skip tokens."""
+        raise ValueError("continuous batching is not available in a model with routed layers; use generate()")
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
@@ -310,8 +317,13 @@ class RoutedForCausalLM(RoutedPreTrainedModel, WithAdapters, Qwen2ForCausalLM):
             )
         if not self.model.cacheable:
             generation_config.use_cache = False
-        elif generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = RoutedCache(self.config)
+        elif generation_config.use_cache:
+            given = model_kwargs.get(CACHE_NAME)
+            if given is None:
+                model_kwargs[CACHE_NAME] = RoutedCache(self.config)
+            else:
+                # As transformers marks it: the caller's cache gets no token that is not returned.
+                RoutedCache.of(given, self.config)._is_user_defined = True  # type: ignore[attr-defined]
 
     @can_return_tuple
     def forward(
@@ -327,13 +339,14 @@ class RoutedForCausalLM(RoutedPreTrainedModel, WithAdapters, Qwen2ForCausalLM):
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: RoutedCache | None = None,
         **kwargs,
     ) -> RoutedCausalLMOutput:
         """Logits and, with labels, the loss.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                output_hidden_states, output_attentions: as in `RoutedModel.forward`.
+                output_hidden_states, output_attentions, cache: as in `RoutedModel.forward`.
             labels: (B, T), -100 where there is no target; shifted inside.
             logits_to_keep: as in Qwen2.
             num_items_in_batch: targets of the whole optimizer step, over micro-batches and ranks. All losses
@@ -350,8 +363,10 @@ class RoutedForCausalLM(RoutedPreTrainedModel, WithAdapters, Qwen2ForCausalLM):
             use_cache,
             output_hidden_states,
             output_attentions,
+            cache,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = language_model_loss = auxiliary = None
         if labels is not None:
             language_model_loss = self.loss_function(
@@ -368,10 +383,10 @@ class RoutedForCausalLM(RoutedPreTrainedModel, WithAdapters, Qwen2ForCausalLM):
             loss=loss,
             logits=logits,
             language_model_loss=language_model_loss,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             auxiliary_losses=auxiliary,
             routing=outputs.routing,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
@@ -404,3 +419,7 @@ def initialize_router_part(module: nn.Module, config: RoutedConfig) -> None:
         init.zeros_(module.thresholds)
         init.zeros_(module.weights)
         init.constant_(module.beta, beta_at(module.config, 0, 1))
+
+
+RoutedModel.register_for_auto_class("AutoModel")
+RoutedForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache import EMPTY, NO_SEGMENT, RoutedCache
+from .cache import CACHE_NAME, EMPTY, NO_SEGMENT, RoutedCache
 from .configuration import RoutedConfig
 from .heads import Predictor
 from .rules import evenly_spaced, select_first
@@ -173,7 +173,7 @@ def routed_update(
         attention_mask=selected_mask(block.layer, selection, context, hidden_states.dtype),
         position_ids=gather(context.position_ids),
         position_embeddings=(gather(cos), gather(sin)),
-        past_key_values=context.cache,
+        **{CACHE_NAME: context.cache},
     )
     update = gather(gate).unsqueeze(-1) * (output - selected)
     if selection.valid is not None:

@@ -12,6 +12,7 @@ reaches the prior and the decision layer through g.
 
 from torch import Tensor
 
+from .classification import RoutedForSequenceClassification
 from .configuration import Qwen2SDTConfig
 from .modeling import RoutedForCausalLM, RoutedModel
 from .routing import Block, Router, RoutingContext, routed_update, row_means
@@ -74,5 +75,8 @@ class Qwen2SDTForCausalLM(RoutedForCausalLM):
     model_class = Qwen2SDTModel
 
 
-Qwen2SDTConfig.register_for_auto_class()
-Qwen2SDTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class Qwen2SDTForSequenceClassification(RoutedForSequenceClassification):
+    """Sparse Dynamic Transformer under a classifier of whole texts."""
+
+    config: Qwen2SDTConfig
+    model_class = Qwen2SDTModel

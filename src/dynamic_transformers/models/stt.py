@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .classification import RoutedForSequenceClassification
 from .configuration import Qwen2STTConfig
 from .heads import PairScoreHead
 from .modeling import RoutedForCausalLM, RoutedModel
@@ -159,5 +160,8 @@ class Qwen2STTForCausalLM(RoutedForCausalLM):
     model_class = Qwen2STTModel
 
 
-Qwen2STTConfig.register_for_auto_class()
-Qwen2STTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class Qwen2STTForSequenceClassification(RoutedForSequenceClassification):
+    """Sparse Transition Transformer under a classifier of whole texts."""
+
+    config: Qwen2STTConfig
+    model_class = Qwen2STTModel

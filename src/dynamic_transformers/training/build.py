@@ -16,12 +16,15 @@ logger = logging.getLogger("dynamic_transformers")
 NEW_PARTS = ("model.routers.", "model.routing_state.")  # of a routed model, which a Qwen2 does not have
 
 
-def model_config(model: ModelSettings, vocab_size: int, eos_token_id: int | None = None) -> Qwen2Config:
+def model_config(
+    model: ModelSettings, vocab_size: int, bos_token_id: int | None = None, eos_token_id: int | None = None
+) -> Qwen2Config:
     """Configuration of the architecture and size that `model` asks for.
 
     Args:
         vocab_size: rows of the embedding, which is the tokenizer's length.
-        eos_token_id: also used as beginning-of-text and padding token.
+        bos_token_id, eos_token_id: what documents begin and end with. There is no padding token: its
+            embedding would not be trained.
     """
     size = model.backbone
     backbone = dict(
@@ -35,7 +38,7 @@ def model_config(model: ModelSettings, vocab_size: int, eos_token_id: int | None
         max_position_embeddings=size.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
         tie_word_embeddings=size.tie_word_embeddings,
-        bos_token_id=eos_token_id,
+        bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
         pad_token_id=None,
     )
@@ -67,10 +70,21 @@ def routing_options(model: ModelSettings) -> dict:
     return options | surprise | (vars(model.stt) if model.type == "stt" else {})
 
 
-def build_model(settings: Settings, vocab_size: int, eos_token_id: int | None = None) -> PreTrainedModel:
+def build_model(
+    settings: Settings,
+    vocab_size: int,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> PreTrainedModel:
     """A new model in training mode, initialised from `run.seed` or from a pretrained Qwen2.
 
     The four architectures of one seed share the backbone's initial weights (with tied embeddings).
+
+    Args:
+        vocab_size: rows of the embedding, which is the tokenizer's length.
+        bos_token_id, eos_token_id, pad_token_id: what a new model's generation begins, ends and pads with; a
+            pretrained one keeps its own.
 
     Raises:
         UserError: the pretrained checkpoint cannot be read or does not fit.
@@ -84,13 +98,17 @@ def build_model(settings: Settings, vocab_size: int, eos_token_id: int | None = 
                 f"knows {model.config.vocab_size}; use the tokenizer of that model"
             )
         return model
-    config = model_config(settings.model, vocab_size, eos_token_id)
+    config = model_config(settings.model, vocab_size, bos_token_id, eos_token_id)
     config._attn_implementation = settings.model.attention
-    return MODEL_CLASSES[settings.model.type][1](config).train()
+    model = MODEL_CLASSES[settings.model.type][1](config).train()
+    model.generation_config.pad_token_id = pad_token_id
+    return model
 
 
 def load_pretrained(settings: Settings) -> PreTrainedModel:
     """A routed (or standard) model with every weight of a pretrained Qwen2; only the routers are new.
+
+    How the source generates (ends of text, sampling) is kept.
 
     Raises:
         UserError: no such checkpoint, not a Qwen2, or tensors that do not map, by name.
@@ -122,6 +140,7 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     config = config_class(**backbone | routing_options(settings.model))
     config._attn_implementation = settings.model.attention
     model = model_class(config)
+    model.generation_config = source.generation_config
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
     dropped = [name for name in missing if not name.startswith(NEW_PARTS)] + list(unexpected)
     if dropped:

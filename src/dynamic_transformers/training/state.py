@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel, Qwen2Config
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from dynamic_transformers.data.loading import load_tokenizer
 from dynamic_transformers.settings import Settings
@@ -66,8 +66,7 @@ def fresh_state(
     training = settings.training
     tokenizer = load_tokenizer(data_dir)
     set_seed(settings.run.seed)
-    eos = tokenizer.eos_token_id
-    plain = build_model(settings, len(tokenizer), eos if isinstance(eos, int) else None)
+    plain = build_model(settings, len(tokenizer), *special_tokens(tokenizer))
     if training.gradient_checkpointing:
         plain.activation_checkpointing_enable({"use_reentrant": False})
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, training.optimizer))
@@ -75,3 +74,10 @@ def fresh_state(
     if settings.system.compile:
         plain.compile(fullgraph=True)
     return TrainingState(model.train(), plain, optimizer, Budget.from_settings(training), identity)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Token ids that begin, end and pad a text; the end of text where the tokenizer has no other."""
+    end: Any = tokenizer.eos_token_id
+    known: list[Any] = [tokenizer.bos_token_id, end, tokenizer.pad_token_id]
+    return [end if token is None else token for token in known]

@@ -236,9 +236,13 @@ def facts_of(state: TrainingState, settings: Settings, mlflow_run_id: str | None
 
 
 def write_end(run_dir: Path, state: TrainingState) -> None:
-    """Write the finished model's weights; the last checkpoint, from which a run can be extended, stays."""
+    """Write the finished model's weights, and how it generates.
+
+    The last checkpoint, from which a run can be extended, stays.
+    """
     with fresh_folder(run_dir / END) as folder:
         save_model(state.plain, str(folder / WEIGHTS))
+        state.plain.generation_config.save_pretrained(folder)
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
