@@ -2,34 +2,12 @@
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.models.tiny import ROUTED, tiny_model, tokens
+from tests.training.live_bytes import LiveBytes
 
 SIZE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8}
 MOST = {"mod": 1.3, "sdt": 1.3, "stt": 1.6}  # times what the standard model keeps
-
-
-class Storages(TorchDispatchMode):
-    """Watches the memory of every tensor that its body makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        for value in tree_leaves(outputs):
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                self.seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return outputs
-
-    def live_bytes(self) -> int:
-        """Bytes of those that somebody still holds."""
-        return sum(size for reference, size in self.seen.values() if not reference.expired())
 
 
 def kept(architecture: str, checkpointing: bool) -> int:
@@ -40,7 +18,7 @@ def kept(architecture: str, checkpointing: bool) -> int:
     if architecture in ROUTED:
         model.set_progress(0, 10)
     ids = tokens(4, 128)
-    with Storages() as storages:
+    with LiveBytes() as memory:
         hidden_states = model.model(input_ids=ids, use_cache=False)
         live = hidden_states.last_hidden_state.sum()
         if architecture in ROUTED:
@@ -48,7 +26,7 @@ def kept(architecture: str, checkpointing: bool) -> int:
                 loss.sum() for result in hidden_states.routing.values() for _, loss in result.losses.values()
             )
         del hidden_states
-        return storages.live_bytes()
+        return memory.live
 
 
 @pytest.mark.parametrize("architecture", ROUTED)

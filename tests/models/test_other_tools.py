@@ -11,8 +11,7 @@ from accelerate import cpu_offload
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
-from transformers import AutoConfig, AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynamic_transformers.models import MODEL_CLASSES, RoutedConfig
 from dynamic_transformers.models.heads import ScoreHead
@@ -56,23 +55,6 @@ def test_a_model_whose_layers_do_not_fit_is_loaded_in_parts(architecture, tmp_pa
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
     options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(loaded.generate(ids[:, :6], **options), model.generate(ids[:, :6], **options))
-
-
-@pytest.mark.parametrize("architecture", ROUTED)
-def test_a_quantised_model_routes_with_exact_weights(architecture, tmp_path):
-    options = {} if architecture == "stt" else {"selection_rule": "predictor", "predictor_weight": 0.01}
-    model, ids = calibrated(architecture, **options), tokens(2, 24)
-    model.save_pretrained(tmp_path)
-    config = TorchAoConfig(Int8WeightOnlyConfig())
-    quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
-    assert type(quantised.model.layers[1].mlp.up_proj.weight) is Int8Tensor
-    exact = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, value in (*quantised.named_parameters(), *quantised.named_buffers()):
-        if "routers." in name or "routing_state." in name:
-            assert torch.equal(value, exact[name]), name
-    difference = (logits(quantised, ids) - logits(model, ids)).abs().mean()
-    assert 0 < difference < 0.1 * logits(model, ids).abs().mean()
-    quantised.generate(ids[:, :6], max_new_tokens=4, do_sample=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
