@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config
 
-from dynamic_transformers.models import RoutedForCausalLM
+from dynamic_transformers.models import RoutedConfig, RoutedForCausalLM
 from dynamic_transformers.models.modeling import RoutedModel
 from dynamic_transformers.models.routing import Block, Router, RoutingContext
 from dynamic_transformers.models.selection import RoutingResult, score_quantile
@@ -53,7 +53,7 @@ def calibration_cost(
     Args:
         fractions: as `calibrate` returns them; None: γ, which they will be.
     """
-    if not is_calibrated(config):
+    if not isinstance(config, RoutedConfig) or not is_calibrated(config):
         return 0.0
     return len(rows) * block_size * calibration_flops(config, block_size, fractions).total()
 
