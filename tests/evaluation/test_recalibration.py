@@ -1,5 +1,7 @@
 """`dynamic-transformers calibrate`, and the rules that `bench` refuses, as a user types them."""
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -10,20 +12,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dynamic_transformers.cli import main
 from dynamic_transformers.data.loading import load_split
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.evaluation.evaluate import evaluate
 from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.export import export
 from dynamic_transformers.manifest import MANIFEST, input_folder, read_manifest
-from dynamic_transformers.settings import PROJECT_ROOT
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
 
 
 def cli(*arguments):
-    command = [sys.executable, "-m", "dynamic_transformers.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
+    """A command as `dynamic-transformers` runs it, in this process: imports take seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        patch.setattr(sys, "argv", ["dynamic-transformers", *map(str, arguments)])
+        main()
+    return subprocess.CompletedProcess(arguments, end.value.code, out.getvalue(), err.getvalue())
 
 
 def refused(*arguments):
@@ -60,7 +71,7 @@ def prose(model_of, make_settings, tmp_path_factory):
 
 def fractions(model_dir, data_dir):
     model = load_model(model_dir)
-    return list(evaluate_heldout(model, load_split(data_dir, "validation"), 4).routed_fraction.values())
+    return list(evaluate_heldout(model, load_split(data_dir, "validation"), 1).routed_fraction.values())
 
 
 def contents(folder):
@@ -75,7 +86,8 @@ def test_another_capacity_and_another_domain(model_of, prose, data_dir, tmp_path
         assert done.returncode == 0, done.stderr
         new = model_dir.with_name(f"final_model-{data.name}-capacity-{capacity:g}")
         assert f"model: {new}" in done.stdout and contents(model_dir) == before
-        assert fractions(new, data) == pytest.approx([capacity] * 2, abs=2e-3)
+        # Equal first tokens of documents have equal scores, which no threshold parts.
+        assert fractions(new, data) == pytest.approx([capacity] * 2, abs=1e-2)
         assert json.loads((new / "config.json").read_text())["capacity"] == capacity
         changed = load_file(new / "model.safetensors")
         differing = {name for name in weights if not torch.equal(weights[name], changed[name])}
@@ -178,6 +190,7 @@ def test_bench_refuses_a_rule_whose_threshold_was_never_set(model_of, data_dir, 
     assert "--selection_rule=calibrated_predictor: its thresholds were never set" in line
     assert cli("bench", "--model_path", new, *bench, "threshold").returncode == 0
     untrained = shutil.copytree(model_dir, tmp_path / "untrained")
+    (untrained / "results.json").unlink()
     tensors = load_file(untrained / "model.safetensors")
     for name in ("thresholds", "weights"):
         tensors[f"model.routing_state.{name}"].zero_()

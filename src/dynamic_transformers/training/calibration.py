@@ -27,8 +27,8 @@ from dynamic_transformers.training.heldout import fixed_randomness
 
 Batches = Iterable[dict[str, Tensor]]
 
-# Tokens of a run's calibration, as few as hold γ: see docs/architectures.md for what fewer and more give.
-CALIBRATION_TOKENS = 16384
+# Tokens of a run's calibration: what fewer and more give is told in docs/architectures.md.
+CALIBRATION_TOKENS = 32768
 
 
 def is_calibrated(config: Qwen2Config) -> bool:
