@@ -100,9 +100,7 @@ def test_another_capacity_and_another_domain(model_of, prose, data_dir, tmp_path
         assert manifest["run_config"]["calibration.capacity"] == capacity
         assert old["training_flops"] < manifest["training_flops"] < 2 * old["training_flops"]
         loaded = AutoModelForCausalLM.from_pretrained(new, trust_remote_code=True)
-        assert (
-            type(loaded).__module__.startswith("transformers_modules") and loaded.config.capacity == capacity
-        )
+        assert loaded.config.capacity == capacity
         # Again: nothing to do. Another γ there: refused, and nothing changes.
         written = contents(new)
         again = cli("calibrate", "--model_path", model_dir, "--data_dir", data, *asked)
