@@ -80,6 +80,7 @@ CLI = "src/dynamic_transformers/cli.py"
         ([CLI, "prepare", "run.seed=-1"], 2, "error: run.seed=-1: must be in [0, 4294967295]"),
         ([CLI, "prepare", "run.output_dir=/etc/passwd"], 2, "error: run.output_dir: /etc/passwd is a file"),
         ([CLI, "routing", "--model_path=x", "--text=a"], 2, "error: x: no exported model"),
+        ([CLI, "calibrate", "--model_path=x", "--data_dir=y"], 2, "error: x: no such folder"),
     ],
 )
 def test_help_and_mistakes_come_at_once(arguments, code, message):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import yaml
 
-from dynamic_transformers.command_line import path, run_command
+from dynamic_transformers.command_line import flag_of, path, run_command
 from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
 from dynamic_transformers.manifest import input_folder, read_manifest
 from dynamic_transformers.preflight import check_places, preflight
-from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.settings import ModelSettings, Settings, UserError
 from dynamic_transformers.tracking.sync import add_sync_arguments, sync_command
 
 
@@ -119,6 +119,17 @@ def evaluation_of(folder: Path) -> Path:
     return evaluate(settings, data_dir, folder, model_dir, folder / "evaluation")
 
 
+def calibrate_command(args: argparse.Namespace) -> None:
+    """`calibrate`: write the model with other thresholds beside it, and say where."""
+    read_manifest(args.model_path, "export")
+    read_manifest(args.data_dir, "prepare_data")
+    from dynamic_transformers.evaluation.recalibration import recalibrate
+    from dynamic_transformers.training.display import configure_logging
+
+    configure_logging()
+    print(f"model: {recalibrate(args.model_path, args.data_dir, args.capacity, args.output_dir)}")
+
+
 def routing_command(args: argparse.Namespace) -> None:
     """`routing`: write the page and the picture, and say where they are."""
     if not (args.model_path / "config.json").is_file():
@@ -160,6 +171,22 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="export again")
 
 
+def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `calibrate`."""
+    parser.add_argument("--model_path", type=path, required=True, help="folder of the exported model")
+    parser.add_argument(
+        "--data_dir", type=path, required=True, help="data folder; its validation split sets the thresholds"
+    )
+    parser.add_argument(
+        "--capacity",
+        type=flag_of(ModelSettings, "capacity"),
+        help="fraction of the tokens that routed layers compute (default: the model's)",
+    )
+    parser.add_argument(
+        "--output_dir", type=path, help="default: MODEL_PATH-DATA-capacity-G beside the model"
+    )
+
+
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `dynamic-transformers routing`."""
     parser.add_argument("--model_path", type=path, required=True, help="folder of the exported model")
@@ -179,6 +206,7 @@ COMMANDS = {
     "prepare": (prepare_command, add_config_arguments, "mix, tokenize and pack data"),
     "train": (train_command, add_config_arguments, "prepare if need be, train one model, export it"),
     "export": (export_command, add_export_arguments, "a run's checkpoint as a Hugging Face folder"),
+    "calibrate": (calibrate_command, add_calibrate_arguments, "thresholds for another domain or capacity"),
     "bench": (bench_command, add_bench_arguments, "run lm-eval on an exported model"),
     "routing": (routing_command, add_routing_arguments, "show which tokens each layer computes"),
     "sync": (sync_command, add_sync_arguments, "send to MLflow what it has missed of runs"),
@@ -190,7 +218,7 @@ def main() -> None:
     """Entry of `dynamic-transformers`."""
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if name not in COMMANDS:
-        lines = [f"  {command:8}  {text}" for command, (_, _, text) in COMMANDS.items()]
+        lines = [f"  {command:9}  {text}" for command, (_, _, text) in COMMANDS.items()]
         usage = "\n".join(["usage: dynamic-transformers COMMAND ...", "", *lines])
         asked = name in ("-h", "--help")
         print(

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen2Config
 from dynamic_transformers.evaluation.exported import load_config, load_model, log_level
 from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
 from dynamic_transformers.evaluation.task_index import check_tasks, task_manager
-from dynamic_transformers.manifest import MANIFEST, input_folder
+from dynamic_transformers.manifest import MANIFEST, input_folder, read_manifest
 from dynamic_transformers.settings import UserError
 
 logger = logging.getLogger("dynamic_transformers")
@@ -161,7 +161,7 @@ def render_table(result: dict[str, Any]) -> Table:
 
 
 def _data_dir_of(model_dir: Path) -> Path | None:
-    if not (model_dir / MANIFEST).is_file():
+    if not (model_dir / MANIFEST).is_file() or "data" not in read_manifest(model_dir)["inputs"]:
         return None
     return input_folder(model_dir, "data")
 

@@ -22,7 +22,7 @@ from .configuration import RoutedConfig
 from .heads import ScoreHead
 from .routing import Block, Router, RoutingContext, causal_mask
 from .selection import RoutingResult
-from .state import RoutingState, beta_at
+from .state import LayerState, RoutingState, beta_at
 from .surprise import SurpriseGate, inverse_softplus
 
 # What transformers shall not cast when it loads a checkpoint in bf16: what lies in an `Fp32Module`.
@@ -169,18 +169,11 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
             layer_input = hidden_states
             if output_hidden_states:
                 seen.append(layer_input)
-            if str(index) in self.routers:
-                hidden_states, routing[index] = self.routers[str(index)](
-                    Block(block, index), hidden_states, previous, context, states[index]
-                )
-            else:
-                hidden_states = block(
-                    hidden_states,
-                    attention_mask=context.attention_mask,
-                    position_ids=context.position_ids,
-                    position_embeddings=context.position_embeddings,
-                    **{CACHE_NAME: cache},
-                )
+            hidden_states, result = self.run_layer(
+                Block(block, index), hidden_states, previous, context, states.get(index)
+            )
+            if result is not None:
+                routing[index] = result
             previous = layer_input
         if cache is not None:
             for index in routing:
@@ -194,6 +187,33 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
             routing=routing,
             **{CACHE_NAME: cache},  # type: ignore[arg-type]
         )
+
+    def run_layer(
+        self,
+        block: Block,
+        hidden_states: Tensor,
+        previous_hidden_states: Tensor,
+        context: RoutingContext,
+        state: LayerState | None,
+    ) -> tuple[Tensor, RoutingResult | None]:
+        """Hidden states (B, T, D) after one layer, and what it reports if it is routed.
+
+        Args:
+            hidden_states: the layer's input, (B, T, D).
+            previous_hidden_states: the input of the layer below, (B, T, D).
+            state: of a routed layer; None for a dense one.
+        """
+        if state is not None:
+            router = self.routers[str(block.layer)]
+            return router(block, hidden_states, previous_hidden_states, context, state)
+        output = block(
+            hidden_states,
+            attention_mask=context.attention_mask,
+            position_ids=context.position_ids,
+            position_embeddings=context.position_embeddings,
+            **{CACHE_NAME: context.cache},
+        )
+        return output, None
 
     @property
     def cacheable(self) -> bool:

@@ -18,6 +18,7 @@ from .configuration import RoutedConfig, SurpriseConfig
 
 LONGEST_DECAY = 0.99  # ρ of the thresholds' moving average; shorter runs take less
 WARMUP_LEVELS = 4  # values of the training capacity before it is γ
+KINDS = {"threshold": 0, "calibrated_predictor": 1}  # selection rules that have a τ → its row of `thresholds`
 PATIENCE = 10  # training forwards until somebody is told that nobody moves the schedules
 
 
@@ -163,15 +164,15 @@ class RoutingState(Fp32Module):
         distance = sums / counts.clamp(min=1) - self.thresholds
         self.thresholds += torch.where(counts > 0, step / self.weights * distance, 0)
 
-    def set_threshold(self, kind: int, layer: int, value: Tensor) -> None:
+    def set_threshold(self, rule: str, layer: int, value: Tensor) -> None:
         """Put a measured τ in place; training, if it goes on, averages anew.
 
         Args:
-            kind: 0 for scores, 1 for the predictors' logits.
+            rule: whose τ, of `KINDS`.
             layer: its place among the routed layers.
         """
-        self.thresholds[kind, layer] = value
-        self.weights[kind, layer] = 0
+        self.thresholds[KINDS[rule], layer] = value
+        self.weights[KINDS[rule], layer] = 0
 
     @property
     def fresh(self) -> bool:

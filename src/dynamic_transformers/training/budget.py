@@ -59,13 +59,19 @@ class Budget:
         assert training.max_flops is not None
         return cls("flops", training.max_flops)
 
-    def total_steps(self, done: Progress, step_tokens: float, step_flops: float) -> int:
+    def total_steps(
+        self, done: Progress, step_tokens: float, step_flops: float, final_flops: float = 0.0
+    ) -> int:
         """Steps of the whole run, if those to come cost as much as `step_tokens` and `step_flops` say.
 
         A run ends at the step nearest to its limit: runs of equal budget differ by half a step at most.
+
+        Args:
+            final_flops: of what is done after the last step; a budget of FLOPs leaves room for it.
         """
         cost = {"step": 1.0, "tokens": step_tokens, "flops": step_flops}[self.unit]
-        left = (self.limit - getattr(done, self.unit)) / cost
+        reserved = final_flops if self.unit == "flops" else 0.0
+        left = (self.limit - reserved - getattr(done, self.unit)) / cost
         return max(1, done.step + max(0, round(left)))
 
 
@@ -79,6 +85,7 @@ class Horizon:
         model_config: of the model, for its FLOPs.
         step_tokens: of one optimizer step, over all ranks.
         block_size: tokens of one block.
+        final_flops: of the calibration after the last step.
     """
 
     budget: Budget
@@ -86,6 +93,7 @@ class Horizon:
     model_config: Qwen2Config
     step_tokens: int
     block_size: int
+    final_flops: float = 0.0
 
     def step_flops(self, computed: dict[int, float] | None = None) -> float:
         """Training FLOPs of one step; `computed`: layer → places its block ran on ÷ all tokens."""
@@ -102,4 +110,4 @@ class Horizon:
     def _total(self, budget: Budget, done: Progress) -> int:
         measured = target_fraction(self.model_config) is None and done.step > 0
         step_flops = done.flops / done.step if measured else self.step_flops()
-        return budget.total_steps(done, self.step_tokens, step_flops)
+        return budget.total_steps(done, self.step_tokens, step_flops, self.final_flops)

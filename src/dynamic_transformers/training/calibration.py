@@ -7,71 +7,148 @@ the quantile of evaluation lies. A few documents are too few: they differ in how
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
+import datasets
 import torch
-from torch import nn
+from torch import Tensor
+from transformers import Qwen2Config
 
-from dynamic_transformers.models import RoutedForCausalLM
-from dynamic_transformers.models.routing import Router
-from dynamic_transformers.models.selection import score_quantile
-from dynamic_transformers.training.flops import target_fraction
+from dynamic_transformers.models import RoutedConfig, RoutedForCausalLM
+from dynamic_transformers.models.modeling import RoutedModel
+from dynamic_transformers.models.routing import Block, Router, RoutingContext
+from dynamic_transformers.models.selection import RoutingResult, score_quantile
+from dynamic_transformers.models.state import KINDS, LayerState
+from dynamic_transformers.training.flops import calibration_flops, target_fraction
 from dynamic_transformers.training.heldout import fixed_randomness
 
-Batches = Iterable[dict[str, torch.Tensor]]
+Batches = Iterable[dict[str, Tensor]]
+
+# Tokens of a run's calibration: what fewer and more give is told in docs/architectures.md.
+CALIBRATION_TOKENS = 32768
 
 
-class EnoughSeenError(Exception):
-    """Ends a forward whose later layers nobody needs."""
+def is_calibrated(config: Qwen2Config) -> bool:
+    """Whether a model has thresholds that are meant to select a fraction γ of all tokens.
+
+    Not the standard model, another selection rule, or STT with `targets: threshold`, where a gate decides.
+    """
+    return getattr(config, "selection_rule", None) in KINDS and target_fraction(config) is not None
+
+
+def calibration_rows(split: datasets.Dataset, block_size: int) -> datasets.Dataset:
+    """`CALIBRATION_TOKENS` of a split in whole blocks, evenly spaced over it; all of one that is smaller."""
+    count = min(len(split), max(1, CALIBRATION_TOKENS // block_size))
+    return split.select([place * len(split) // count for place in range(count)])
+
+
+def calibration_cost(
+    config: Qwen2Config, rows: datasets.Dataset, block_size: int, fractions: dict[int, float] | None = None
+) -> float:
+    """FLOPs of calibrating a model by these rows, of `block_size` tokens each; 0 where nothing is calibrated.
+
+    Args:
+        fractions: as `calibrate` returns them; None: γ, which they will be.
+    """
+    if not isinstance(config, RoutedConfig) or not is_calibrated(config):
+        return 0.0
+    return len(rows) * block_size * calibration_flops(config, block_size, fractions).total()
 
 
 @torch.no_grad()
-def calibrate(model: RoutedForCausalLM, batches: Batches) -> None:
+def calibrate(model: RoutedForCausalLM, batches: Batches) -> dict[int, float]:
     """Make the threshold of the model's selection rule, if it has one, select the fraction γ of these tokens.
 
-    Layer by layer from the first, since a layer's scores depend on what the layers below select; in the
-    precision of the weights, as exported models are evaluated. Nothing is done where the number of selected
-    tokens is not meant to be γ (STT with `targets: threshold`).
+    Layer by layer from the first, all batches together, since a layer's scores depend on what the layers
+    below select: each layer runs once for each token. In the precision of the weights, as exported models are
+    evaluated. Nothing is done where `is_calibrated` says no.
 
     Args:
         model: in eval mode afterwards.
-        batches: `input_ids` and `position_ids`, (B, T) each; gone through once for each routed layer. With
-            several ranks, all of them on every rank.
+        batches: `input_ids` and `position_ids`, (B, T) each. The hidden states of all of them are kept: some
+            ten thousand tokens are enough. With several ranks, all of them on every rank.
+
+    Returns:
+        Routed layer → fraction of the tokens that its new threshold selects.
     """
     model.eval()
-    capacity, rule = target_fraction(model.config), model.config.selection_rule
-    if capacity is None or rule not in ("threshold", "calibrated_predictor"):
-        return
-    for place, router in enumerate(model.model.routers.values()):
-        router = cast(Router, router)  # of an exported folder's code, perhaps
-        if rule == "threshold":
-            scores = watch(model, batches, router, lambda output: output[1].score)
-            model.routing_state.set_threshold(0, place, score_quantile(scores, capacity, None))
-        else:
-            assert router.predictor is not None
-            logits = watch(model, batches, router.predictor, lambda output: output)
-            model.routing_state.set_threshold(1, place, score_quantile(logits, capacity, None))
+    config, backbone = model.config, model.model
+    if not is_calibrated(config):
+        return {}
+    rule, fractions = config.selection_rule, {}
+    with fixed_randomness(model.device):
+        texts = [Text.of(backbone, batch) for batch in batches]
+        for layer in range(config.routed_layers[-1] + 1):
+            if layer in config.routed_layers:
+                scores = torch.cat([text.scores(layer).flatten() for text in texts])
+                threshold = score_quantile(scores, config.capacity, None)
+                model.routing_state.set_threshold(rule, len(fractions), threshold)
+                fractions[layer] = (scores > threshold).double().mean().item()
+            if layer < config.routed_layers[-1]:
+                for text in texts:
+                    text.run(layer)
+    return fractions
 
 
-def watch(
-    model: RoutedForCausalLM, batches: Batches, module: nn.Module, take: Callable[..., torch.Tensor]
-) -> torch.Tensor:
-    """What `take` makes of the module's output, (B, T) for each batch, for all batches."""
-    seen: list[torch.Tensor] = []
+@dataclass
+class Text:
+    """A batch on its way through the layers.
 
-    def note(_, inputs, output) -> None:
-        seen.append(take(output))
-        raise EnoughSeenError
+    Attributes:
+        hidden_states: the next layer's input, (B, T, D).
+        previous: the input of the layer before, (B, T, D).
+    """
 
-    hook = module.register_forward_hook(note)
-    try:
-        with fixed_randomness(model.device):
-            for batch in batches:
-                ids, positions = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
-                with contextlib.suppress(EnoughSeenError):
-                    model.model(ids, position_ids=positions, use_cache=False)
-    finally:
-        hook.remove()
-    return torch.cat(seen)
+    backbone: RoutedModel
+    context: RoutingContext
+    hidden_states: Tensor
+    previous: Tensor
+
+    @classmethod
+    def of(cls, backbone: RoutedModel, batch: dict[str, Tensor]) -> Text:
+        """In front of the first layer."""
+        device = backbone.device
+        hidden_states = backbone.embed_tokens(batch["input_ids"].to(device))
+        context = backbone.routing_context(hidden_states, None, batch["position_ids"].to(device), None)
+        return cls(backbone, context, hidden_states, hidden_states)
+
+    def scores(self, layer: int) -> Tensor:
+        """What the rule of a routed layer compares with its threshold, (B, T); the block does not run."""
+        if self.backbone.config.selection_rule == "calibrated_predictor":
+            predictor = cast(Router, self.backbone.routers[str(layer)]).predictor
+            assert predictor is not None
+            return predictor(self.hidden_states)
+        state = self.states()[layer]
+        nothing = dataclasses.replace(state, threshold=torch.full_like(state.threshold, torch.inf))
+        _, result = self.pass_through(Idle(layer), nothing)
+        assert result is not None
+        return result.score
+
+    def run(self, layer: int) -> None:
+        """Go through a layer, as in the backbone's own forward."""
+        block = Block(self.backbone.layers[layer], layer)
+        output, _ = self.pass_through(block, self.states().get(layer))
+        self.hidden_states, self.previous = output, self.hidden_states
+
+    def states(self) -> dict[int, LayerState]:
+        """What each routed layer reads now."""
+        layers = self.backbone.config.routed_layers
+        return dict(zip(layers, self.backbone.routing_state(self.hidden_states), strict=True))
+
+    def pass_through(self, block: Block, state: LayerState | None) -> tuple[Tensor, RoutingResult | None]:
+        """Output of a layer with that block, and what it reports."""
+        return self.backbone.run_layer(block, self.hidden_states, self.previous, self.context, state)
+
+
+class Idle(Block):
+    """A block that gives back what it gets: at full capacity, a router runs its block whatever τ is."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+
+    def __call__(self, hidden_states: Tensor, **options) -> Tensor:
+        """(B, T, D), as given."""
+        return hidden_states

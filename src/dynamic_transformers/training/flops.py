@@ -84,6 +84,30 @@ def forward_flops(
     return account
 
 
+def calibration_flops(
+    config: RoutedConfig, length: int, fractions: dict[int, float] | None = None
+) -> FlopAccount:
+    """FLOPs per token of the text that sets the thresholds, by component.
+
+    A forward in eval mode below the last routed layer, where each score is computed once more before the
+    threshold is known; of the last routed layer the score alone.
+
+    Args:
+        config, length, fractions: as in `forward_flops`.
+    """
+    account, router = FlopAccount(), router_flops(config, training=False)
+    if config.selection_rule == "calibrated_predictor":
+        score = FlopAccount(predictor=router["predictor"])
+    else:
+        score = router
+    *below, last = config.routed_layers
+    for layer in range(last):
+        account.add(block_flops(config, length, layer_fraction(config, layer, fractions) or 1.0))
+    account.add(router, len(below))
+    account.add(score, len(below) + 1)
+    return account
+
+
 def training_flops(
     config: Qwen2Config, length: int, fractions: dict[int, float] | None = None
 ) -> FlopAccount:

@@ -21,12 +21,12 @@ class RoutingCallback(TrainerCallback):
         Trainer(model, arguments, train_dataset=rows, callbacks=[RoutingCallback(batches)])
 
     Args:
-        batches: held-out text for the calibration, as `calibrate` takes it; None: the averages of training
-            remain, which hold γ less well.
+        batches: held-out text for the calibration, as `calibrate` takes it: some ten thousand tokens; None:
+            the averages of training remain, which hold γ less well.
     """
 
     def __init__(self, batches: Batches | None = None):
-        self.batches = None if batches is None else list(batches)  # gone through once for each layer
+        self.batches = None if batches is None else list(batches)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Refuse `nn.DataParallel`, whose copies of a model forget what they saw.

@@ -133,12 +133,12 @@ class Display(Observer):
 
 
 class Evaluation(Observer):
-    """Held-out loss on the validation split.
+    """Held-out loss on the validation split; at the end of a run after its calibration, by whoever calls it.
 
     Args:
         measure: evaluates the model as it is.
         write: takes what is logged.
-        every: steps between two; 0: only at the end.
+        every: steps between two; 0: none before the end.
     """
 
     def __init__(self, measure: Callable[[], HeldoutResult], write: Write, every: int):
@@ -146,13 +146,13 @@ class Evaluation(Observer):
 
     def after_step(self, moment: Moment) -> None:
         """Evaluate when it is due; a run that is interrupted does so when it goes on."""
-        if moment.every(self.every) and not moment.interrupted:
+        if moment.every(self.every) and not moment.last and not moment.interrupted:
             self.evaluate(moment.progress)
 
     def is_owed(self, progress: Progress, total: int) -> bool:
-        """Whether the evaluation of the last step has not been made."""
-        due = progress.step >= total or (self.every > 0 and progress.step % self.every == 0)
-        return due and progress.step > 0 and progress.evaluation.get("step") != progress.step
+        """Whether the evaluation of the last step has not been made, though the run goes on after it."""
+        due = 0 < progress.step < total and self.every > 0 and progress.step % self.every == 0
+        return due and progress.evaluation.get("step") != progress.step
 
     def evaluate(self, progress: Progress) -> None:
         """Evaluate, and write a line."""

@@ -27,7 +27,7 @@ from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import RunTracker, description, send_rest
 from dynamic_transformers.training.batches import training_batches
 from dynamic_transformers.training.budget import Budget, Horizon, Progress
-from dynamic_transformers.training.calibration import calibrate
+from dynamic_transformers.training.calibration import calibrate, calibration_cost, calibration_rows
 from dynamic_transformers.training.checkpoint import WEIGHTS, checkpoint_folder, last_good, prune
 from dynamic_transformers.training.heldout import HeldoutResult, evaluate_heldout
 from dynamic_transformers.training.interruption import Interrupted, Interruption, leave
@@ -120,11 +120,20 @@ def plan_on_rank_0(
 def run(
     state: TrainingState, settings: Settings, data_dir: Path, run_dir: Path, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Train to the end of the budget, calibrate, write the end; returns the facts for the manifest."""
+    """Train to the end of the budget, calibrate, evaluate, write the end; returns the manifest's facts."""
     training = settings.training
     block_size = read_manifest(data_dir)["block_size"]
     step_tokens = state.identity["global_batch"] * block_size
-    horizon = Horizon(Budget.from_settings(training), state.schedule, state.config, step_tokens, block_size)
+    validation = load_split(data_dir, "validation")
+    rows = calibration_rows(validation, block_size)
+    horizon = Horizon(
+        Budget.from_settings(training),
+        state.schedule,
+        state.config,
+        step_tokens,
+        block_size,
+        final_flops=calibration_cost(state.config, rows, block_size),
+    )
     step = OptimizerStep(
         accelerator,
         state.model,
@@ -134,7 +143,6 @@ def run(
         training.gradient_accumulation_steps,
         settings.run.seed,
     )
-    validation = load_split(data_dir, "validation")
     with Interruption() as interruption:
         with (
             tracked(settings, data_dir, run_dir, accelerator.is_main_process) as tracker,
@@ -153,7 +161,10 @@ def run(
                 leave(interruption.number or SIGTERM)  # another process of the run may have got the signal
             with interruption.at_once():
                 if isinstance(state.plain, RoutedForCausalLM):
-                    calibrate(state.plain, batches_of(validation, settings.data.batch_size))
+                    fractions = calibrate(state.plain, batches_of(rows, settings.data.batch_size))
+                    # Every rank does it, for want of anything else to do; it is charged once.
+                    state.progress.flops += calibration_cost(state.config, rows, block_size, fractions)
+                observers.evaluation.evaluate(state.progress)
                 if accelerator.is_main_process:
                     write_end(run_dir, state)
         interruption.obey()
