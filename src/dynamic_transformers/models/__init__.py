@@ -10,8 +10,8 @@ from transformers import (
 )
 
 from .configuration import Qwen2MoDConfig, Qwen2SDTConfig, Qwen2STTConfig, RoutedConfig
+from .language_model import RoutedForCausalLM
 from .mod import Qwen2MoDForCausalLM, Qwen2MoDForSequenceClassification, Qwen2MoDModel
-from .modeling import RoutedForCausalLM
 from .sdt import Qwen2SDTForCausalLM, Qwen2SDTForSequenceClassification, Qwen2SDTModel
 from .stt import Qwen2STTForCausalLM, Qwen2STTForSequenceClassification, Qwen2STTModel
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from .classification import RoutedForSequenceClassification
 from .configuration import Qwen2MoDConfig
 from .heads import ScoreHead
-from .modeling import RoutedForCausalLM, RoutedModel
+from .language_model import RoutedForCausalLM
+from .modeling import RoutedModel
 from .routing import Block, Router, RoutingContext, membership_loss, routed_update, row_means
 from .selection import RoutingResult
 from .state import LayerState

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .classification import RoutedForSequenceClassification
 from .configuration import Qwen2SDTConfig
-from .modeling import RoutedForCausalLM, RoutedModel
+from .language_model import RoutedForCausalLM
+from .modeling import RoutedModel
 from .routing import Block, Router, RoutingContext, routed_update, row_means
 from .selection import RoutingResult
 from .state import LayerState

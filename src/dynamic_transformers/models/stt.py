@@ -22,7 +22,8 @@ from torch import Tensor
 from .classification import RoutedForSequenceClassification
 from .configuration import Qwen2STTConfig
 from .heads import PairScoreHead
-from .modeling import RoutedForCausalLM, RoutedModel
+from .language_model import RoutedForCausalLM
+from .modeling import RoutedModel
 from .routing import (
     Block,
     Router,
