@@ -50,7 +50,6 @@ class HeldoutResult(DomainResult):
         return {layer: spread.mean for layer, spread in self.realised.layers.items()}
 
 
-@torch.compiler.set_stance("force_eager")  # a model that is compiled is so for training
 @torch.no_grad()
 def evaluate_heldout(
     model: PreTrainedModel, split: datasets.Dataset, batch_size: int, sources: Sequence[str] = ()
