@@ -121,7 +121,12 @@ def check_evaluation(settings: Settings) -> None:
 
 
 def check_device(settings: Settings) -> None:
-    """Refuse CUDA where there is none, and `system.compile` without a C++ compiler."""
+    """Refuse CUDA where there is none, and `system.compile` where it cannot work."""
+    stt = settings.model.stt
+    if settings.system.compile and settings.model.type == "stt" and stt.targets == "threshold":
+        raise UserError(
+            "system.compile=true: not with model.stt.targets=threshold, whose number of targets varies"
+        )
     if settings.system.compile and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("system.compile=true: needs g++ or clang++, and finds neither; leave it at false")
     if settings.system.device != "cuda":

@@ -147,7 +147,7 @@ def test_a_cache_made_in_inference_mode_goes_on_without_it():
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
-@pytest.mark.parametrize("change", ["reorder", "select", "repeat", "row 0", "row 1", "row 2"])
+@pytest.mark.parametrize("change", ["reorder", "select", "mask", "repeat", "row 0", "row 1", "row 2"])
 def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, change):
     model = calibrated(architecture)
     ids = tokens(3, LENGTH)
@@ -159,6 +159,9 @@ def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, 
     if change == "repeat":
         rows = torch.tensor([0, 0, 1, 1, 2, 2])
         cache.batch_repeat_interleave(2)
+    elif change == "mask":
+        rows = torch.tensor([True, False, True])
+        cache.batch_select_indices(rows)
     elif change == "select" or change.startswith("row"):
         rows = torch.tensor([2, 1] if change == "select" else [int(change[-1])])
         cache.batch_select_indices(rows)

@@ -67,12 +67,15 @@ def test_a_training_forward_asks_for_no_value(case, rows, checkpointing):
     assert waits.calls == []
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rows", ["plain", "packed"])
 @pytest.mark.parametrize("architecture", ALL)
-def test_training_is_one_graph_and_compiled_once(architecture, rows):
+def test_training_is_one_graph_and_compiled_once(architecture, rows, checkpointing):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     models = [tiny_model(architecture) for _ in range(2)]
+    if checkpointing:
+        models[1].activation_checkpointing_enable({"use_reentrant": False})
     compiled = torch.compile(models[1], backend=counter, fullgraph=True)
     for step in range(4):
         ids, losses = tokens(3, 24, seed=step), []

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dynamic_transformers.models import MODEL_CLASSES, RoutedConfig
 from dynamic_transformers.models.heads import ScoreHead
 from dynamic_transformers.models.surprise import SurpriseGate
+from dynamic_transformers.training.huggingface import RoutingCallback
 from tests.models.tiny import (
     ALL,
     BACKBONE,
@@ -28,6 +29,8 @@ from tests.models.tiny import (
     tiny_model,
     tokens,
 )
+
+BATCH = {"input_ids": tokens(4, 24, seed=3), "position_ids": torch.arange(24).expand(4, -1)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,7 +114,9 @@ def sharded_gradients(rank, architecture, address, folder):
         }
         if architecture != "standard":
             model.advance()
-            found |= dict(model.routing_state.named_buffers())
+            found |= {name: value.clone() for name, value in model.routing_state.named_buffers()}
+            RoutingCallback([BATCH]).on_train_end(None, None, None, model=model)
+            found["calibrated"] = model.routing_state.thresholds
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         distributed.destroy_process_group()
@@ -127,7 +132,9 @@ def test_fsdp_of_two_processes_equals_one(architecture, tmp_path):
     expected = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     if architecture != "standard":
         model.advance()
-        expected |= dict(model.routing_state.named_buffers())
+        expected |= {name: value.clone() for name, value in model.routing_state.named_buffers()}
+        RoutingCallback([BATCH]).on_train_end(None, None, None, model=model)
+        expected["calibrated"] = model.routing_state.thresholds
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found.keys() == expected.keys()

@@ -117,3 +117,30 @@ def test_an_adapter_on_a_score_head_is_refused(architecture):
     name = {"mod": "router", "stt": "student", "sdt": "surprise"}[architecture]
     with pytest.raises(ValueError, match="not supported"):
         get_peft_model(tiny_model(architecture), LoraConfig(target_modules=[name], r=2))
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_second_adapter_has_thresholds_of_its_own_or_is_refused(architecture, tmp_path):
+    base, ids = calibrated(architecture), tokens(2, 24)
+    expected = logits(base, ids)
+    adapted = train_adapter(base, 2)
+    first = logits(adapted, ids)
+    config = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["v_proj"]}
+    adapted.add_adapter("without", LoraConfig(**config))
+    with pytest.raises(ValueError, match=r"give it modules_to_save=\['routing_state'\]"):
+        adapted.set_adapter("without")
+    adapted.add_adapter("second", LoraConfig(**config, modules_to_save=["routing_state"]))
+    adapted.set_adapter("second")
+    for step in range(4):
+        adapted.train().set_progress(step, 4)
+        adapted(input_ids=tokens(2, 32, seed=step), use_cache=False)
+        adapted.advance()
+    second = logits(adapted.eval(), ids)
+    assert not torch.allclose(second, expected)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted, ids), expected)
+    adapted.save_pretrained(tmp_path, selected_adapters=["second"])
+    loaded = PeftModel.from_pretrained(calibrated(architecture), tmp_path / "second").eval()
+    torch.testing.assert_close(logits(loaded, ids), second)
+    adapted.set_adapter("default")
+    torch.testing.assert_close(logits(adapted, ids), first)

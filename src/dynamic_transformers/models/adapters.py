@@ -24,6 +24,23 @@ class WithAdapters(nn.Module):
         if name == "peft_config" and is_peft_available():
             from peft.utils import ModulesToSaveWrapper
 
+            class OwnState(ModulesToSaveWrapper):
+                """Thresholds and β of each adapter."""
+
+                def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+                    """The adapter to activate; without a state of its own it would move the model's.
+
+                    Raises:
+                        ValueError: it has none.
+                    """
+                    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+                    if not set(names) & set(self.modules_to_save):
+                        raise ValueError(
+                            f"adapter {', '.join(names)} has no thresholds of its own: give it "
+                            f"modules_to_save=['{STATE}']"
+                        )
+                    return super().check_set_adapter(adapter_name)
+
             backbone: Any = self.base_model
             for adapter, config in value.items():
                 saved = list(getattr(config, "modules_to_save", None) or [])
@@ -31,7 +48,7 @@ class WithAdapters(nn.Module):
                     continue
                 warn_of_untrained_routers(backbone, saved)
                 config.modules_to_save = [*saved, STATE]
-                state = ModulesToSaveWrapper(backbone.get_submodule(STATE), adapter)
+                state = OwnState(backbone.get_submodule(STATE), adapter)
                 state.set_adapter(adapter, inference_mode=config.inference_mode)
                 backbone.add_module(STATE, state)
 

@@ -152,7 +152,9 @@ class RoutedCacheLayer(CacheLayerMixin):
         raise ValueError("a routed model's cache cannot be cropped; assisted decoding needs a standard model")
 
     def select_rows(self, rows: Tensor) -> None:
-        """Keep the rows with these indices, in this order; a row may be repeated."""
+        """Keep the rows with these indices, in this order; a row may be repeated. A mask names those kept."""
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().squeeze(1)
         change_tensors(self, ("state",), lambda value: value[rows.to(value.device)])
         if self.slots is None or self.keys is None or self.values is None:
             return

@@ -249,7 +249,7 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
             slots = torch.arange(past + length, device=device).unsqueeze(0)
             numbers = segments if segments is not None else torch.zeros_like(slots).expand(batch, -1)
             mask = causal_mask(slots[:, past:], numbers[:, past:], slots, numbers, eager, dtype)
-        return RoutingContext(
+        context = RoutingContext(
             position_ids=position_ids,
             position_embeddings=self.rotary_emb(hidden_states, position_ids),
             segments=segments,
@@ -259,6 +259,9 @@ class RoutedModel(RoutedPreTrainedModel, Qwen2Model):
             eager=eager,
             cache=cache,
         )
+        if self.training:
+            context.document_starts(length)  # found here: in a checkpointed layer nothing may be remembered
+        return context
 
 
 class RoutedModelWithHead(RoutedPreTrainedModel):

@@ -36,7 +36,8 @@ def is_calibrated(config: Qwen2Config) -> bool:
 
     Not the standard model, another selection rule, or STT with `targets: threshold`, where a gate decides.
     """
-    return getattr(config, "selection_rule", None) in KINDS and target_fraction(config) is not None
+    routed = bool(getattr(config, "routed_layers", None))
+    return routed and config.selection_rule in KINDS and target_fraction(config) is not None
 
 
 def calibration_rows(split: datasets.Dataset, block_size: int) -> datasets.Dataset:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from dynamic_transformers.settings import UserError
@@ -53,7 +56,19 @@ class RoutingCallback(TrainerCallback):
         """Calibrate by the batches, if there are any."""
         if self.batches is not None:
             for routed in routed_models(model):
-                calibrate(routed, self.batches)
+                with whole(model):
+                    calibrate(routed, self.batches)
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Give each rank all weights of what FSDP2 has sharded: calibration runs layer by layer."""
+    shards = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in shards:
+        part.unshard()
+    yield
+    for part in shards:
+        part.reshard()
 
 
 def routed_models(model: nn.Module) -> list[Any]:
