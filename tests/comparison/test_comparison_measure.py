@@ -27,7 +27,7 @@ def measured(data_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "measure_side_by_side", noted)
 
-    def measure(runs):
+    def measure(runs, prompts=TEXT):
         evaluations, models = [], []
         for number, run in enumerate(runs):
             model = tmp_path / f"model{number}"
@@ -36,7 +36,10 @@ def measured(data_dir, tmp_path, monkeypatch):
             write_manifest(model, "export", {"number": number}, {})
             run["model_digest"] = json.loads((model / "manifest.json").read_text())["digest"]
             folder = write_run(tmp_path / f"evaluation{number}", run)
-            write_json(folder / PROMPTS, [{"ids": [number, 1, 2], "prefilled": 1, "text": TEXT}])
+            if prompts == TEXT:
+                write_json(folder / PROMPTS, [{"ids": [number, 1, 2], "prefilled": 1, "text": TEXT}])
+            elif prompts is not None:
+                write_json(folder / PROMPTS, prompts)
             evaluations.append(folder)
             models.append(model)
         report = compare(evaluations, tmp_path / "report", models=models[::-1])
@@ -74,3 +77,27 @@ def test_a_model_that_was_not_given_is_named(tmp_path):
     write_manifest(tmp_path / "model", "export", {}, {})
     with pytest.raises(UserError, match="its model is not among"):
         compare([folder], tmp_path / "report", models=[tmp_path / "model"])
+
+
+@pytest.mark.parametrize("lacking", ["eval.dtype", "reference", PROMPTS])
+def test_an_evaluation_of_an_older_version_is_refused_in_one_line(measured, lacking):
+    run = make_run("standard")
+    if lacking == "eval.dtype":
+        del run["eval"]["dtype"]
+    else:
+        run.pop(lacking, None)
+    with pytest.raises(UserError, match=r"evaluate the model again with this version$") as refusal:
+        measured([run], prompts=None if lacking == PROMPTS else TEXT)
+    assert lacking in str(refusal.value)
+
+
+def test_prompts_of_another_form_are_refused(measured):
+    with pytest.raises(UserError, match=rf"{PROMPTS}: .*evaluate the model again with this version$"):
+        measured([make_run("standard")], prompts=[{"tokens": [1, 2]}])
+
+
+def test_without_models_and_without_speed_the_models_are_asked_for(tmp_path):
+    run = make_run("standard")
+    del run["efficiency"]["prefill_tokens_per_second"]
+    with pytest.raises(UserError, match="its speed was not measured; give its model"):
+        compare([write_run(tmp_path / "in", run)], tmp_path / "report")

@@ -19,6 +19,7 @@ from dynamic_transformers.comparison.statistics import group_key, group_runs
 from dynamic_transformers.comparison.tables import render_realised_table, render_table
 from dynamic_transformers.evaluation.efficiency import (
     Prompt,
+    Speed,
     Subject,
     in_tokens_of,
     measure_side_by_side,
@@ -43,7 +44,6 @@ NUMBERS = (
     "eval.bits_per_byte",
     "reference.unigram_loss",
     "efficiency.forward_flops_per_token",
-    "efficiency.prefill_tokens_per_second",
 )
 OTHER_KEYS = (
     "seed",
@@ -53,11 +53,9 @@ OTHER_KEYS = (
     "eval.selection_rule",
     "bench",
     "bench_stderr",
-    "efficiency.decode_tokens_per_second",
     "efficiency.kv_bytes_per_token",
     "efficiency.mean_routed_fraction",
     "efficiency.routed_fraction",
-    "efficiency.timed_routed_fraction",
     "history",
     "model_dir",
     "mlflow_run_id",
@@ -65,6 +63,8 @@ OTHER_KEYS = (
     "model_digest",
     "reference.test_sha256",
 )
+SPEED = tuple(field.name for field in dataclasses.fields(Speed))  # which `compare` measures
+AGAIN = "evaluate the model again with this version"
 
 
 def compare(
@@ -111,11 +111,14 @@ def fill(
     title: str,
 ) -> None:
     """Write the comparison's files into an empty folder."""
-    if models:
-        measure(loaded, models)
     for folder, run in loaded:
         check_run(run, folder / "evaluation.json")
     _check_seeds(loaded)
+    if models:
+        measure(loaded, models)
+    for folder, run in loaded:
+        if not set(SPEED) <= set(run["efficiency"]):
+            raise UserError(f"{folder}: its speed was not measured; give its model to compare")
     folders = {_role(run): folder for folder, run in loaded}
     runs = [run for group in group_runs([run for _, run in loaded]) for run in group.runs]
     inputs = {_role(run): folders[_role(run)] for run in runs}
@@ -132,7 +135,7 @@ def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path
     """Put each model's speed into its run, measured beside that of the standard model on the same text.
 
     Raises:
-        UserError: an evaluation's model is not among `models`.
+        UserError: an evaluation's model is not among `models`, or the text to be read is missing.
     """
     by_digest = {read_manifest(model, "export")["digest"]: model for model in models}
     for folder, run in loaded:
@@ -141,7 +144,7 @@ def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path
     # The standard model of the lowest seed first, else the first run.
     order = sorted(loaded, key=lambda entry: (entry[1]["architecture"] != "standard", entry[1]["seed"]))
     folder, first = order[0]
-    prompts = [Prompt(**prompt) for prompt in json.loads((folder / PROMPTS).read_text(encoding="utf-8"))]
+    prompts = read_prompts(folder / PROMPTS)
     subjects = []
     for _, run in order:
         model = by_digest[run["model_digest"]]
@@ -155,6 +158,20 @@ def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path
         subjects.append(Subject(model, run["eval"]["dtype"], given))
     for (_, run), speed in zip(order, measure_side_by_side(subjects[0], subjects[1:]), strict=True):
         run["efficiency"] |= json.loads(json.dumps(dataclasses.asdict(speed)))  # layers become text
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts that `evaluate` wrote.
+
+    Raises:
+        UserError: the file is missing, or not what this version writes.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {AGAIN}")
+    try:
+        return [Prompt(**prompt) for prompt in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or of another version ({error}); {AGAIN}") from error
 
 
 def tracked_runs(output_dir: Path) -> list[str]:
@@ -220,7 +237,7 @@ def _value(run: dict[str, Any], key: str, path: Path) -> Any:
     value: Any = run
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise UserError(f"{path}: has no key {key}; evaluate the model again with this version")
+            raise UserError(f"{path}: has no key {key}; {AGAIN}")
         value = value[part]
     return value
 
