@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_transformers.manifest import write_json, write_manifest
+from dynamic_transformers.settings import CONTROLS
 
 # capacity, loss below standard, forward FLOPs ratio, prefill ratio, KV ratio
 SHAPES = {
@@ -19,7 +20,11 @@ UNIGRAM = 5.873
 
 
 def make_run(
-    architecture: str, seed: int = 0, rule: str = "threshold", flops: float = 1.234e13
+    architecture: str,
+    seed: int = 0,
+    rule: str = "threshold",
+    flops: float = 1.234e13,
+    training_rule: str = "topk",
 ) -> dict[str, Any]:
     """One evaluation.json, different for each architecture and seed but reproducible."""
     rng = random.Random(f"{architecture}-{seed}")
@@ -61,6 +66,7 @@ def make_run(
         "seed": seed,
         "parameters": 2_468_352 + (12_345 if routed else 0),
         "training_flops": flops,
+        "training_rule": (rule if rule in CONTROLS else training_rule) if routed else None,
         "training_tokens": int(819_200 / flops_ratio),
         "eval": {
             "loss": loss,
@@ -102,7 +108,7 @@ def make_run(
         "history": history,
         "model_dir": f"outputs/quickstart/{architecture}-seed{seed}/final_model",
         "mlflow_run_id": f"{rng.getrandbits(128):032x}",
-        "variant": f"{random.Random(architecture).getrandbits(256):064x}",
+        "variant": f"{random.Random(architecture + training_rule).getrandbits(256):064x}",
         "model_digest": f"{rng.getrandbits(256):064x}",
     }
 

@@ -137,6 +137,24 @@ def test_many_seeds_and_partly_missing_values(tmp_path):
     assert "(seed 0, 1, 2, 3, 4)" in (report / "report.html").read_text()
 
 
+def test_the_caption_says_by_which_rule_each_model_trained(tmp_path):
+    """The same seed by two training rules is no seed given twice."""
+    runs = [make_run("standard"), make_run("mod"), make_run("mod", training_rule="threshold")]
+    runs += [make_run("sdt", rule="even"), make_run("stt")]
+    report = compare(write_runs(tmp_path / "in", runs), tmp_path / "report")
+    html = " ".join((report / "report.html").read_text().split())
+    assert "MoD (threshold), STT: topk, which is not causal" in html
+    assert "MoD (threshold, trained by threshold): topk at first, then threshold, which is causal" in html
+    assert "SDT (even): even, as in evaluation" in html
+    assert list(read_manifest(report)["inputs"])[2] == "mod-threshold-trained-by-threshold-seed0"
+    assert html.count("MoD (threshold, trained by threshold)") >= 6  # summary, tables, rules, lineage
+
+
+def test_without_a_routed_model_no_training_rule_is_named(tmp_path):
+    report = compare(write_runs(tmp_path / "in", [make_run("standard")]), tmp_path / "report")
+    assert "which is not causal" not in (report / "report.html").read_text()
+
+
 def test_title_is_escaped(tmp_path):
     folder = write_run(tmp_path / "in", make_run("standard"))
     html = (compare([folder], tmp_path / "report", title="<b>a & b</b>") / "report.html").read_text()

@@ -63,6 +63,17 @@ def test_groups_come_in_fixed_order_with_variants_named():
     assert [[run["seed"] for run in group.runs] for group in groups] == [[0], [0, 1], [0], [0], [0]]
 
 
+def test_another_training_rule_is_another_group_and_named():
+    runs = [make_run("mod", training_rule="threshold"), make_run("mod"), make_run("stt", rule="random")]
+    runs.append(make_run("sdt", training_rule="threshold"))
+    assert [group.label for group in group_runs(runs)] == [
+        "MoD (threshold)",
+        "MoD (threshold, trained by threshold)",
+        "SDT (trained by threshold)",
+        "STT (random)",
+    ]
+
+
 def test_best_needs_separated_intervals():
     apart = [with_loss("standard", s, 4.20 + 0.001 * s) for s in range(3)]
     apart += [with_loss("mod", s, 4.10 + 0.001 * s) for s in range(3)]

@@ -15,6 +15,7 @@ from dynamic_transformers.evaluation import exported, harness
 from dynamic_transformers.evaluation.evaluate import evaluate
 from dynamic_transformers.evaluation.exported import load_model, trained_precision
 from dynamic_transformers.export import export
+from dynamic_transformers.models import MODEL_CLASSES
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
 
@@ -43,6 +44,7 @@ def test_what_was_computed_is_written_by_domain_and_task(evaluated, made, data_d
     model = load_model(made[2], dtype="bf16")
     heldout = evaluate_heldout(model, load_split(data_dir, "test"), 16, source_names(data_dir))
     assert result["eval"]["loss"] == heldout.loss and result["eval"]["dtype"] == "bf16"
+    assert result["training_rule"] == "topk"
     assert result["eval"]["domains"]["math"]["loss"] == pytest.approx(heldout.loss)
     assert result["eval"]["domains"]["math"]["fraction"]["sd"] > 0
     efficiency = result["efficiency"]
@@ -57,6 +59,19 @@ def test_what_was_computed_is_written_by_domain_and_task(evaluated, made, data_d
         assert figures["routed_fraction"] == realised[task]["fraction"]["mean"]
         assert figures["routed_fraction_sd"] == realised[task]["fraction"]["sd"]
         assert set(realised[task]["layers"]) == set(efficiency["routed_fraction"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "expected"),
+    [
+        ("standard", {}, None),
+        ("mod", {}, "topk"),
+        ("sdt", {"training_rule": "threshold"}, "threshold"),
+        ("stt", {"selection_rule": "even", "training_rule": "threshold"}, "even"),
+    ],
+)
+def test_the_training_rule_is_the_one_that_selected(architecture, options, expected):
+    assert step.training_rule(MODEL_CLASSES[architecture][0](**options)) == expected
 
 
 def test_its_speed_is_measured_with_the_fraction(evaluated, made, tmp_path):

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from dynamic_transformers.comparison.plots import write_plots
 from dynamic_transformers.comparison.report import render_report
-from dynamic_transformers.comparison.statistics import group_key, group_runs
+from dynamic_transformers.comparison.statistics import group_key, group_runs, named_rules
 from dynamic_transformers.comparison.tables import render_realised_table, render_table
 from dynamic_transformers.evaluation.efficiency import (
     Prompt,
@@ -47,6 +47,7 @@ NUMBERS = (
 )
 OTHER_KEYS = (
     "seed",
+    "training_rule",
     "eval.causal",
     "eval.dtype",
     "eval.domains",
@@ -78,7 +79,7 @@ def compare(
 
     Args:
         evaluations: folders with evaluation.json and manifest.json, in any order; several seeds of one
-            architecture and selection rule are averaged.
+            architecture, selection rule and training rule are averaged.
         models: the exported models, in any order: their speed is measured here, in turn in one process,
             since times of different processes do not compare. Without them the evaluations must hold
             earlier measurements.
@@ -243,8 +244,8 @@ def _value(run: dict[str, Any], key: str, path: Path) -> Any:
 
 
 def _role(run: dict[str, Any]) -> str:
-    rule = run["eval"]["selection_rule"]
-    return "-".join([run["architecture"], *([rule] if rule else []), f"seed{run['seed']}"])
+    rules = [rule.replace(" ", "-") for rule in named_rules(run, selection=True)]
+    return "-".join([run["architecture"], *rules, f"seed{run['seed']}"])
 
 
 def _check_seeds(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:

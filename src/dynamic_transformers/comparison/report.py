@@ -23,6 +23,7 @@ from dynamic_transformers.comparison.statistics import (
     flops_spread,
     group_runs,
     mean_interval,
+    named_rules,
     percent,
     ratio_to,
     separated,
@@ -36,8 +37,14 @@ from dynamic_transformers.comparison.tables import (
     with_interval,
 )
 from dynamic_transformers.evaluation.efficiency import DECODED_TOKENS, PROMPTS
+from dynamic_transformers.settings import CONTROLS
 
 TEMPLATE_DIR = Path(__file__).parent
+TRAINING = {
+    "topk": "topk, which is not causal",
+    "threshold": "topk at first, then threshold, which is causal",
+    **{rule: f"{rule}, as in evaluation" for rule in CONTROLS},
+}
 
 
 def render_report(
@@ -78,6 +85,7 @@ def render_report(
         routing={name: _data_uri(path) for name, path in routing.items()},
         smoothing=SMOOTHING,
         chance=", ".join(sorted({f"{level:.2f}" for level in CHANCE.values()})),
+        training=_training(group_runs(runs)),
         rules=[_rule(group) for group in group_runs(runs)],
         has_stt=any(run["architecture"] == "stt" for run in runs),
         non_causal=NON_CAUSAL,
@@ -141,9 +149,18 @@ def _rule(group: Group) -> dict[str, str]:
     return {"label": group.label, "rule": rule, "seeds": ", ".join(str(run["seed"]) for run in group.runs)}
 
 
+def _training(groups: Sequence[Group]) -> str:
+    """By which rules the routed models trained; empty where there is none."""
+    by_rule: dict[str, list[str]] = {}
+    for group in groups:
+        if group.training_rule is not None:
+            by_rule.setdefault(group.training_rule, []).append(group.label)
+    return "; ".join(f"{', '.join(labels)}: {TRAINING[rule]}" for rule, labels in by_rule.items())
+
+
 def _lineage(run: Run, manifest: dict[str, Any]) -> dict[str, str]:
-    rule = run["eval"]["selection_rule"]
-    name = NAMES[run["architecture"]] + (f" ({rule})" if rule else "")
+    rules = named_rules(run, selection=True)
+    name = NAMES[run["architecture"]] + (f" ({', '.join(rules)})" if rules else "")
     return {
         "name": name if run["eval"]["causal"] else f"{name} – {NON_CAUSAL}",
         "seed": str(run["seed"]),

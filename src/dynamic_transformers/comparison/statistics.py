@@ -17,6 +17,7 @@ EQUAL_WORK_TOLERANCE = 0.02
 ROUTED_FRACTION_TOLERANCE = 0.2  # of the target; a wider miss changes what the FLOP column means
 
 Run = dict[str, Any]
+GroupKey = tuple[str, str | None, str | None, bool]  # architecture, selection rule, training rule, causality
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Group:
     """Runs that differ in nothing but the seed.
 
     Attributes:
-        label: name for people; says so when the evaluation was not causal.
-        variant: 0 for the first group of its architecture, 1 for the next (another selection rule), ...
+        training_rule: which selected in training; of a control its selection rule.
+        label: name for people; says so when the evaluation was not causal, or the training not by `topk`.
+        variant: 0 for the first group of its architecture, 1 for the next (another rule), ...
     """
 
     architecture: str
     selection_rule: str | None
+    training_rule: str | None
     causal: bool
     variant: int
     label: str
@@ -72,28 +75,39 @@ def mean_interval(values: Sequence[float | None]) -> Interval | None:
     return Interval(mean, float(stdtrit(count - 1, 0.975)) * math.sqrt(variance / count), count)
 
 
-def group_key(run: Run) -> tuple[str, str | None, bool]:
-    """What runs must share to count as seeds of one another: architecture, selection rule, causality."""
-    return run["architecture"], run["eval"]["selection_rule"], run["eval"]["causal"]
+def group_key(run: Run) -> GroupKey:
+    """What runs must share to count as seeds of one another."""
+    return run["architecture"], run["eval"]["selection_rule"], run["training_rule"], run["eval"]["causal"]
+
+
+def named_rules(run: Run, selection: bool) -> list[str]:
+    """The rules in a run's name: its selection rule if `selection`, a training rule other than `topk`."""
+    rule, training = run["eval"]["selection_rule"], run["training_rule"]
+    named = [rule] if rule and (selection or rule in CONTROLS) else []
+    return named if training in (None, "topk", *CONTROLS) else [*named, f"trained by {training}"]
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order standard, MoD, SDT, STT; within one architecture causal rules come first."""
-    members: dict[tuple[str, str | None, bool], list[Run]] = {}
+    members: dict[GroupKey, list[Run]] = {}
     for run in runs:
         members.setdefault(group_key(run), []).append(run)
-    keys = sorted(members, key=lambda key: (ARCHITECTURES.index(key[0]), not key[2], key[1] or ""))
+
+    def place(key: GroupKey) -> tuple:
+        architecture, rule, training, causal = key
+        return ARCHITECTURES.index(architecture), not causal, rule or "", training != "topk", training or ""
+
+    keys = sorted(members, key=place)
     groups = []
-    for architecture, rule, causal in keys:
-        siblings = [key for key in keys if key[0] == architecture]
-        label = NAMES[architecture]
-        if rule and (len(siblings) > 1 or not causal or rule in CONTROLS):
-            label += f" ({rule})"
+    for key in keys:
+        architecture, rule, training, causal = key
+        siblings = [sibling for sibling in keys if sibling[0] == architecture]
+        named = named_rules(members[key][0], selection=len(siblings) > 1 or not causal)
+        label = NAMES[architecture] + (f" ({', '.join(named)})" if named else "")
         if not causal:
             label += f" – {NON_CAUSAL}"
-        seeds = tuple(sorted(members[architecture, rule, causal], key=lambda run: run["seed"]))
-        variant = siblings.index((architecture, rule, causal))
-        groups.append(Group(architecture, rule, causal, variant, label, seeds))
+        seeds = tuple(sorted(members[key], key=lambda run: run["seed"]))
+        groups.append(Group(architecture, rule, training, causal, siblings.index(key), label, seeds))
     return groups
 
 

@@ -149,7 +149,7 @@ def render_table(comparison: dict[str, Any]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for row in content.rows:
         values = dict(zip(content.headers[1:], row.cells, strict=True))
-        label = row.label.replace(" (", "\n(")
+        label = row.label.replace(" (", "\n(").replace(", ", ",\n")
         label = label if values["seeds"] in (ABSENT, "1") else f"{label}\n{values['seeds']} seeds"
         cells = [Text(label)]
         for header in TERMINAL_HEADERS:

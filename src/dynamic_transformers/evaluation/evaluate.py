@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen2Config
+from transformers import PreTrainedConfig, Qwen2Config
 
 from dynamic_transformers.data.loading import load_split, load_tokenizer, source_names, verify_split
 from dynamic_transformers.evaluation.efficiency import choose_prompts, kv_bytes_per_token
@@ -25,7 +25,7 @@ from dynamic_transformers.manifest import (
     write_manifest,
 )
 from dynamic_transformers.models import RoutedConfig
-from dynamic_transformers.settings import Settings
+from dynamic_transformers.settings import CONTROLS, Settings
 from dynamic_transformers.tracking import METRICS, RunTracker, reopened, send_rest
 from dynamic_transformers.training.flops import target_fraction
 from dynamic_transformers.training.heldout import evaluate_heldout
@@ -110,6 +110,7 @@ def fill(
         "schema_version": 1,
         "architecture": model_manifest["architecture"],
         "seed": model_manifest["seed"],
+        "training_rule": training_rule(config),
         "parameters": model_manifest["parameters"],
         "training_flops": model_manifest["training_flops"],
         "training_tokens": model_manifest["training_tokens"],
@@ -157,6 +158,13 @@ def fill(
     write_json(output / RESULTS, {"model": identity(model_dir), **bench})
     write_json(output / PROMPTS, [vars(prompt) for prompt in choose_prompts(test, tokenizer)])
     return result
+
+
+def training_rule(config: PreTrainedConfig) -> str | None:
+    """The rule that selected tokens in training, a control's own; None where nothing is routed."""
+    if not isinstance(config, RoutedConfig):
+        return None
+    return config.selection_rule if config.selection_rule in CONTROLS else config.training_rule
 
 
 def realised_figures(realised: dict[str, Any]) -> dict[str, float]:
