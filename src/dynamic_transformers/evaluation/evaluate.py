@@ -25,7 +25,7 @@ from dynamic_transformers.manifest import (
     write_manifest,
 )
 from dynamic_transformers.models import RoutedConfig
-from dynamic_transformers.settings import CONTROLS, Settings
+from dynamic_transformers.settings import CONTROLS, Settings, UserError
 from dynamic_transformers.tracking import METRICS, RunTracker, reopened, send_rest
 from dynamic_transformers.training.flops import target_fraction
 from dynamic_transformers.training.heldout import evaluate_heldout
@@ -47,10 +47,19 @@ def evaluate(
 
     Args:
         data_dir, run_dir, model_dir: folders of `prepare`, `train` and `export`.
+
+    Raises:
+        UserError: the model is recalibrated: it would pass for the one that the run trained.
     """
+    exported = read_manifest(model_dir, "export")
+    if "model" in exported["inputs"]:
+        raise UserError(
+            f"{model_dir}: is recalibrated; evaluate the model that the run exported: only `bench` takes "
+            "recalibrated models"
+        )
     config = {
         "evaluation": settings.to_dict()["evaluation"],
-        "model_digest": read_manifest(model_dir, "export")["digest"],
+        "model_digest": exported["digest"],
         "data_digest": read_manifest(data_dir, "prepare_data")["digest"],
     }
     with step_output(output_dir, "evaluate", config, force) as output:
