@@ -103,6 +103,7 @@ def make_run(
             "timed_routed_fraction": {
                 work: {layer: 1.04 * capacity for layer in fractions} for work in ("prefill", "decode")
             },
+            "timed_prompts": {"number": 64, "prefill": 496.0, "decode": 16.0},
             "routed_fraction": fractions,
         },
         "history": history,

@@ -23,7 +23,10 @@ def measured(data_dir, tmp_path, monkeypatch):
 
     def noted(reference, others):
         asked.extend([reference, *others])
-        return [Speed(100.0 + place, 10.0, {}) for place in range(len(asked))]
+        return [
+            Speed(100.0 + place, 10.0, {}, {"number": 1, "prefill": 1.0, "decode": 2.0})
+            for place in range(len(asked))
+        ]
 
     monkeypatch.setattr(module, "measure_side_by_side", noted)
 

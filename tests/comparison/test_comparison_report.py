@@ -107,6 +107,20 @@ def test_a_speed_at_another_fraction_is_marked_and_told(tmp_path):
     assert "test split: math" in html and "dt_cloze" in html
 
 
+def test_number_and_length_of_the_timed_prompts_are_told(tmp_path):
+    runs = [make_run("standard"), make_run("mod"), make_run("mod", 1), make_run("stt")]
+    for run in runs[:3]:
+        run["efficiency"]["timed_prompts"] = {"number": 7, "prefill": 1984.0, "decode": 16.0}
+    runs[3]["efficiency"]["timed_prompts"] = {"number": 7, "prefill": 1700.5}
+    report = compare(write_runs(tmp_path / "in", runs), tmp_path / "report")
+    html = " ".join((report / "report.html").read_text().split())
+    told = (
+        "Standard, MoD: 7 blocks of the test split, of each 1984 tokens at once (prefill), then 16 one at a "
+        "time (decode); STT: 7 blocks of the test split, of each 1700.5 tokens at once (prefill)"
+    )
+    assert html.count(told) == 2  # below the picture, and how speed was measured
+
+
 def test_unequal_work_is_said_plainly(tmp_path):
     folders = write_runs(tmp_path / "in", [make_run("standard"), make_run("mod", flops=1.4e13)])
     html = (compare(folders, tmp_path / "report") / "report.html").read_text()

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import datasets
 import pytest
 import torch
 
@@ -42,15 +43,24 @@ def few(monkeypatch):
     return [Prompt(row, 20, "") for row in ids]
 
 
-def test_prompts_are_blocks_from_all_over_the_split(data_dir):
-    split = load_split(data_dir, "test")
+def split_of(blocks, length):
+    """A test split of random tokens."""
+    ids = torch.randint(0, VOCABULARY, (blocks, length), generator=torch.Generator().manual_seed(0))
+    return datasets.Dataset.from_dict({"input_ids": ids.tolist()}).with_format("numpy")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "length", "expected"), [(3, 20, 3), (63, 8, 63), (200, 8, 64), (2, 3000, 2)]
+)
+def test_prompts_are_different_whole_blocks_from_all_over_the_split(blocks, length, expected, data_dir):
+    """Whole, since FLOPs are counted of whole blocks."""
+    split = split_of(blocks, length)
     prompts = choose_prompts(split, load_tokenizer(data_dir))
-    assert len(prompts) == PROMPTS >= 32
-    blocks = [split[len(split) * number // PROMPTS]["input_ids"].tolist() for number in range(PROMPTS)]
-    assert [prompt.ids for prompt in prompts] == blocks
-    assert {len(prompt.ids) - prompt.prefilled for prompt in prompts} == {
-        min(DECODED_TOKENS, len(blocks[0]) // 2)
-    }
+    assert len(prompts) == expected <= PROMPTS
+    places = [blocks * number // expected for number in range(expected)]
+    assert len(set(places)) == expected and places[-1] >= blocks * (expected - 1) // expected
+    assert [prompt.ids for prompt in prompts] == [split[place]["input_ids"].tolist() for place in places]
+    assert {len(prompt.ids) - prompt.prefilled for prompt in prompts} == {min(DECODED_TOKENS, length // 2)}
 
 
 def test_another_tokenizer_reads_the_same_text(data_dir):
@@ -94,6 +104,7 @@ def test_the_fraction_is_that_of_the_timed_tokens(architecture, folders, few):
         Subject(folders["standard"], "fp32", few), [Subject(folders[architecture], "fp32", few)]
     )
     assert standard.timed_routed_fraction == {"prefill": {}, "decode": {}}
+    assert routed.timed_prompts == {"number": 5, "prefill": 20, "decode": 12}
     model = efficiency.load_model(folders[architecture])
     with torch.no_grad():
         routing = model(input_ids=torch.tensor([prompt.ids for prompt in few]), use_cache=False).routing
@@ -149,6 +160,27 @@ def test_drift_of_the_machine_changes_no_ratio(folders, few, monkeypatch):
         ratio = speed.prefill_tokens_per_second / standard.prefill_tokens_per_second
         assert ratio == pytest.approx(1 / factor, rel=0.2)  # the pace changes within the first prompt
         assert speed.decode_tokens_per_second / standard.decode_tokens_per_second == pytest.approx(1 / factor)
+
+
+def test_the_usual_time_is_the_median_of_each_kind_of_work(folders, few, monkeypatch):
+    """Of three pairs; that of prefill is of another pair than that of decoding."""
+    pace = {"qwen2_mod": (1.0, 5.0), "qwen2_sdt": (2.0, 9.0), "qwen2_stt": (3.0, 7.0)}
+    other = ["qwen2_mod"]
+
+    def clock(model, function):
+        function()
+        if model.config.model_type != "qwen2":
+            other.append(model.config.model_type)
+        return pace[other[-1]][function.__name__ == "steps"]
+
+    monkeypatch.setattr(efficiency, "timed", clock)
+    speeds = measure_side_by_side(
+        Subject(folders["standard"], "fp32", few),
+        [Subject(folders[name], "fp32", few) for name in ("mod", "sdt", "stt")],
+    )
+    for speed in speeds:  # in its own pair, each is as fast as standard
+        assert speed.prefill_tokens_per_second == pytest.approx(20 / 2)
+        assert speed.decode_tokens_per_second == pytest.approx(12 / 7)
 
 
 def test_a_rule_without_a_cache_decodes_nothing(tmp_path, few, data_dir):

@@ -36,7 +36,6 @@ from dynamic_transformers.comparison.tables import (
     realised_table,
     with_interval,
 )
-from dynamic_transformers.evaluation.efficiency import DECODED_TOKENS, PROMPTS
 from dynamic_transformers.settings import CONTROLS
 
 TEMPLATE_DIR = Path(__file__).parent
@@ -79,8 +78,7 @@ def render_report(
         realised_headers=realised_headers,
         realised_rows=realised_rows,
         mark=MARK,
-        decoded_tokens=DECODED_TOKENS,
-        prompts=PROMPTS,
+        prompts=_prompts(group_runs(runs)),
         plots={name: _data_uri(path) for name, path in plots.items()},
         routing={name: _data_uri(path) for name, path in routing.items()},
         smoothing=SMOOTHING,
@@ -156,6 +154,22 @@ def _training(groups: Sequence[Group]) -> str:
         if group.training_rule is not None:
             by_rule.setdefault(group.training_rule, []).append(group.label)
     return "; ".join(f"{', '.join(labels)}: {TRAINING[rule]}" for rule, labels in by_rule.items())
+
+
+def _prompts(groups: Sequence[Group]) -> str:
+    """On how many blocks of how many tokens speed was measured, group by group where they differ."""
+    by_text: dict[str, dict[str, None]] = {}
+    for group in groups:
+        for run in group.runs:
+            prompts = run["efficiency"]["timed_prompts"]
+            text = f"{prompts['number']} blocks of the test split, of each {round(prompts['prefill'], 1):g} "
+            text += "tokens at once (prefill)"
+            if "decode" in prompts:
+                text += f", then {round(prompts['decode'], 1):g} one at a time (decode)"
+            by_text.setdefault(text, {})[group.label] = None
+    if len(by_text) == 1:
+        return next(iter(by_text))
+    return "; ".join(f"{', '.join(labels)}: {text}" for text, labels in by_text.items())
 
 
 def _lineage(run: Run, manifest: dict[str, Any]) -> dict[str, str]:

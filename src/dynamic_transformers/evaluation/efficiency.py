@@ -21,9 +21,8 @@ from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.training.realised import selections
 
-PROMPTS = 64
+PROMPTS = 64  # at most
 DECODED_TOKENS = 16  # of each prompt: many prompts of few tokens say more of a split than the reverse
-LONGEST = 1024  # tokens of a prompt
 TURNS, SECONDS = 2, 60.0  # over all prompts of a pair of models; after the first, none begins later than that
 WARM_UP = 4  # prompts
 
@@ -61,11 +60,13 @@ class Speed:
         decode_tokens_per_second: cached steps over the tokens that follow; None where the selection rule has
             no cache.
         timed_routed_fraction: `prefill` and `decode` → layer → fraction of the timed tokens that it computed.
+        timed_prompts: `number` of prompts; `prefill` and `decode` → tokens of a prompt, mean over prompts.
     """
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float | None
     timed_routed_fraction: dict[str, dict[int, float]]
+    timed_prompts: dict[str, float]
 
 
 @dataclass
@@ -109,10 +110,11 @@ Timings = dict[str, Timing]  # `prefill`, and `decode` where there is a cache
 
 
 def choose_prompts(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """`PROMPTS` blocks at even distances over the split, as long as the rows that FLOPs are counted of."""
+    """Different blocks at even distances over the split, `PROMPTS` or all; whole, as FLOPs are counted."""
+    count = min(PROMPTS, len(split))
     chosen = []
-    for number in range(PROMPTS):
-        ids = split[len(split) * number // PROMPTS]["input_ids"][:LONGEST].tolist()
+    for number in range(count):
+        ids = split[len(split) * number // count]["input_ids"].tolist()
         decoded = min(DECODED_TOKENS, len(ids) // 2)
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
         chosen.append(Prompt(ids, len(ids) - decoded, text))
@@ -132,7 +134,8 @@ def measure_side_by_side(reference: Subject, others: Sequence[Subject]) -> list[
     """Speed of the reference and of the others, which are loaded one at a time beside it.
 
     The two of a pair read each prompt in turn, so that drift of the machine hits both alike. Pairs do not
-    compare: a speed is given as the reference's over all pairs, times the ratio of its own pair.
+    compare: a speed is given as the reference's usual one times the ratio of its own pair. The reference's
+    usual time of a kind of work is the median over pairs (of an even number the upper of the middle two).
 
     Returns:
         The reference's speed, then the others'.
@@ -146,7 +149,10 @@ def measure_side_by_side(reference: Subject, others: Sequence[Subject]) -> list[
         other = load_model(subject.folder, dtype=subject.dtype)
         pairs.append(time_in_turn([(model, reference.prompts), (other, subject.prompts)]))
         del other
-    usual = sorted((own for own, _ in pairs), key=lambda own: own["prefill"].total)[len(pairs) // 2]
+    usual = {
+        work: sorted((own[work] for own, _ in pairs), key=lambda timing: timing.total)[len(pairs) // 2]
+        for work in pairs[0][0]
+    }
     return [speed_of(usual, usual, usual), *(speed_of(theirs, own, usual) for own, theirs in pairs)]
 
 
@@ -161,6 +167,8 @@ def speed_of(timings: Timings, beside: Timings, usual: Timings) -> Speed:
         rate("prefill"),
         rate("decode") if "decode" in timings else None,
         {work: timing.fractions for work, timing in timings.items()},
+        {"number": len(timings["prefill"].seconds)}
+        | {work: timing.tokens / len(timing.seconds) for work, timing in timings.items()},
     )
 
 
