@@ -30,12 +30,13 @@ def measured(data_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "measure_side_by_side", noted)
 
-    def measure(runs, prompts=TEXT):
+    def measure(runs, prompts=TEXT, tokenizers=None):
         evaluations, models = [], []
         for number, run in enumerate(runs):
             model = tmp_path / f"model{number}"
             model.mkdir()
-            load_tokenizer(data_dir).save_pretrained(model)
+            if tokenizer := tokenizers[number] if tokenizers else load_tokenizer(data_dir):
+                tokenizer.save_pretrained(model)
             write_manifest(model, "export", {"number": number}, {})
             run["model_digest"] = json.loads((model / "manifest.json").read_text())["digest"]
             folder = write_run(tmp_path / f"evaluation{number}", run)
@@ -65,13 +66,30 @@ def test_all_are_timed_beside_the_first_standard_on_its_text(measured):
     assert speeds == {("standard", 0): 100, ("standard", 1): 101, ("mod", 0): 102, ("mod", 1): 103}
 
 
-def test_a_model_of_other_tokens_reads_the_same_text(measured, data_dir):
+def test_a_model_of_the_same_tokens_and_another_test_split_reads_the_same_ids(measured):
+    """A text cut again may give other ids: [0, 1, 2] is no result of the tokenizer."""
     runs = [make_run("standard"), make_run("mod")]
     runs[1]["reference"]["test_sha256"] = "b" * 64
     asked, _ = measured(runs)
-    tokens = load_tokenizer(data_dir)(TEXT)["input_ids"]
+    assert [subject.prompts[0].ids for subject in asked] == [[0, 1, 2]] * 2
+
+
+def test_a_model_of_other_tokens_reads_the_same_text(measured, data_dir):
+    """Although its evaluation says that the test split is the same."""
+    tokenizer = load_tokenizer(data_dir)
+    tokenizer.add_tokens(["12 + 7"])
+    asked, _ = measured(
+        [make_run("standard"), make_run("mod")], tokenizers=(load_tokenizer(data_dir), tokenizer)
+    )
+    tokens = tokenizer(TEXT)["input_ids"]
+    assert len(tokens) < len(load_tokenizer(data_dir)(TEXT)["input_ids"])
     assert asked[1].prompts[0].ids == tokens
     assert len(tokens) - asked[1].prompts[0].prefilled == 2
+
+
+def test_a_model_without_its_tokenizer_is_named(measured):
+    with pytest.raises(UserError, match=r"model0: has no tokenizer\.json"):
+        measured([make_run("standard")], tokenizers=[None])
 
 
 def test_a_model_that_was_not_given_is_named(tmp_path):

@@ -10,6 +10,7 @@ from dynamic_transformers.comparison.statistics import group_runs, mean_interval
 from dynamic_transformers.comparison.tables import (
     LOSS_HEADER,
     TERMINAL_HEADERS,
+    TIMED_HEADER,
     bench_table,
     bench_value,
     headline_metric,
@@ -123,8 +124,10 @@ def timed_at(architecture, prefill, decode, target=None):
     """A run whose timed forwards computed these fractions in each routed layer."""
     run = make_run(architecture)
     efficiency = run["efficiency"]
-    for layer in efficiency["routed_fraction"].values():
-        layer["target"] = target or layer["target"]
+    if target is not None:
+        efficiency["mean_routed_fraction"]["mean"] = target
+        for layer in efficiency["routed_fraction"].values():
+            layer |= {"target": target, "eval": target}
     efficiency["timed_routed_fraction"] = {
         work: dict.fromkeys(efficiency["routed_fraction"], fraction)
         for work, fraction in (("prefill", prefill), ("decode", decode))
@@ -138,7 +141,7 @@ def timed_at(architecture, prefill, decode, target=None):
 def test_speeds_timed_at_another_fraction_are_marked(fraction, off):
     """STT's capacity, and its fraction of the test split, is 0.5."""
     table = main_table([make_run("standard"), timed_at("stt", prefill=0.5, decode=fraction)])
-    assert cell(table, "STT", "routed, timed") == f"{fraction:.3f}"
+    assert cell(table, "STT", TIMED_HEADER) == f"0.500 / {fraction:.3f}"
     assert cell(table, "STT", "decode tok/s").endswith(" †") == off
     sentences = [sentence for sentence in table.caption if sentence.startswith("† STT: timed decoding")]
     assert len(sentences) == off
@@ -155,6 +158,32 @@ def test_prefill_is_marked_by_itself_and_full_capacity_is_no_fault():
     assert "†" not in cell(table, "STT", "decode tok/s")
     table = main_table([make_run("standard"), timed_at("stt", prefill=1.0, decode=1.0, target=1.0)])
     assert "†" not in "".join([*table.caption, *table.rows[1].cells])
+
+
+@pytest.mark.parametrize(
+    ("timed", "split", "off"),
+    [(0.0, 0.25, True), (1.0, 0.75, True), (0.0, 0.0, False), (1.0, 1.0, False), (0.01, 0.25, False)],
+)
+def test_one_layer_at_none_or_all_is_marked_although_the_mean_is_right(timed, split, off):
+    run = make_run("stt")
+    layers = run["efficiency"]["timed_routed_fraction"]["decode"]
+    layers["3"] = timed
+    layers |= {layer: (4 * 0.5 - timed) / 3 for layer in layers if layer != "3"}
+    run["efficiency"]["routed_fraction"]["3"]["eval"] = split
+    table = main_table([make_run("standard"), run])
+    assert cell(table, "STT", TIMED_HEADER) == "0.520 / 0.500"
+    assert cell(table, "STT", "decode tok/s").endswith(" †") == off
+    which = "none" if timed == 0 else "all"
+    told = f"† STT: timed decoding computed {which} of the tokens in routed layer 3, the test split {split}:"
+    assert any(sentence.startswith(told) for sentence in table.caption) == off
+    assert "†" not in cell(table, "STT", "prefill tok/s ratio")
+
+
+def test_a_rule_without_a_cache_has_no_timed_fraction_of_decoding():
+    runs = [make_run("standard"), make_run("mod", rule="topk")]
+    del runs[1]["efficiency"]["timed_routed_fraction"]["decode"]
+    table = main_table(runs)
+    assert [row.cells[table.headers.index(TIMED_HEADER) - 1] for row in table.rows] == ["–", "0.130 / –", "–"]
 
 
 def test_runs_of_different_precision_are_told():

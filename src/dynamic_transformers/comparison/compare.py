@@ -25,9 +25,11 @@ from dynamic_transformers.evaluation.efficiency import (
     measure_side_by_side,
 )
 from dynamic_transformers.evaluation.evaluate import PROMPTS
+from dynamic_transformers.evaluation.recalibration import TOKENIZER
 from dynamic_transformers.evaluation.routing_page import PICTURE
 from dynamic_transformers.manifest import (
     digest,
+    file_digest,
     read_manifest,
     step_output,
     write_json,
@@ -144,21 +146,29 @@ def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path
             raise UserError(f"{folder}: its model is not among {', '.join(map(str, models))}")
     # The standard model of the lowest seed first, else the first run.
     order = sorted(loaded, key=lambda entry: (entry[1]["architecture"] != "standard", entry[1]["seed"]))
-    folder, first = order[0]
-    prompts = read_prompts(folder / PROMPTS)
+    prompts = read_prompts(order[0][0] / PROMPTS)
+    own_tokenizer = tokenizer_digest(by_digest[order[0][1]["model_digest"]])
     subjects = []
     for _, run in order:
         model = by_digest[run["model_digest"]]
-        # A split is packed in tokens: where it is the same, so is the tokenizer.
-        same = run["reference"]["test_sha256"] == first["reference"]["test_sha256"]
-        given = (
-            prompts
-            if same
-            else in_tokens_of(AutoTokenizer.from_pretrained(model, trust_remote_code=False), prompts)
-        )
+        given = prompts
+        if tokenizer_digest(model) != own_tokenizer:
+            given = in_tokens_of(AutoTokenizer.from_pretrained(model, trust_remote_code=False), prompts)
         subjects.append(Subject(model, run["eval"]["dtype"], given))
     for (_, run), speed in zip(order, measure_side_by_side(subjects[0], subjects[1:]), strict=True):
         run["efficiency"] |= json.loads(json.dumps(dataclasses.asdict(speed)))  # layers become text
+
+
+def tokenizer_digest(model: Path) -> str:
+    """SHA-256 of a model's tokenizer.json: models with the same one read the same ids.
+
+    Raises:
+        UserError: the model has none.
+    """
+    file = model / TOKENIZER
+    if not file.is_file():
+        raise UserError(f"{model}: has no {TOKENIZER}; export the model again")
+    return file_digest(file)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -25,19 +25,31 @@ def timed_fraction(run: Run, work: str) -> float | None:
     return statistics.fmean(layers.values()) if layers else None
 
 
-def off_fraction(run: Run, work: str) -> bool:
-    """Whether the timed forwards did other work than the test split makes the model do.
+def off_fraction(run: Run, work: str) -> tuple[float, str] | None:
+    """How far the timed forwards were from the work that the test split makes the model do, and in what.
 
-    They computed all or none of the tokens in routed layers, or more than 20 % more or fewer than of the
-    split. A capacity of 1 asks for all.
+    They computed more than 20 % more or fewer tokens in the mean over layers, or a layer computed all or none
+    of them, though not of the split. A capacity of 1 asks for all. None where neither is so.
     """
     timed = timed_fraction(run, work)
     if timed is None:
-        return False
-    if timed in (0, 1):
-        return not all(layer["target"] == timed for layer in run["efficiency"]["routed_fraction"].values())
+        return None
     usual = run["efficiency"]["mean_routed_fraction"]["mean"]
-    return abs(timed - usual) > ROUTED_FRACTION_TOLERANCE * usual
+    if abs(timed - usual) > ROUTED_FRACTION_TOLERANCE * usual:
+        return abs(timed - usual), f"{timed:.3f} of the tokens in routed layers, the test split {usual:.3f}"
+    split = run["efficiency"]["routed_fraction"]
+    layers = [
+        (abs(fraction - of_split), layer, fraction, of_split)
+        for layer, fraction in run["efficiency"]["timed_routed_fraction"][work].items()
+        if fraction in (0, 1)
+        and (of_split := split[layer]["eval"]) is not None
+        and fraction not in (of_split, split[layer]["target"])
+    ]
+    if not layers:
+        return None
+    distance, layer, fraction, of_split = max(layers)
+    which = "all" if fraction else "none"
+    return distance, f"{which} of the tokens in routed layer {layer}, the test split {of_split:.3g}"
 
 
 def marked(cell: str, group: Group, work: str) -> str:
@@ -47,21 +59,15 @@ def marked(cell: str, group: Group, work: str) -> str:
 
 def timing_warnings(groups: Sequence[Group]) -> list[str]:
     """A sentence for each speed that is marked: the run that is furthest off."""
-    found = []
+    sentences = []
     for group in groups:
         for work, name in WORK.items():
-            off = [
-                (timed, run["efficiency"]["mean_routed_fraction"]["mean"])
-                for run in group.runs
-                if off_fraction(run, work) and (timed := timed_fraction(run, work)) is not None
-            ]
-            if off:
-                timed, usual = max(off, key=lambda pair: abs(pair[0] - pair[1]))
-                found.append(
-                    f"{MARK} {group.label}: timed {name} computed {timed:.3f} of the tokens in routed "
-                    f"layers, the test split {usual:.3f}: this is not the model's speed on the test split."
+            if off := [found for run in group.runs if (found := off_fraction(run, work))]:
+                sentences.append(
+                    f"{MARK} {group.label}: timed {name} computed {max(off)[1]}: this is not the model's "
+                    "speed on the test split."
                 )
-    return found
+    return sentences
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dynamic_transformers.comparison.realised import (
     FIGURES,
+    WORK,
     computed_texts,
     marked,
     timed_fraction,
@@ -34,6 +35,7 @@ from dynamic_transformers.comparison.statistics import (
 ABSENT = "–"
 SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 LOSS_HEADER = "test loss (nats/token)"
+TIMED_HEADER = "routed, timed (prefill / decode)"
 # Eleven columns and the label have to fit a terminal of 80, or the log of a build. What is computed of the
 # test split stands in a table of its own there.
 TERMINAL_HEADERS = {
@@ -45,7 +47,7 @@ TERMINAL_HEADERS = {
     "FLOPs ratio": "FLOPs\nratio",
     "prefill tok/s ratio": "pre-\nfill\nratio",
     "decode tok/s": "dec.\ntok/s",
-    "routed, timed": "rout-\ned,\ntimed",
+    TIMED_HEADER: "rout-\ned in\npre./\ndec.",
     "KV bytes/token": "KV B\n/tok.",
     "causal": "cau-\nsal",
 }
@@ -122,9 +124,7 @@ def main_table(runs: Sequence[dict[str, Any]]) -> MainTable:
         "decode tok/s": lambda group: marked(
             _rate(group.interval("efficiency.decode_tokens_per_second")), group, "decode"
         ),
-        "routed, timed": lambda group: with_interval(
-            mean_interval([timed_fraction(run, "decode") for run in group.runs]), 3
-        ),
+        TIMED_HEADER: _timed,
         "KV bytes/token": lambda group: _rounded(group.interval("efficiency.kv_bytes_per_token"), 0),
         "causal": lambda group: "yes" if group.causal else "no",
     }
@@ -253,6 +253,11 @@ def _ratio(group: Group, baseline: Group | None, key: str) -> str:
     return _rounded(ratio_to(group, baseline, key), 2)
 
 
+def _timed(group: Group) -> str:
+    found = [mean_interval([timed_fraction(run, work) for run in group.runs]) for work in WORK]
+    return " / ".join(with_interval(interval, 3) for interval in found) if any(found) else ABSENT
+
+
 def _rate(interval: Interval | None) -> str:
     return _rounded(interval, 0 if interval is not None and interval.mean >= 100 else 1)
 
@@ -265,8 +270,8 @@ def _rounded(interval: Interval | None, digits: int) -> str:
 
 
 def _stacked(cell: str) -> str:
-    mean, *half_width = cell.split(" ± ")
-    return "\n".join([mean.replace(" ", ""), *(f"±{part.replace(' ', '')}" for part in half_width)])
+    lines = cell.replace(" / ", "\n").replace(" ± ", "\n±").splitlines()
+    return "\n".join(line.replace(" ", "") for line in lines)
 
 
 def _caption(runs: Sequence[dict[str, Any]], groups: Sequence[Group], best: Group | None) -> tuple[str, ...]:
