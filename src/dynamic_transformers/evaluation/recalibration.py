@@ -53,7 +53,8 @@ def recalibrate(
     """Write an exported model with thresholds that select γ of the validation split of a data folder.
 
     All other weights stay as they are, bit for bit. The thresholds of other selection rules belong to other
-    text or another γ, and count as never set. The new folder is an export like any other.
+    text or another γ, and count as never set. The new folder is an export that
+    `bench` takes like any other, and that `evaluate` refuses.
 
     Args:
         model_dir: folder that `export` wrote, or this function; it does not change.
