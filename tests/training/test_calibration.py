@@ -70,6 +70,15 @@ def test_thresholds_are_those_of_one_forward_for_each_layer(case, capacity):
     assert all(value == pytest.approx(capacity, abs=1.5 / size) for value in fractions.values())
 
 
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_at_full_capacity_all_is_computed_and_counted(case):
+    model = calibrated_case(case, capacity=1.0)
+    assert set(calibrate(model, BATCHES).values()) == {1.0}
+    for batch in (*BATCHES, packed(2, 32, 9)):
+        routing = model(**batch, use_cache=False).routing
+        assert all(result.selected.all() for result in routing.values())
+
+
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [

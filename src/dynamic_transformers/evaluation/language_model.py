@@ -140,7 +140,7 @@ class CountingLM(HFLM):
                 steps.append((selections(output), valid))
 
         if not options["do_sample"]:
-            del options["temperature"]  # lm-eval's 0, of which transformers would warn
+            options.pop("temperature", None)  # lm-eval's 0, of which transformers would warn
         hook = self.model.register_forward_hook(note, with_kwargs=True)
         try:
             return self.model.generate(

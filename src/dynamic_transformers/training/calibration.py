@@ -73,7 +73,7 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> dict[int, float]:
             ten thousand tokens are enough. With several ranks, all of them on every rank.
 
     Returns:
-        Routed layer → fraction of the tokens that its new threshold selects.
+        Routed layer → fraction of the tokens that it selects by its new threshold; at γ = 1 all.
     """
     model.eval()
     config, backbone = model.config, model.model
@@ -87,7 +87,8 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> dict[int, float]:
                 scores = torch.cat([text.scores(layer).flatten() for text in texts])
                 threshold = score_quantile(scores, config.capacity, None)
                 model.routing_state.set_threshold(rule, len(fractions), threshold)
-                fractions[layer] = (scores > threshold).double().mean().item()
+                router = cast(Router, backbone.routers[str(layer)])
+                fractions[layer] = router.above_threshold(scores, threshold).double().mean().item()
             if layer < config.routed_layers[-1]:
                 for text in texts:
                     text.run(layer)
