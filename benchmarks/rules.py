@@ -37,7 +37,7 @@ from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.models.selection import select_top_k
 from dynamic_transformers.settings import CONTROLS, Settings
-from dynamic_transformers.training.calibration import calibrate
+from dynamic_transformers.training.calibration import calibrate, calibration_rows
 from dynamic_transformers.training.display import configure_logging
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
@@ -143,7 +143,8 @@ def measure(run_dir: Path, data_dir: Path, rule: str, batch_size: int, tokens: f
     assert isinstance(model, RoutedForCausalLM)
     model.config.selection_rule = rule
     validation, split = (load_split(data_dir, name) for name in ("validation", "test"))
-    calibrate(model, batches_of(validation, batch_size))
+    rows = calibration_rows(validation, read_manifest(data_dir)["block_size"])
+    calibrate(model, batches_of(rows, batch_size))
     heldout = evaluate_heldout(model, split, batch_size, source_names(data_dir))
     fractions = heldout.routed_fraction.values()
     domains = {

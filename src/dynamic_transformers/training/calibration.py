@@ -64,8 +64,9 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> dict[int, float]:
     """Make the threshold of the model's selection rule, if it has one, select the fraction γ of these tokens.
 
     Layer by layer from the first, all batches together, since a layer's scores depend on what the layers
-    below select: each layer runs once for each token. In the precision of the weights, as exported models are
-    evaluated. Nothing is done where `is_calibrated` says no.
+    below select: each layer runs once for each token. In the precision of the weights, which a run and the
+    command `calibrate` keep in fp32. Evaluation of a bf16 run has bf16 weights by default, and then misses γ
+    by a few tenths of a point (docs/architectures.md). Nothing is done where `is_calibrated` says no.
 
     Args:
         model: in eval mode afterwards.
