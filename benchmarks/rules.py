@@ -33,11 +33,11 @@ from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.data.loading import batches_of, load_split, source_names
 from dynamic_transformers.data.prepare import default_data_dir, prepare
 from dynamic_transformers.export import load_run
-from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.manifest import read_manifest, revision
 from dynamic_transformers.models import RoutedForCausalLM
 from dynamic_transformers.models.selection import select_top_k
 from dynamic_transformers.settings import CONTROLS, Settings
-from dynamic_transformers.training.calibration import calibrate
+from dynamic_transformers.training.calibration import calibrate, calibration_rows
 from dynamic_transformers.training.display import configure_logging
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
@@ -143,7 +143,8 @@ def measure(run_dir: Path, data_dir: Path, rule: str, batch_size: int, tokens: f
     assert isinstance(model, RoutedForCausalLM)
     model.config.selection_rule = rule
     validation, split = (load_split(data_dir, name) for name in ("validation", "test"))
-    calibrate(model, batches_of(validation, batch_size))
+    rows = calibration_rows(validation, read_manifest(data_dir)["block_size"])
+    calibrate(model, batches_of(rows, batch_size))
     heldout = evaluate_heldout(model, split, batch_size, source_names(data_dir))
     fractions = heldout.routed_fraction.values()
     domains = {
@@ -220,7 +221,8 @@ def run_settings(name: str, overrides: list[str], seed: int) -> Settings:
     """Settings of one training."""
     common = ["tracking.mlflow=false", "training.eval_every=0", "training.log_every=100"]
     settings = compose_settings("quickstart", [*common, *overrides, f"run.seed={seed}"])
-    settings.run.name = f"rules-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    # A run of another commit is another run: one table is of one program.
+    settings.run.name = f"rules-{revision()[:16]}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
     return settings
 
 
@@ -244,7 +246,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     for seed in range(args.seeds):
         for name, (overrides, rules) in RUNS[args.part].items():
             for rule in rules:
-                key = [name, rule, seed, [*overrides, *args.overrides]]
+                key = [revision(), name, rule, seed, [*overrides, *args.overrides]]
                 if (found := done.get(tuple(map(json.dumps, key)))) is None:
                     settings = run_settings(name, [*overrides, *args.overrides], seed)
                     data_dir = prepare(settings, default_data_dir(settings))

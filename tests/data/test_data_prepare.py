@@ -160,13 +160,14 @@ def test_another_seed_changes_the_training_order_alone(tmp_path, make_settings, 
 def test_a_finished_folder_is_reused_unless_forced(tmp_path, make_settings, make_source, caplog):
     settings = make_settings([make_source("a", 200)])
     folder = prepare(settings, tmp_path / "data")
-    made = (folder / "manifest.json").stat().st_ino
+    made, digest = (folder / "manifest.json").stat().st_ino, read_manifest(folder)["digest"]
     other_batch = replace(settings, data=replace(settings.data, batch_size=3, output_dir="elsewhere"))
     assert prepare(other_batch, folder) == folder
     assert (folder / "manifest.json").stat().st_ino == made
     with caplog.at_level(logging.INFO, "dynamic_transformers"):
         prepare(settings, folder, force=True)
     assert (folder / "manifest.json").stat().st_ino != made
+    assert read_manifest(folder)["digest"] == digest  # runs on these data still find them
     lines = caplog.text
     assert "source a: 200 records read" in lines and "tokenizer: " in lines and "train: " in lines
 

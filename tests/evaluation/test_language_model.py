@@ -1,5 +1,7 @@
 """lm-eval's interface over our models: likelihoods row by row, and what each task makes a model compute."""
 
+import itertools
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -125,3 +127,65 @@ def test_generated_tokens_are_counted_where_they_are_computed(architecture, data
             selected.append({layer: int(result.selected.sum()) for layer, result in routing.items()})
         for layer, spread in realised.layers.items():
             assert spread.mean == pytest.approx(sum(s[layer] for s in selected) / realised.tokens)
+
+
+@pytest.mark.parametrize("ends", ["stop strings", "EOS tokens"])
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("standard", {}), ("mod", {}), ("mod", {"selection_rule": "topk"})]
+)
+def test_a_generated_row_is_counted_up_to_its_own_stop(architecture, options, ends, data_dir):
+    # With tied embeddings an untrained model says the same token again and again.
+    lm = language_model(architecture, data_dir, batch_size=1, tie_word_embeddings=False, **options)
+
+    def tokens_of(prompt):
+        ids = torch.tensor([lm.tok_encode(prompt)])
+        return lm.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+
+    def length(row, until):
+        """Tokens up to the first of `until`."""
+        return next((n for n in range(1, 13) if any(stop in lm.tok_decode(row[:n]) for stop in until)), 13)
+
+    # Two rows, each with a stop that the other does not have before its own.
+    rows = {text: tokens_of(text) for text in (*TEXTS, *CHOICES)}
+    single = [lm.tok_decode([token]) for row in rows.values() for token in row]
+    stops = list(dict.fromkeys(stop for stop in single if stop.isascii() and stop.isprintable()))
+    prompts, until, lengths = next(
+        ([one, other], [x, y], [a, b])
+        for one, other in itertools.combinations(rows, 2)
+        for x, y in itertools.combinations(stops, 2)
+        if 1 < (a := length(rows[one], [x])) < 11
+        and a == length(rows[one], [x, y])
+        and 1 < (b := length(rows[other], [y])) < 11
+        and b == length(rows[other], [x, y])
+        and abs(a - b) > 2
+    )
+    if ends == "EOS tokens":
+        lm.model.generation_config.eos_token_id = [lm.tok_encode(stop)[0] for stop in until]
+        until = ["never"]
+
+    def generated(batch_size):
+        lm.batch_size_per_gpu, lm.counts = batch_size, {}
+        asked = {"until": until, "max_gen_toks": 12, "do_sample": False}
+        answers = lm.generate_until(instances("generate_until", [(p, asked) for p in prompts], "task"))
+        return answers, lm.counts["task"].realised(lm.model.config)
+
+    answers, alone = generated(1)
+    together, counted = generated(2)
+    assert together == answers
+    read = 0
+    for prompt, new in zip(prompts, lengths, strict=True):
+        size = len(lm.tok_encode(prompt))
+        # The last token is not read. Top-k has no cache: it reads the row anew for each token.
+        read += sum(size + step for step in range(new)) if options else size + new - 1
+    assert alone.tokens == counted.tokens == read
+    assert counted.forward_flops_per_token == pytest.approx(alone.forward_flops_per_token)
+    for layer, spread in counted.layers.items():
+        assert spread.mean == pytest.approx(alone.layers[layer].mean)
+
+
+def test_all_beams_are_counted(data_dir):
+    lm = language_model("mod", data_dir, tie_word_embeddings=False)
+    asked = {"until": [" 4"], "max_gen_toks": 5, "do_sample": False, "num_beams": 3, "early_stopping": True}
+    lm.generate_until(instances("generate_until", [(p, asked) for p in TEXTS[:2]], "task"))
+    read = 3 * sum(len(lm.tok_encode(prompt)) + 4 for prompt in TEXTS[:2])
+    assert lm.counts["task"].realised(lm.model.config).tokens == read

@@ -171,8 +171,44 @@ def test_what_cannot_be_calibrated_is_refused_in_one_line(model_of, make_setting
     itself = ("--data_dir", data_dir, "--capacity", "0.5", "--output_dir", model_dir)
     assert "holds something else" in refused("calibrate", "--model_path", model_dir, *itself)
     assert contents(model_dir) == before
+    file = tmp_path / "file"
+    file.write_text("of somebody")
+    onto = ("--data_dir", data_dir, "--output_dir", file)
+    assert refused("calibrate", "--model_path", model_dir, *onto).endswith("file: is a file; name a folder")
+    assert file.read_text() == "of somebody"
     wrong = cli("calibrate", "--model_path", model_dir, "--data_dir", data_dir, "--capacity", "1.5")
     assert wrong.returncode == 2 and "must be in (0, 1]" in wrong.stderr
+
+
+@pytest.mark.parametrize("capacity", ["1", "0.00001"])
+def test_the_ends_of_capacity(model_of, data_dir, tmp_path, capacity):
+    asked = ("--data_dir", data_dir, "--capacity", capacity, "--output_dir", tmp_path / "new")
+    done = cli("calibrate", "--model_path", model_of("sdt"), *asked)
+    assert done.returncode == 0, done.stderr
+    warned = "capacity 1e-05 is less than one token of a block of 32" in done.stdout
+    realised = fractions(tmp_path / "new", data_dir)
+    told = list(read_manifest(tmp_path / "new")["calibrated_fraction"].values())
+    if capacity == "1":
+        assert told == realised == [1.0, 1.0] and "computes 1.0000 of the text" in done.stdout
+        assert not warned
+    else:
+        assert max(told) < 1 / 32 and warned
+
+
+def test_bench_names_the_rules_that_the_model_was_trained_for(model_of):
+    bench = ("--model_path", model_of("sdt"), "--tasks", "dt_arithmetic", "--selection_rule")
+    for rule in ("calibrated_predictor", "predictor", "nonsense"):
+        assert f"--selection_rule={rule}: this model was trained for threshold" in refused(
+            "bench", *bench, rule
+        )
+
+
+def test_bench_by_a_rule_tells_weights_that_cannot_be_read(model_of, tmp_path):
+    damaged = shutil.copytree(model_of("sdt"), tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    bench = ("--model_path", damaged, "--tasks", "dt_arithmetic", "--selection_rule", "threshold")
+    assert "damaged: its weights cannot be read: " in refused("bench", *bench)
 
 
 def test_bench_refuses_a_rule_whose_threshold_was_never_set(model_of, data_dir, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import rules
 from dynamic_transformers.data.loading import load_split
 from dynamic_transformers.export import load_run
 from dynamic_transformers.manifest import read_manifest
@@ -70,6 +71,15 @@ def test_thresholds_are_those_of_one_forward_for_each_layer(case, capacity):
     assert all(value == pytest.approx(capacity, abs=1.5 / size) for value in fractions.values())
 
 
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_at_full_capacity_all_is_computed_and_counted(case):
+    model = calibrated_case(case, capacity=1.0)
+    assert set(calibrate(model, BATCHES).values()) == {1.0}
+    for batch in (*BATCHES, packed(2, 32, 9)):
+        routing = model(**batch, use_cache=False).routing
+        assert all(result.selected.all() for result in routing.values())
+
+
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
@@ -109,6 +119,15 @@ def test_flops_agree_within_one_percent(case):
         fractions = calibrate(model, [batch])
     expected = calibration_flops(model.config, 128, fractions).total()
     assert expected == pytest.approx(counter.get_total_flops() / 128, rel=0.01)
+
+
+def test_the_benchmark_of_the_rules_calibrates_as_a_run_ends(make_settings, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "CALIBRATION_TOKENS", 4 * 32)
+    run_dir = train(make_settings("sdt", model={"capacity": 0.5}), data_dir, tmp_path / "run")
+    expected = evaluate_heldout(load_run(run_dir), load_split(data_dir, "test"), 4)
+    measured = rules.measure(run_dir, data_dir, "threshold", 4, 0)
+    assert measured.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert measured.fraction == pytest.approx(expected.realised.fraction.mean)
 
 
 def test_text_is_bounded_and_spread_over_the_split(data_dir, monkeypatch):

@@ -13,7 +13,12 @@ from dynamic_transformers.settings import ARCHITECTURES
 from dynamic_transformers.training.budget import Budget, Horizon, Progress
 from dynamic_transformers.training.build import model_config
 from dynamic_transformers.training.calibration import calibrate
-from dynamic_transformers.training.flops import block_flops, forward_flops, training_flops
+from dynamic_transformers.training.flops import (
+    block_flops,
+    calibration_flops,
+    forward_flops,
+    training_flops,
+)
 from dynamic_transformers.training.realised import SelectionCounts, Spread
 
 LENGTH, ROWS, VOCAB = 128, 2, 211
@@ -231,3 +236,10 @@ def test_stt_training_costs_more_than_dense():
     dense = MODEL_CLASSES["standard"][0](num_hidden_layers=24)
     assert training_flops(config, 1024).total() > training_flops(dense, 1024).total()
     assert forward_flops(config, 1024).total() < forward_flops(dense, 1024).total()
+
+
+def test_a_layer_that_computes_nothing_costs_its_router_alone():
+    config = MODEL_CLASSES["mod"][0](num_hidden_layers=4)
+    nothing, all_of_it = (calibration_flops(config, 128, {1: fraction, 3: 0.5}) for fraction in (0.0, 1.0))
+    assert all_of_it.total() - nothing.total() == pytest.approx(block_flops(config, 128).total())
+    assert nothing["router"] == all_of_it["router"]

@@ -1,16 +1,22 @@
 """Held-out loss and bits per byte, token by token; its domains; its memory."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
 from live_bytes import LiveBytes
 
+from dynamic_transformers.comparison.compare import compare
 from dynamic_transformers.data.loading import load_split, source_names
 from dynamic_transformers.data.prepare import prepare
-from dynamic_transformers.settings import UserError
+from dynamic_transformers.evaluation.evaluate import evaluate
+from dynamic_transformers.export import export
+from dynamic_transformers.manifest import MANIFEST, file_digest, read_manifest, write_json
 from dynamic_transformers.training.build import build_model
 from dynamic_transformers.training.heldout import evaluate_heldout
+from dynamic_transformers.training.trainer import train
 
 
 @pytest.mark.parametrize("architecture", ["standard", "mod"])
@@ -69,12 +75,14 @@ def test_domains_are_the_tokens_of_each_source(architecture, make_settings, two_
     assert (architecture == "standard") == (result.realised.fraction is None)
 
 
-def test_data_of_before_tokens_had_a_source_are_refused(make_settings, data_dir):
+def test_data_of_before_tokens_had_a_source_have_no_domains(make_settings, data_dir, caplog):
     split = load_split(data_dir, "test").remove_columns("sources")
     model = build_model(make_settings(), 300)
-    assert evaluate_heldout(model, split, 4).domains == {}
-    with pytest.raises(UserError, match="prepare the data again with --force"):
-        evaluate_heldout(model, split, 4, ["math"])
+    result = evaluate_heldout(model, split, 4)
+    assert result.domains == {} and not caplog.messages
+    assert evaluate_heldout(model, split, 4, ["math", "code"]) == result
+    (line,) = caplog.messages
+    assert "no column `sources`" in line and "nothing is reported by domain" in line
 
 
 @pytest.mark.parametrize("architecture", ["standard", "mod"])
@@ -85,3 +93,23 @@ def test_logits_of_a_batch_are_never_whole(architecture, make_settings, data_dir
     with LiveBytes() as live:
         evaluate_heldout(model, split, len(split))
     assert live.peak < 4 * vocabulary * split.num_rows * 32 / 2
+
+
+def test_a_run_on_data_of_before_tokens_had_a_source_is_evaluated(make_settings, data_dir, tmp_path, caplog):
+    old = shutil.copytree(data_dir, tmp_path / "old")
+    manifest = read_manifest(old)
+    for name, facts in manifest["splits"].items():
+        split = load_split(data_dir, name).remove_columns("sources")
+        shutil.rmtree(old / name)
+        split.save_to_disk(old / name)
+        facts["files"] = {file.name: file_digest(file) for file in (old / name).glob("*.arrow")}
+    write_json(old / MANIFEST, manifest)
+    settings = make_settings("mod", evaluation={"tasks": ["dt_arithmetic"]})
+    run_dir = train(settings, old, tmp_path / "run")
+    model_dir = export(run_dir, tmp_path / "model", old)
+    caplog.clear()
+    evaluation = evaluate(settings, old, run_dir, model_dir, tmp_path / "evaluation")
+    assert len([line for line in caplog.messages if "no column `sources`" in line]) == 1
+    compare([evaluation], tmp_path / "report", models=[model_dir])
+    (run,) = json.loads((tmp_path / "report" / "comparison.json").read_text())["runs"]
+    assert run["eval"]["domains"] == {} and run["eval"]["loss"] > 0

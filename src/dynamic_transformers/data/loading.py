@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ from dynamic_transformers.settings import UserError
 IGNORED = -100  # label of a token without a loss, as in transformers
 REPAIR = "prepare the data again with --force"
 
+logger = logging.getLogger("dynamic_transformers")
+
 
 def load_split(data_dir: Path, split: str) -> Dataset:
     """Blocks of `train`, `validation` or `test`: input_ids, position_ids, sources, (T,) each, and num_bytes.
+
+    Data of an older version have no `sources`.
 
     Raises:
         UserError: the data folder is missing, unfinished or damaged.
@@ -60,14 +65,14 @@ def source_names(data_dir: Path) -> list[str]:
     return [source["name"] for source in read_manifest(data_dir, "prepare_data")["sources"]]
 
 
-def domains_of(split: Dataset) -> torch.Tensor:
-    """Number of the source of each token of a split, (N, T) int64.
-
-    Raises:
-        UserError: the data were prepared before tokens had one.
-    """
+def domains_of(split: Dataset) -> torch.Tensor | None:
+    """Number of the source of each token of a split, (N, T) int64; None, and a warning, if it has none."""
     if "sources" not in split.column_names:
-        raise UserError(f"the split does not say of which source its tokens are: {REPAIR}")
+        logger.warning(
+            "the data were prepared before they said of which source each token is (no column `sources`): "
+            "nothing is reported by domain"
+        )
+        return None
     return torch.from_numpy(np.asarray(split["sources"], dtype=np.int64))
 
 

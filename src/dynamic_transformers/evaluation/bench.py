@@ -61,10 +61,7 @@ def bench_command(args: argparse.Namespace) -> None:
 
     from dynamic_transformers.evaluation.exported import trained_precision
     from dynamic_transformers.evaluation.harness import render_table, run_benchmarks
-    from dynamic_transformers.evaluation.recalibration import refuse_an_unset_threshold
 
-    if args.selection_rule is not None:
-        refuse_an_unset_threshold(args.model_path, args.selection_rule)
     result = run_benchmarks(
         args.model_path,
         tasks,

@@ -68,8 +68,7 @@ def load_model(
                 ignore_mismatched_sizes=True,
             )
     except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{model_dir}: its weights cannot be read: {reason}") from error
+        raise unreadable_weights(model_dir, error) from error
     for fault, names in (
         ("weights are missing", report["missing_keys"]),
         (
@@ -82,6 +81,12 @@ def load_model(
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             raise UserError(f"{model_dir}: {fault}: {', '.join(sorted(names)[:NAMES_SHOWN])}{more}")
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def unreadable_weights(model_dir: Path, error: Exception) -> UserError:
+    """What a library's error about a model's weights says to the user, in one line."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"{model_dir}: its weights cannot be read: {reason}")
 
 
 @contextmanager

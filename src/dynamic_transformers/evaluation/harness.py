@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config
 
 from dynamic_transformers.evaluation.exported import load_config, load_model, log_level
+from dynamic_transformers.evaluation.recalibration import refuse_an_unset_threshold
 from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
 from dynamic_transformers.evaluation.task_index import check_tasks, task_manager
 from dynamic_transformers.manifest import MANIFEST, input_folder, read_manifest
@@ -66,16 +67,17 @@ def run_benchmarks(
         UserError: lm-eval is missing, no such model, task or data folder, no consent, an impossible
             selection rule, or a task whose data cannot be had.
     """
+    config = load_config(model_dir)
+    if selection_rule is not None:
+        _check_selection_rule(config, selection_rule)
+        refuse_an_unset_threshold(model_dir, selection_rule)
+        config.selection_rule = selection_rule
     try:
         from lm_eval.evaluator import simple_evaluate
 
         from dynamic_transformers.evaluation.language_model import CountingLM
     except ModuleNotFoundError as error:
         raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
-    config = load_config(model_dir)
-    if selection_rule is not None:
-        _check_selection_rule(config, selection_rule)
-        config.selection_rule = selection_rule
     if data_dir is None and needs_data_folder(tasks):
         data_dir = _data_dir_of(model_dir)
     specs = expand_tasks(tasks, data_dir)

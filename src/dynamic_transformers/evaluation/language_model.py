@@ -14,7 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models import huggingface
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from dynamic_transformers.training.losses import token_losses
 from dynamic_transformers.training.realised import SelectionCounts, selections
@@ -123,20 +123,33 @@ class CountingLM(HFLM):
         self._count(selections(outputs), valid.to(self.device))
         return outputs.last_hidden_state
 
-    def _model_generate(self, context: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> torch.Tensor:
+        """As lm-eval's own, but each row ends at its own stop, and is counted up to there."""
+        stops = RowStops(self.tokenizer, stop, self.model.generation_config.eos_token_id, context.shape[1])
         steps: list[tuple[dict[int, torch.Tensor], torch.Tensor]] = []
 
         def note(module: Any, args: Any, inputs: dict[str, Any], output: Any) -> None:
             ids, mask = inputs["input_ids"], inputs.get("attention_mask")
             valid = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+            valid = valid.bool() & ~stops.ended_among(len(ids)).to(valid.device).unsqueeze(1)
             if output.past_key_values is None:  # which reads all rows again in each step
-                self._count(selections(output), valid.bool())
+                self._count(selections(output), valid)
             else:
-                steps.append((selections(output), valid.bool()))
+                steps.append((selections(output), valid))
 
+        if not options["do_sample"]:
+            options.pop("temperature", None)  # lm-eval's 0, of which transformers would warn
         hook = self.model.register_forward_hook(note, with_kwargs=True)
         try:
-            return super()._model_generate(context, *args, **options)
+            return self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                stopping_criteria=StoppingCriteriaList([stops]),
+                pad_token_id=self.tokenizer.pad_token_id,
+                **options,
+            )
         finally:
             hook.remove()
             if steps:
@@ -146,3 +159,39 @@ class CountingLM(HFLM):
 
     def _count(self, selected: dict[int, torch.Tensor], valid: torch.Tensor) -> None:
         self.counts.setdefault(self._task, SelectionCounts()).add(selected, valid)
+
+
+class RowStops(StoppingCriteria):
+    """Ends each row at a stop string or EOS token of its own.
+
+    lm-eval's ends a batch where one and the same stop string has been in all of its rows.
+
+    Args:
+        eos: token or tokens.
+        start: tokens of the prompt.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: list[str], eos: int | list[int] | None, start: int
+    ):
+        self.tokenizer, self.stops, self.start = tokenizer, stops, start
+        self.eos = torch.tensor([] if eos is None else eos, dtype=torch.long).flatten()
+        # As many tokens as in lm-eval: a model may spell a stop string in more tokens than the tokenizer.
+        self.window = 2 + max(
+            (len(tokenizer.encode(stop, add_special_tokens=False)) for stop in stops), default=0
+        )
+        self.ended: torch.Tensor | None = None  # (B,)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        """Rows of (B, T) that end with their last token, (B,) bool."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -self.window :])
+        found = torch.tensor([any(stop in text for stop in self.stops) for text in texts])
+        found |= torch.isin(input_ids[:, -1].cpu(), self.eos)
+        self.ended = found | self.ended_among(len(found))
+        return found.to(input_ids.device)
+
+    def ended_among(self, rows: int) -> torch.Tensor:
+        """Rows that have ended, (B,) bool; none of a beam search, which tries more rows than it keeps."""
+        if self.ended is None or len(self.ended) != rows:
+            return torch.zeros(rows, dtype=torch.bool)
+        return self.ended

@@ -8,15 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from dynamic_transformers.data.loading import batches_of, load_split, verify_split
-from dynamic_transformers.evaluation.exported import load_config, load_model
+from dynamic_transformers.evaluation.exported import load_config, load_model, unreadable_weights
 from dynamic_transformers.evaluation.results import RESULTS
 from dynamic_transformers.evaluation.routing_page import PAGE, PICTURE
+from dynamic_transformers.folders import check_target
 from dynamic_transformers.manifest import (
     MANIFEST,
     file_digest,
@@ -78,6 +79,7 @@ def recalibrate(
     config.capacity = capacity or config.capacity
     asked = {"model_digest": made["digest"], "data_digest": data["digest"], "capacity": config.capacity}
     output_dir = output_dir or beside(model_dir, data_dir, config.capacity)
+    check_target(output_dir)
     if not finished(output_dir, "export", asked) and output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir}: holds something else; name another folder with --output_dir")
     with step_output(output_dir, "export", asked) as output:
@@ -100,6 +102,12 @@ def fill(output: Path, model_dir: Path, data_dir: Path, config: RoutedConfig, as
     state = model.routing_state
     state.thresholds.zero_()
     state.weights.zero_()
+    if config.capacity * data["block_size"] < 1:
+        logger.warning(
+            "calibrate: capacity %g is less than one token of a block of %d: most blocks will have none",
+            config.capacity,
+            data["block_size"],
+        )
     rows = calibration_rows(load_split(data_dir, "validation"), data["block_size"])
     fractions = calibrate(model, batches_of(rows, 1))
     for layer, fraction in fractions.items():
@@ -164,7 +172,7 @@ def refuse_an_unset_threshold(model_dir: Path, rule: str) -> None:
     """Refuse a selection rule whose thresholds were neither averaged in training nor calibrated.
 
     Raises:
-        UserError: says so.
+        UserError: says so, or that the weights are damaged.
     """
     state = read_state(model_dir)
     if rule not in KINDS or not state:
@@ -177,11 +185,18 @@ def refuse_an_unset_threshold(model_dir: Path, rule: str) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
-    """Thresholds and β as a model's folder holds them; empty where there are none."""
+    """Thresholds and β as a model's folder holds them; empty where there are none.
+
+    Raises:
+        UserError: a file of the weights is damaged.
+    """
     found = {}
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(STATE)}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(STATE)}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise unreadable_weights(folder, error) from error
     return found
 
 

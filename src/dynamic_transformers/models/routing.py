@@ -297,13 +297,15 @@ class Router(GradientCheckpointingLayer):
             spaced = evenly_spaced(context.document_places(), capacity)
             return select_first(spaced.expand_as(scores), capacity, valid)
         if state.training_rule == "threshold":
-            return select_first(self.above_threshold(scores, state), self.config.training_fraction, valid)
+            return select_first(
+                self.above_threshold(scores, state.threshold), self.config.training_fraction, valid
+            )
         return select_top_k(scores, capacity, valid) if best is None else best
 
-    def above_threshold(self, scores: Tensor, state: LayerState) -> Tensor:
+    def above_threshold(self, scores: Tensor, threshold: Tensor) -> Tensor:
         """Which scores lie above τ, (B, T); at full capacity all, even the lowest."""
         full = self.config.capacity == 1
-        return torch.ones_like(scores, dtype=torch.bool) if full else scores > state.threshold
+        return torch.ones_like(scores, dtype=torch.bool) if full else scores > threshold
 
     def select(
         self, scores: Tensor, hidden_states: Tensor, context: RoutingContext, state: LayerState
@@ -321,7 +323,7 @@ class Router(GradientCheckpointingLayer):
         if rule == "topk":
             return select_top_k(scores, self.config.capacity, context.valid)
         if rule == "threshold":
-            mask = self.above_threshold(scores, state)
+            mask = self.above_threshold(scores, state.threshold)
         elif rule == "random":
             mask = torch.rand_like(scores) < self.config.capacity
         elif rule == "even":
@@ -330,9 +332,10 @@ class Router(GradientCheckpointingLayer):
             mask = scores > 0
         elif self.predictor is None:
             mask = scores > 0  # STT: the scores are the student's logits, and the student is the predictor
+        elif rule == "calibrated_predictor":
+            mask = self.above_threshold(self.predictor(hidden_states), state.predictor_threshold)
         else:
-            cut = state.predictor_threshold if rule == "calibrated_predictor" else 0
-            mask = self.predictor(hidden_states) > cut
+            mask = self.predictor(hidden_states) > 0
         return select_mask(mask if context.valid is None else mask & context.valid)
 
 

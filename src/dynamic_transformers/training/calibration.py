@@ -64,8 +64,9 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> dict[int, float]:
     """Make the threshold of the model's selection rule, if it has one, select the fraction γ of these tokens.
 
     Layer by layer from the first, all batches together, since a layer's scores depend on what the layers
-    below select: each layer runs once for each token. In the precision of the weights, as exported models are
-    evaluated. Nothing is done where `is_calibrated` says no.
+    below select: each layer runs once for each token. In the precision of the weights, which a run and the
+    command `calibrate` keep in fp32. Evaluation of a bf16 run has bf16 weights by default, and then misses γ
+    by a few tenths of a point (docs/architectures.md). Nothing is done where `is_calibrated` says no.
 
     Args:
         model: in eval mode afterwards.
@@ -73,7 +74,7 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> dict[int, float]:
             ten thousand tokens are enough. With several ranks, all of them on every rank.
 
     Returns:
-        Routed layer → fraction of the tokens that its new threshold selects.
+        Routed layer → fraction of the tokens that it selects by its new threshold; at γ = 1 all.
     """
     model.eval()
     config, backbone = model.config, model.model
@@ -87,7 +88,8 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> dict[int, float]:
                 scores = torch.cat([text.scores(layer).flatten() for text in texts])
                 threshold = score_quantile(scores, config.capacity, None)
                 model.routing_state.set_threshold(rule, len(fractions), threshold)
-                fractions[layer] = (scores > threshold).double().mean().item()
+                router = cast(Router, backbone.routers[str(layer)])
+                fractions[layer] = router.above_threshold(scores, threshold).double().mean().item()
             if layer < config.routed_layers[-1]:
                 for text in texts:
                     text.run(layer)

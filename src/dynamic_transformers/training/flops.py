@@ -102,7 +102,8 @@ def calibration_flops(
         score = router
     *below, last = config.routed_layers
     for layer in range(last):
-        account.add(block_flops(config, length, layer_fraction(config, layer, fractions) or 1.0))
+        fraction = layer_fraction(config, layer, fractions)
+        account.add(block_flops(config, length, 1.0 if fraction is None else fraction))
     account.add(router, len(below))
     account.add(score, len(below) + 1)
     return account

@@ -59,10 +59,8 @@ def evaluate_heldout(
     Random routing, the control, draws the same noise each time.
 
     Args:
-        sources: names of the data folder's sources, in its order; none: the result is not split by domain.
-
-    Raises:
-        UserError: `sources` are given, and the split does not say of which each token is.
+        sources: names of the data folder's sources, in its order; none: the result is not split by domain,
+            as where the split does not say of which source its tokens are.
     """
     with fixed_randomness(model.device):
         was_training = model.training
@@ -85,7 +83,9 @@ def measure(
     """The result of a model in eval mode."""
     assert isinstance(model.config, Qwen2Config)
     device = next(model.parameters()).device
-    domains = domains_of(split) if sources else torch.zeros(len(split), 1, dtype=torch.long)
+    domains = domains_of(split) if sources else None
+    if domains is None:
+        sources, domains = (), torch.zeros(len(split), 1, dtype=torch.long)
     count = max(1, len(sources))
     nats = torch.zeros(count, dtype=torch.float64, device=device)
     targets = torch.zeros_like(nats)
