@@ -6,9 +6,7 @@ Shapes: B rows, T tokens of a row. Widths follow from shapes and settings alone:
 import torch
 from torch import Tensor
 
-from .selection import Selection, capacities_to_tokens, capacity_to_tokens
-
-ROUNDING = 1e-9  # undoes the rounding of products such as 0.29·100
+from .selection import ROUNDING, Selection, capacities_to_tokens, capacity_to_tokens
 
 
 def select_first(mask: Tensor, capacity: float, valid: Tensor | None) -> Selection:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-9  # undoes the rounding of products such as 0.29·100
+
 
 @dataclass
 class RoutingResult:
@@ -72,13 +74,13 @@ class Selection:
 
 
 def capacity_to_tokens(capacity: float, tokens: int) -> int:
-    """k = max(1, ⌊γ·n⌋), at most n; the small term undoes rounding of products such as 0.29·100."""
-    return min(max(1, math.floor(capacity * tokens + 1e-9)), tokens)
+    """k = max(1, ⌊γ·n⌋), at most n."""
+    return min(max(1, math.floor(capacity * tokens + ROUNDING)), tokens)
 
 
 def capacities_to_tokens(capacity: float, tokens: Tensor) -> Tensor:
     """The same for a tensor of n, without waiting for the device."""
-    k = (capacity * tokens.double() + 1e-9).floor().long()
+    k = (capacity * tokens.double() + ROUNDING).floor().long()
     return torch.minimum(k.clamp(min=1), tokens)
 
 
