@@ -20,6 +20,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import PreTrainedModel, Qwen2Config
 
 from benchmarks.trainer_loop import loop_ratios
@@ -258,7 +259,7 @@ def decode_rows(
 
     The tokens are given: a random model that chose its own would repeat one of them.
     """
-    ids = tokens(rows, prompt + steps, device, seed=98)
+    ids = tokens(rows, prompt + steps, device, seed=1)
     mask = torch.ones_like(ids)
     calibrate_all(models, ids)
     shares: dict[str, dict[int, float]] = {}
@@ -299,6 +300,29 @@ def decode_rows(
     times = side_by_side(list(models), decode, seconds)
     table = rows_of(size, f"decode {rows}×{steps} after {prompt}", shares, flops, times)
     return [replace(row, kv_overhead=overhead[row.variant]) for row in table]
+
+
+@torch.inference_mode()
+def linear_rows(size: str, batch: int, seconds: float, device: str) -> list[Row]:
+    """The linear maps of all layers on 1, a half and all of `batch` rows: what decoding fewer rows can save.
+
+    They read the same weights for any number of rows, so that time falls by less than FLOPs.
+    """
+    model = build("standard", size, device)
+    maps = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+    counts = {"1 row": 1, "half of the rows": batch // 2, "standard": batch}
+
+    def run(name: str) -> float:
+        inputs = {m.in_features: torch.ones(counts[name], m.in_features, device=device) for m in maps}
+        return timed(model, lambda: [m(inputs[m.in_features]) for m in maps])
+
+    times = side_by_side(list(counts), run, seconds)
+    return [
+        Row(
+            size, f"linear maps, {batch} rows", name, None, counts[name] / batch, *median_and_spread(of_turns)
+        )
+        for name, of_turns in times.items()
+    ]
 
 
 def loop_rows(size: str, rows: int, length: int, steps: int, turns: int) -> list[Row]:
@@ -374,6 +398,8 @@ def main() -> None:
         for batch in whole_numbers(args.batches):
             rows += decode_rows(models, size, batch, 512, 64, args.seconds, device)
             console.print(table_of(rows[-len(models) :], ""))
+            if batch > 1:
+                rows += linear_rows(size, batch, args.seconds / 8, device)
         # Last, since it changes the weights.
         for length in whole_numbers(args.training_lengths):
             rows += training_rows(models, size, max(1, 2048 // length), length, args.seconds, device)
