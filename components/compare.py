@@ -39,6 +39,7 @@ def compare(
         compare_step(
             [Path(evaluation.path) for evaluation in evaluations],
             output,
+            baseline=values.study.baseline,
             models=[Path(model.path) for model in models],
         )
         place = (values.tracking, values.run.output_dir)

@@ -10,8 +10,8 @@ from components import image_of
 @dsl.component(base_image=image_of("evaluate"), install_kfp_package=False)
 def configure(
     settings: str,
-    architectures: List[str],  # noqa: UP006
-    seeds: List[int],  # noqa: UP006
+    variants: str,
+    grid: str,
     overrides: List[str],  # noqa: UP006
     dataset_configs: str,
     max_flops: float,
@@ -23,23 +23,24 @@ def configure(
     """Check everything before anything costs time.
 
     Args:
-        settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment: as in
+        settings, variants, grid, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment: as in
             `settings_from_parameters`.
-        architectures, seeds: each architecture is trained with each seed.
         merged: all settings, as JSON.
-        runs: `architecture:seed` each.
+        runs: names of the study's runs.
     """
     import json
     from pathlib import Path
 
-    from dynamic_transformers.configure import run_names, settings_from_parameters
+    from dynamic_transformers.configure import settings_from_parameters
     from dynamic_transformers.preflight import preflight
     from dynamic_transformers.step_log import step_log
+    from dynamic_transformers.study import study_runs
 
     with step_log(Path(merged)):
         values = settings_from_parameters(
-            settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
+            settings, variants, grid, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
         )
-        Path(runs).write_text(json.dumps(run_names(architectures, seeds)))
-        preflight(values, architectures, here=False)
+        study = study_runs(values)
+        preflight(values, [run.settings for run in study], here=False)
+        Path(runs).write_text(json.dumps([run.name for run in study]))
         Path(merged).write_text(values.to_json())

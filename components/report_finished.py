@@ -11,8 +11,8 @@ from components import image_of
 def report_finished(
     status: dsl.PipelineTaskFinalStatus,
     settings: str,
-    architectures: List[str],  # noqa: UP006
-    seeds: List[int],  # noqa: UP006
+    variants: str,
+    grid: str,
     overrides: List[str],  # noqa: UP006
     dataset_configs: str,
     max_flops: float,
@@ -24,8 +24,8 @@ def report_finished(
 
     Args:
         status: how the pipeline ended; nothing is compared after a success.
-        settings, architectures, seeds, overrides, dataset_configs, max_flops, mlflow_uri,
-            mlflow_experiment: the pipeline's parameters, as `configure` takes them.
+        settings, variants, grid, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment: the
+            pipeline's parameters, as `configure` takes them.
         report: the comparison; a page that says why there is none after a success, when nothing has
             finished, or when MLflow has it already. Written in any case: KFP shows what a step did not write
             as a link to nothing.
@@ -45,12 +45,13 @@ def report_finished(
         return say("All runs have finished: the report is the output of compare.")
 
     from dynamic_transformers.comparison.finished import compare_finished
-    from dynamic_transformers.configure import run_names, settings_from_parameters
+    from dynamic_transformers.configure import settings_from_parameters
     from dynamic_transformers.step_log import step_log
+    from dynamic_transformers.study import study_runs
 
     with step_log(output):
         values = settings_from_parameters(
-            settings, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
+            settings, variants, grid, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
         )
-        if not compare_finished(values, run_names(architectures, seeds), output):
+        if not compare_finished(values, [run.name for run in study_runs(values)], output):
             say("No comparison: no run has been evaluated, or MLflow has the report already (see the log).")

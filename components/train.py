@@ -1,4 +1,4 @@
-"""Trains one architecture with one seed."""
+"""Trains one run of the study."""
 
 from kfp import dsl
 
@@ -17,7 +17,7 @@ def train(
 
     Args:
         settings: all settings, as JSON.
-        run: `architecture:seed`.
+        run: its name in the study.
         data: what prepare_data wrote.
         run_folder: the run.
         launch: on how many processes and nodes, as `Launch.to_json` gives it; '' is one process.
@@ -28,9 +28,8 @@ def train(
     from dynamic_transformers.launch.run import launch_training
     from dynamic_transformers.launch.settings import Launch
     from dynamic_transformers.step_log import step_log
+    from dynamic_transformers.study import find_run
 
     with step_log(Path(run_folder.path)):
-        architecture, _, seed = run.partition(":")
-        values = settings_from_json(settings, [f"model.type={architecture}", f"run.seed={int(seed or 0)}"])
-        values.run.name = f"{values.run.name}-{architecture}-seed{values.run.seed}"  # as tracking shows it
+        values = find_run(settings_from_json(settings), run).settings
         launch_training(values, Path(data.path), Path(run_folder.path), Launch.from_json(launch))

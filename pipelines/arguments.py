@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from dynamic_transformers.configure import compose_settings, run_names
+from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.preflight import preflight
-from dynamic_transformers.settings import ARCHITECTURES, Settings, UserError
+from dynamic_transformers.settings import SEED_KEY, Settings, UserError
+from dynamic_transformers.study import StudyRun, study_runs, variants_of
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
-    """Configuration, architectures, seeds and overrides."""
+    """Configuration, variants, seeds and overrides."""
     parser.add_argument(
         "--config-name", default="quickstart", help="a file of config/, or one of ours (default: quickstart)"
     )
-    parser.add_argument(
-        "--architectures", default=",".join(ARCHITECTURES), help="by commas (default: all four)"
-    )
-    parser.add_argument("--seeds", default="0", help="by commas; each architecture is trained with each")
+    parser.add_argument("--variants", help="labels of study.variants, by commas (default: all)")
+    parser.add_argument("--seeds", help="by commas: short for study.grid.run.seed=[...]")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
 
 
-def pipeline_arguments(args: argparse.Namespace, here: bool = False) -> tuple[Settings, dict[str, Any]]:
-    """Settings, and values for the pipeline's parameters `architectures` and `seeds`.
+def pipeline_arguments(args: argparse.Namespace, here: bool = False) -> tuple[Settings, list[StudyRun]]:
+    """Settings with the study that is asked for, and its runs.
 
     Args:
         here: whether the steps run on this machine.
@@ -32,10 +30,23 @@ def pipeline_arguments(args: argparse.Namespace, here: bool = False) -> tuple[Se
         UserError: a mistake in any of them.
     """
     settings = compose_settings(args.config_name, args.overrides)
-    architectures, seeds = args.architectures.split(","), args.seeds.split(",")
-    if not all(seed.isdecimal() for seed in seeds):
-        raise UserError(f"--seeds {args.seeds}: must be whole numbers, by commas")
-    parameters = {"architectures": architectures, "seeds": [int(seed) for seed in seeds]}
-    run_names(**parameters)
-    preflight(settings, architectures, here)
-    return settings, parameters
+    if args.seeds is not None:
+        settings.study.grid[SEED_KEY] = [seed.strip() for seed in args.seeds.split(",")]
+    if args.variants is not None:
+        settings.study.variants = chosen(variants_of(settings.study), args.variants)
+    runs = study_runs(settings)
+    preflight(settings, [run.settings for run in runs], here)
+    return settings, runs
+
+
+def chosen(variants: dict[str, list[str]], labels: str) -> dict[str, list[str] | None]:
+    """The variants with these labels, in the order of the study.
+
+    Raises:
+        UserError: a label that no variant has.
+    """
+    asked = [label.strip() for label in labels.split(",")]
+    for label in asked:
+        if label not in variants:
+            raise UserError(f"--variants {labels}: no variant {label!r}; there are {', '.join(variants)}")
+    return {label: overrides if label in asked else None for label, overrides in variants.items()}

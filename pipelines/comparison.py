@@ -1,6 +1,6 @@
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # kfp replaces a component's function by a task factory, which type checkers cannot see.
-"""The pipeline: one data set, every architecture and seed, one comparison.
+"""The pipeline: one data set, every variant at every point of the grid, one comparison.
 
 The same definition runs locally (`pipelines.run`) and on a cluster (`build/pipeline.yaml`).
 """
@@ -28,12 +28,13 @@ def comparison_pipeline(cluster: ClusterSettings):
     quickstart = compose_settings("quickstart").to_json()
 
     @dsl.pipeline(
-        name=NAME, description="Standard, Mixture-of-Depths, SDT and STT, trained on equal work and compared."
+        name=NAME,
+        description="Variants of standard, Mixture-of-Depths, SDT and STT models, on equal work, compared.",
     )
     def pipeline(
         settings: str = quickstart,
-        architectures: List[str] = ["standard", "mod", "sdt", "stt"],  # noqa: B006, UP006
-        seeds: List[int] = [0],  # noqa: B006, UP006
+        variants: str = "",
+        grid: str = "",
         overrides: List[str] = [],  # noqa: B006, UP006
         dataset_configs: str = "",
         max_flops: float = 0.0,
@@ -46,8 +47,9 @@ def comparison_pipeline(cluster: ClusterSettings):
 
         Args:
             settings: all settings, as the JSON that `Settings.to_json` gives; the others go over it.
-            architectures: which models to train.
-            seeds: each model is trained with each.
+            variants: JSON object, label → list of overrides; empty leaves `study.variants` of `settings`.
+            grid: JSON object, setting → list of values, such as {"run.seed": [0, 1, 2]}; empty leaves that of
+                `settings`.
             overrides: `key=value` each.
             dataset_configs: JSON list of data sources; empty leaves those of `settings`.
             max_flops: budget of each run in training FLOPs; 0 leaves that of `settings`.
@@ -56,8 +58,8 @@ def comparison_pipeline(cluster: ClusterSettings):
         """
         parameters = dict(
             settings=settings,
-            architectures=architectures,
-            seeds=seeds,
+            variants=variants,
+            grid=grid,
             overrides=overrides,
             dataset_configs=dataset_configs,
             max_flops=max_flops,

@@ -13,7 +13,7 @@ from dynamic_transformers import __version__
 from dynamic_transformers.manifest import digest
 from dynamic_transformers.settings import UserError
 
-INPUTS = ("settings", "architectures", "seeds")
+INPUTS = ("settings", "variants", "grid")
 
 
 @dataclass

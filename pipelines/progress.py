@@ -47,7 +47,7 @@ class StepState:
 
     Attributes:
         step: as in the pipeline: `train`; `train-driver` where that is what failed.
-        name: with the run, where it has one: `train of mod:0`.
+        name: with the run, where it has one: `train of mod-seed0`.
         pod: that of the last attempt.
         message: Argo's, such as `main: Error (exit code 1)`.
     """
@@ -108,7 +108,7 @@ def step_states(run: V2beta1Run, steps: dict[str, bool], runs: Sequence[str]) ->
 
     Args:
         steps: names, and whether they are in the loop over the runs.
-        runs: `architecture:seed` each, in the order of the loop.
+        runs: their names, in the order of the loop.
     """
     nodes = Nodes(task_details(run))
     found = []
@@ -143,7 +143,7 @@ def step_states(run: V2beta1Run, steps: dict[str, bool], runs: Sequence[str]) ->
 
 
 def run_of(detail: V2beta1PipelineTaskDetail, nodes: Nodes, runs: Sequence[str]) -> str:
-    """` of architecture:seed`, by the iteration that a node is in; empty where the server does not tell."""
+    """` of RUN`, by the iteration that a node is in; empty where the server does not tell."""
     for node in nodes.before(detail):
         if iteration := ITERATION.fullmatch(node.display_name or ""):
             index = int(iteration[1])
@@ -166,7 +166,7 @@ class Failure:
 
 @dataclass
 class Watch:
-    """Follows runs of `package` over `runs` (`architecture:seed` each)."""
+    """Follows runs of `package` over the runs of these names."""
 
     client: Client
     package: Package

@@ -27,12 +27,12 @@ from kfp.components import load_component_from_file
 
 from components import image_of
 from dynamic_transformers.command_line import run_command
-from dynamic_transformers.configure import run_names
 from dynamic_transformers.folders import set_aside, sole_writer
 from dynamic_transformers.manifest import digest, fresh_folder, revision, write_json
+from dynamic_transformers.reading import flat
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.tracking import tracking_uri
-from dynamic_transformers.training.identity import flat, settings_identity
+from dynamic_transformers.training.identity import settings_identity
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
 from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
@@ -51,8 +51,8 @@ PASSED_ON = re.compile(
 
 def run(args: argparse.Namespace) -> None:
     """Compile, run, and show where the results are."""
-    settings, parameters = pipeline_arguments(args, here=True)
-    runs = run_names(**parameters)
+    settings, study = pipeline_arguments(args, here=True)
+    runs = [run.name for run in study]
     # Steps run in folders of their own: places must not depend on where they are.
     settings.run.output_dir = str(Path(settings.run.output_dir).resolve())
     folder = settings.run_dir
@@ -68,14 +68,12 @@ def run(args: argparse.Namespace) -> None:
     runner = docker_runner(settings) if args.docker else local.SubprocessRunner(use_venv=False)
     with sole_writer(folder):
         check_report(folder / "report")
-        execution = execution_of(root, execution_identity(settings, parameters), args.force)
+        execution = execution_of(root, execution_identity(settings), args.force)
         tell_program(execution, ", ".join(map(image_of, STEPS)) if args.docker else revision())
-        run_here(settings, parameters, runs, runner, execution)
+        run_here(settings, runs, runner, execution)
 
 
-def run_here(
-    settings: Settings, parameters: dict[str, Any], runs: list[str], runner: Any, execution: Path
-) -> None:
+def run_here(settings: Settings, runs: list[str], runner: Any, execution: Path) -> None:
     """Run the pipeline, its outputs in `execution`, where what has finished of it is found.
 
     Raises:
@@ -94,7 +92,7 @@ def run_here(
     steps.install(execution.name)
     try:
         with steps.heeding_signals(), quiet_console(logs / "pipeline.log", lambda: bool(steps.signal)):
-            pipeline(settings=settings.to_json(), **parameters)
+            pipeline(settings=settings.to_json())
     except (RuntimeError, *DOCKER_ERRORS) as error:  # RuntimeError: how the runner tells that a task failed
         failure = str(error).splitlines()[0]
     finally:
@@ -114,7 +112,7 @@ def run_here(
         raise UserError(f"the pipeline failed ({failure}); its logs are in {logs}")
 
 
-def execution_identity(settings: Settings, parameters: dict[str, Any]) -> dict[str, Any]:
+def execution_identity(settings: Settings) -> dict[str, Any]:
     """What two calls must have in common to be one execution, by key: all that decides what it computes.
 
     Of the training that is its identity and its budget, as for a run folder; where anything is tracked or
@@ -123,8 +121,8 @@ def execution_identity(settings: Settings, parameters: dict[str, Any]) -> dict[s
     values = settings.to_dict()
     del values["data"]["batch_size"]  # in the identity's `global_batch`
     budget = {key: values["training"][key] for key in ("max_steps", "max_tokens", "max_flops")}
-    rest = {"data": values["data"], "evaluation": values["evaluation"], "training": budget}
-    return {**settings_identity(settings), **flat(rest), "run.name": settings.run.name, **parameters}
+    rest = {key: values[key] for key in ("data", "evaluation", "study")} | {"training": budget}
+    return {**settings_identity(settings), **flat(rest), "run.name": settings.run.name}
 
 
 def execution_of(root: Path, identity: dict[str, Any], force: bool) -> Path:
@@ -209,7 +207,7 @@ def collect_logs(execution: Path, runs: list[str], logs: Path) -> None:
         parts = path.relative_to(execution).parts
         run_name = ""
         if parts[0].startswith("for-loop"):
-            run_name = "-" + runs[int(parts[0].rpartition("-")[2])].replace(":", "-seed")
+            run_name = "-" + runs[int(parts[0].rpartition("-")[2])]
         shutil.copy(path, logs / f"{path.parent.name}{run_name}.log")
 
 

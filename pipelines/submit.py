@@ -25,7 +25,6 @@ from pathlib import Path
 from kfp_server_api import V2beta1PipelineVersion
 
 from dynamic_transformers.command_line import run_command
-from dynamic_transformers.configure import run_names
 from dynamic_transformers.settings import UserError
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
 from pipelines.compile import add_cluster_argument, cluster_of, compile_pipeline
@@ -39,9 +38,7 @@ PAUSE_SECONDS = 60.0  # before a run is begun again; twice as long each further 
 
 def submit(args: argparse.Namespace) -> None:
     """Upload the pipeline where its content is new, start a run, and wait for it if asked."""
-    settings, parameters = pipeline_arguments(args)
-    runs = run_names(**parameters)
-    parameters["settings"] = settings.to_json()
+    settings, runs = pipeline_arguments(args)
     host = server_address(args.host or os.environ.get("KFP_HOST", ""))
     check_options(args)
     token_file = token_place(args.token_file)
@@ -59,14 +56,14 @@ def submit(args: argparse.Namespace) -> None:
             version, uploaded = upload(client, package, namespace)
         print(f"experiment: {experiment_name}")
         print(f"pipeline:   {package.name}, {package.version}, {'uploaded' if uploaded else 'already there'}")
-        watch = Watch(client, package, runs)
+        watch = Watch(client, package, [run.name for run in runs])
         deadline = time.monotonic() + args.timeout
         for again in range(args.resubmit + 1):
             name = f"{run_name}-again{again}" if again else run_name
             run_id = client.begin_run(
                 name,
                 experiment.experiment_id,
-                params=parameters,
+                params={"settings": settings.to_json()},
                 pipeline_id=version.pipeline_id,
                 version_id=version.pipeline_version_id,
                 pipeline_root=args.pipeline_root,

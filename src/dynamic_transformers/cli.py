@@ -15,6 +15,7 @@ from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_com
 from dynamic_transformers.manifest import input_folder, read_manifest
 from dynamic_transformers.preflight import check_places, preflight
 from dynamic_transformers.settings import ModelSettings, Settings, UserError
+from dynamic_transformers.study import single_run
 from dynamic_transformers.tracking.sync import add_sync_arguments, sync_command
 
 
@@ -33,8 +34,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Settings that a command line asks for."""
-    return compose_settings(args.config_name, args.overrides, args.config_dir)
+    """Settings that a command line asks for: of one run of a study, if `study.variant` names one."""
+    return single_run(compose_settings(args.config_name, args.overrides, args.config_dir))
 
 
 def prepare_command(args: argparse.Namespace) -> None:
@@ -100,7 +101,7 @@ def compare_command(args: argparse.Namespace) -> None:
     configure_logging()
     evaluations = [evaluation_of(folder) for folder in args.runs]
     models = [input_folder(folder, "model") for folder in evaluations]
-    print_comparison(compare(evaluations, args.output_dir, models=models))
+    print_comparison(compare(evaluations, args.output_dir, models=models, baseline=args.baseline))
 
 
 def evaluation_of(folder: Path) -> Path:
@@ -199,6 +200,11 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `compare`."""
     parser.add_argument("runs", type=path, nargs="+", help="run folders, or folders with evaluation.json")
+    parser.add_argument(
+        "--baseline",
+        default="standard",
+        help="label of the variant that ratios and differences refer to (default: standard)",
+    )
     parser.add_argument("--output_dir", type=path, default=Path("outputs/report"))
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dynamic_transformers.checks import check
 from dynamic_transformers.hydra_files import compose_files, parse
 from dynamic_transformers.reading import MisfitError, hint_at, plain_type, read
-from dynamic_transformers.settings import ARCHITECTURES, SEED, Settings, UserError
+from dynamic_transformers.settings import Settings, UserError
 
 CONFIG_DIR = Path(__file__).parent / "config"  # package data; in a checkout a link to config/
 NULL = ("null", "Null", "NULL", "~")
@@ -86,21 +87,28 @@ def settings_from_dict(*values: dict[str, Any], overrides: Sequence[str] = ()) -
     Raises:
         UserError: unknown key, wrong type, or an impossible combination.
     """
-    try:
-        config = OmegaConf.merge({}, *values)
-        assert isinstance(config, DictConfig)
-        for override in overrides:
-            apply(config, override)
-        plain = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(omegaconf_line(error)) from error
-    settings = read(Settings, plain)
+    merged: Any = functools.reduce(laid_over, values, {})
+    for override in overrides:
+        merged = apply(merged, override)
+    if "${" in json.dumps(merged, default=str):
+        try:
+            merged = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+        except OmegaConfBaseException as error:
+            raise UserError(omegaconf_line(error)) from error
+    settings = read(Settings, merged)
     check(settings)
     return settings
 
 
-def apply(config: DictConfig, override: str) -> None:
-    """Put one `key=value` into plain settings.
+def laid_over(values: Any, over: Any) -> Any:
+    """Nested dictionaries as one; anything else takes the place of what was there."""
+    if not (isinstance(values, dict) and isinstance(over, dict)):
+        return over
+    return values | {name: laid_over(values.get(name), entry) for name, entry in over.items()}
+
+
+def apply(values: dict[str, Any], override: str) -> Any:
+    """Plain settings with one `key=value` over them.
 
     A text is taken as it is written, without quotes around it; lists and mappings are YAML.
 
@@ -111,11 +119,23 @@ def apply(config: DictConfig, override: str) -> None:
     path = tuple(
         int(part) if part.isdecimal() else part for part in key.replace("[", ".").replace("]", "").split(".")
     )
-    value = _value(hint_at(Settings, path), text, override)
-    try:
-        OmegaConf.update(config, key, value, merge=True)
-    except IndexError as error:
-        raise MisfitError(path, ": no such entry") from error
+    return _put(values, path, 0, _value(hint_at(Settings, path), text, override))
+
+
+def _put(values: Any, path: tuple[int | str, ...], depth: int, value: Any) -> Any:
+    """`values`, found at the first `depth` parts of a path, with `value` at its end."""
+    if depth == len(path):
+        return laid_over(values, value)
+    part = path[depth]
+    if isinstance(values, list):
+        if not (isinstance(part, int) and part < len(values)):
+            raise MisfitError(path, ": no such entry")
+        return [
+            _put(entry, path, depth + 1, value) if index == part else entry
+            for index, entry in enumerate(values)
+        ]
+    known = values if isinstance(values, dict) else {}
+    return known | {str(part): _put(known.get(str(part)), path, depth + 1, value)}
 
 
 def split_override(override: str) -> tuple[str, str]:
@@ -160,6 +180,8 @@ def settings_from_json(text: str, overrides: Sequence[str] = ()) -> Settings:
 
 def settings_from_parameters(
     settings: str,
+    variants: str,
+    grid: str,
     overrides: Sequence[str],
     dataset_configs: str,
     max_flops: float,
@@ -173,6 +195,7 @@ def settings_from_parameters(
 
     Args:
         settings: all settings, as JSON; the other parameters go over it where they are given.
+        variants, grid: JSON objects as `study` has them, in place of those of `settings`; '' leaves these.
         overrides: `key=value` each.
         dataset_configs: JSON list of sources; '' leaves those of `settings`.
         max_flops: budget of each run in training FLOPs; 0 leaves that of `settings`.
@@ -182,6 +205,9 @@ def settings_from_parameters(
         UserError: as `settings_from_dict`, or not the JSON that is asked for.
     """
     values = _json("settings", settings, dict)
+    for name, text in (("variants", variants), ("grid", grid)):
+        if text:
+            values.setdefault("study", {})[name] = _json(name, text, dict)
     changes: dict[str, Any] = {"data": {}, "training": {}, "tracking": {}}
     if dataset_configs:
         changes["data"]["dataset_configs"] = _json("dataset_configs", dataset_configs, list)
@@ -196,24 +222,6 @@ def settings_from_parameters(
     if not (result.tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         result.tracking.mlflow = False
     return result
-
-
-def run_names(architectures: Sequence[str], seeds: Sequence[int | float]) -> list[str]:
-    """`architecture:seed` of every run of a pipeline; KFP's local runner makes floats of whole numbers.
-
-    Raises:
-        UserError: an unknown architecture, a seed that is no whole number, or one named twice.
-    """
-    for name in architectures:
-        if name not in ARCHITECTURES:
-            raise UserError(f"architectures={name}: must be one of {', '.join(ARCHITECTURES)}")
-    for seed in seeds:
-        if not isinstance(seed, int | float) or not SEED.allows(seed) or not float(seed).is_integer():
-            raise UserError(f"seeds: {seed} must be a whole number in {SEED.interval}")
-    names = [f"{architecture}:{int(seed)}" for seed in seeds for architecture in architectures]
-    if not names or len(set(names)) < len(names):
-        raise UserError("architectures and seeds: name at least one of each, and each once")
-    return names
 
 
 def omegaconf_line(error: OmegaConfBaseException) -> str:

@@ -95,8 +95,8 @@ def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) ->
     facts = {
         key: run[key]
         for key in (
-            "seed", "architecture", "parameters", "training_tokens", "training_flops", "training_seconds",
-            "train_routed_fraction", "mlflow_run_id",
+            "variant", "point", "overrides", "seed", "architecture", "parameters", "training_tokens",
+            "training_flops", "training_seconds", "train_routed_fraction", "mlflow_run_id",
         )
     }  # fmt: skip
     write_manifest(

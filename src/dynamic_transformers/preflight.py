@@ -12,26 +12,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynamic_transformers.accelerate_environment import check_accelerate_environment
-from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.evaluation.suites import EMBEDDED_PREFIX
 from dynamic_transformers.evaluation.task_index import check_tasks
 from dynamic_transformers.folders import check_target
 from dynamic_transformers.settings import ModelSettings, Settings, UserError
 
 
-def preflight(settings: Settings, architectures: Sequence[str] = (), here: bool = True) -> None:
+def preflight(settings: Settings, runs: Sequence[Settings] = (), here: bool = True) -> None:
     """Refuse what training, or a later step, would refuse.
 
     Args:
-        architectures: those that a pipeline trains; none: the one of `model.type`.
+        settings: of one run, or of a study.
+        runs: those of the study's runs.
         here: whether the work is done by this machine, with its folders, packages and devices.
 
     Raises:
         UserError: names the setting, and what would be right.
     """
-    if architectures:
-        check_architectures(settings, architectures)
-    else:
+    if not runs:
         check_standard(settings.model)
     if here:
         check_accelerate_environment(settings)
@@ -40,13 +38,8 @@ def preflight(settings: Settings, architectures: Sequence[str] = (), here: bool 
         check_places(settings)
     check_evaluation(settings)
     if here:
-        check_device(settings)
-
-
-def check_architectures(settings: Settings, architectures: Sequence[str]) -> None:
-    """Refuse settings that do not fit one of the architectures."""
-    for name in architectures:
-        settings_from_dict(settings.to_dict(), {"model": {"type": name}})
+        for run in runs or [settings]:
+            check_device(run)
 
 
 def check_standard(model: ModelSettings) -> None:

@@ -104,6 +104,17 @@ def keys(settings: type, prefix: str = "") -> list[str]:
     return found
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `a.b.c`, JSON-able."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
 def at_home(value: Any) -> Any:
     """Paths with `~` as the user's home, in lists and mappings too."""
     if isinstance(value, str) and value.startswith("~"):

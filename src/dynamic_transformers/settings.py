@@ -22,6 +22,8 @@ PRECISIONS = ("fp32", "bf16")
 CONTROLS = ("random", "even")  # selection rules that need no learning, in training and evaluation
 SELECTION_RULES = ("threshold", "predictor", "calibrated_predictor", "aux", "topk", *CONTROLS)
 
+SEED_KEY = "run.seed"
+
 # The ranges that many settings share.
 SEED = In(f"[0, {2**32 - 1}]")  # what numpy's generators take
 Count = Annotated[int, In("[1, inf)")]
@@ -29,6 +31,7 @@ Steps = Annotated[int, In("[0, inf)")]
 Positive = Annotated[float, In("(0, inf)")]
 Weight = Annotated[float, In("[0, inf)")]
 Fraction = Annotated[float, In("[0, 1]")]
+Scale = Annotated[float, In("(0, 64]")]
 Multiplier = Annotated[float, In("[0, 1e6]")]  # 0: these parameters stay as they are
 
 
@@ -141,6 +144,9 @@ class ModelSettings:
     type: Annotated[str, OneOf(*ARCHITECTURES)] = "standard"
     size: Annotated[str | None, OneOf(*SIZES)] = None  # None: DEFAULT_SIZE, or that of `pretrained`
     dimensions: DimensionSettings = field(default_factory=DimensionSettings)
+    depth_factor: Scale = 1.0  # times the layers of the size: a dense model of another cost
+    width_factor: Scale = 1.0  # times its heads, and so its width; the size of a head stays
+    match: str | None = None  # variant of the study whose forward FLOPs the number of layers comes nearest to
     capacity: Annotated[float | None, In("(0, 1]")] = None  # None: 0.125 for MoD, 0.5 for SDT and STT
     capacity_warmup_steps: Steps = 0  # over which training's capacity falls from 1 to γ
     selection_rule: Annotated[str | None, OneOf(*SELECTION_RULES)] = None  # None: the measured default
@@ -158,9 +164,20 @@ class ModelSettings:
 
     @property
     def backbone(self) -> Dimensions:
-        """The dimensions of a model that is trained from scratch."""
+        """Dimensions of a model that is trained from scratch: the size, its factors, then `dimensions`."""
+        size = SIZES[self.size or DEFAULT_SIZE]
+        heads = max(1, round(size.num_attention_heads * self.width_factor))
+        scaled = {
+            "num_hidden_layers": max(1, round(size.num_hidden_layers * self.depth_factor)),
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(
+                divisor for divisor in range(1, size.num_key_value_heads + 1) if heads % divisor == 0
+            ),
+            "hidden_size": size.hidden_size // size.num_attention_heads * heads,
+            "intermediate_size": max(1, round(size.intermediate_size * self.width_factor)),
+        }
         given = {name: value for name, value in vars(self.dimensions).items() if value is not None}
-        return dataclasses.replace(SIZES[self.size or DEFAULT_SIZE], **given)
+        return dataclasses.replace(size, **scaled | given)
 
 
 @dataclass
@@ -276,6 +293,22 @@ class SystemSettings:
 
 
 @dataclass
+class StudySettings:
+    """What is compared: labelled variants of one configuration, at each point of a grid (study.py)."""
+
+    baseline: str = "standard"  # what ratios and differences refer to
+    variants: dict[str, list[str] | None] = field(default_factory=dict)  # label → overrides; null: left out
+    grid: dict[str, Any] = field(default_factory=dict)  # setting → list of values
+    variant: str | None = None  # the one that this run is; None: none of them
+    point: dict[str, Any] = field(default_factory=dict)  # where in the grid this run is
+
+    @property
+    def overrides(self) -> list[str]:
+        """Those of the variant that this run is."""
+        return list(self.variants.get(self.variant or "") or [])
+
+
+@dataclass
 class Settings:
     """All settings of one run."""
 
@@ -286,6 +319,7 @@ class Settings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     system: SystemSettings = field(default_factory=SystemSettings)
+    study: StudySettings = field(default_factory=StudySettings)
 
     @property
     def run_dir(self) -> Path:

@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from dynamic_transformers.comparison.labels import label_runs
 from dynamic_transformers.comparison.plots import write_plots
-from dynamic_transformers.comparison.report import render_report
-from dynamic_transformers.comparison.statistics import group_key, group_runs, named_rules
-from dynamic_transformers.comparison.tables import render_realised_table, render_table
+from dynamic_transformers.comparison.report import name_of, render_report
+from dynamic_transformers.comparison.statistics import Comparison
+from dynamic_transformers.comparison.tables import differences, render_realised_table, render_table
 from dynamic_transformers.evaluation.efficiency import (
     Prompt,
     Speed,
@@ -24,12 +25,11 @@ from dynamic_transformers.evaluation.efficiency import (
     in_tokens_of,
     measure_side_by_side,
 )
-from dynamic_transformers.evaluation.evaluate import PROMPTS
-from dynamic_transformers.evaluation.recalibration import TOKENIZER
+from dynamic_transformers.evaluation.evaluate import PROMPTS, SCHEMA_VERSION
+from dynamic_transformers.evaluation.exported import tokenizer_digest
 from dynamic_transformers.evaluation.routing_page import PICTURE
 from dynamic_transformers.manifest import (
     digest,
-    file_digest,
     read_manifest,
     step_output,
     write_json,
@@ -37,7 +37,6 @@ from dynamic_transformers.manifest import (
 )
 from dynamic_transformers.settings import ARCHITECTURES, UserError
 
-SCHEMA_VERSION = 1
 NUMBERS = (
     "parameters",
     "training_flops",
@@ -48,7 +47,11 @@ NUMBERS = (
     "efficiency.forward_flops_per_token",
 )
 OTHER_KEYS = (
+    "variant",
+    "point",
     "seed",
+    "architecture",
+    "overrides",
     "training_rule",
     "eval.causal",
     "eval.dtype",
@@ -62,10 +65,13 @@ OTHER_KEYS = (
     "history",
     "model_dir",
     "mlflow_run_id",
-    "variant",
+    "settings",
     "model_digest",
     "reference.test_sha256",
+    "reference.data_digest",
+    "reference.tokenizer_sha256",
 )
+COMPARISON = "comparison.json"
 SPEED = tuple(field.name for field in dataclasses.fields(Speed))  # which `compare` measures
 AGAIN = "evaluate the model again with this version"
 
@@ -74,17 +80,20 @@ def compare(
     evaluations: Sequence[Path],
     output_dir: Path,
     models: Sequence[Path] = (),
+    baseline: str = "standard",
     title: str = "Dynamic Transformers: comparison",
     force: bool = False,
 ) -> Path:
     """Compare evaluated models and return `output_dir` with comparison.json, report.html and four PNG plots.
 
     Args:
-        evaluations: folders with evaluation.json and manifest.json, in any order; several seeds of one
-            architecture, selection rule and training rule are averaged.
+        evaluations: folders with evaluation.json and manifest.json, of runs of any configuration; variants
+            stand in the order in which they come, seeds of one variant and point are averaged.
         models: the exported models, in any order: their speed is measured here, in turn in one process,
             since times of different processes do not compare. Without them the evaluations must hold
             earlier measurements.
+        baseline: label of the variant that ratios and differences refer to; without such a variant there
+            are none.
         output_dir: replaced as a whole; returned as it is when the same evaluations made it, unless `force`.
         title: heading of the report.
         force: make the report again.
@@ -99,10 +108,11 @@ def compare(
     output_dir = Path(output_dir)
     loaded = [(Path(folder), load_evaluation(Path(folder))) for folder in evaluations]
     # The runs' contents, not their manifests: an evaluation that was repeated has the same configuration.
-    config = {"title": title, "runs": sorted(digest(run) for _, run in loaded), "measured": bool(models)}
+    runs = [digest(run) for _, run in loaded]
+    config = {"title": title, "runs": runs, "measured": bool(models), "baseline": baseline}
     with step_output(output_dir, "compare", config, force) as output:
         if output is not None:
-            fill(output, loaded, models, config, title)
+            fill(output, loaded, models, config)
     return output_dir
 
 
@@ -111,31 +121,44 @@ def fill(
     loaded: Sequence[tuple[Path, dict[str, Any]]],
     models: Sequence[Path],
     config: dict[str, Any],
-    title: str,
 ) -> None:
     """Write the comparison's files into an empty folder."""
     for folder, run in loaded:
         check_run(run, folder / "evaluation.json")
+    label_runs([run for _, run in loaded])
     _check_seeds(loaded)
+    baseline = config["baseline"] if any(run["variant"] == config["baseline"] for _, run in loaded) else None
     if models:
-        measure(loaded, models)
+        measure(loaded, models, baseline)
+    for _, run in loaded:
+        run["config_digest"] = digest(run.pop("settings"))
     for folder, run in loaded:
         if not set(SPEED) <= set(run["efficiency"]):
             raise UserError(f"{folder}: its speed was not measured; give its model to compare")
-    folders = {_role(run): folder for folder, run in loaded}
-    runs = [run for group in group_runs([run for _, run in loaded]) for run in group.runs]
-    inputs = {_role(run): folders[_role(run)] for run in runs}
+    comparison = Comparison.of([run for _, run in loaded], baseline)
+    folders = {role_of(run): folder for folder, run in loaded}
+    inputs = {role_of(run): folders[role_of(run)] for run in comparison.runs}
     manifests = [read_manifest(folder) for folder in inputs.values()]
-    write_json(output / "comparison.json", {"schema_version": SCHEMA_VERSION, "runs": runs})
-    plots = write_plots(runs, output)
+    write_json(
+        output / COMPARISON,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "baseline": baseline,
+            "runs": comparison.runs,
+            "differences": differences(comparison),
+        },
+    )
+    plots = write_plots(comparison, output)
     pictures = {role: inputs[role] / PICTURE for role in inputs if (inputs[role] / PICTURE).is_file()}
-    report = render_report(runs, manifests, plots, pictures, title)
+    report = render_report(comparison, manifests, plots, pictures, config["title"])
     (output / "report.html").write_text(report, encoding="utf-8")
     write_manifest(output, "compare", config, inputs)
 
 
-def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path]) -> None:
-    """Put each model's speed into its run, measured beside that of the standard model on the same text.
+def measure(
+    loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path], baseline: str | None
+) -> None:
+    """Put each model's speed into its run, measured beside that of the baseline on the same text.
 
     Raises:
         UserError: an evaluation's model is not among `models`, or the text to be read is missing.
@@ -144,8 +167,8 @@ def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path
     for folder, run in loaded:
         if run.get("model_digest") not in by_digest:
             raise UserError(f"{folder}: its model is not among {', '.join(map(str, models))}")
-    # The standard model of the lowest seed first, else the first run.
-    order = sorted(loaded, key=lambda entry: (entry[1]["architecture"] != "standard", entry[1]["seed"]))
+    # The baseline of the lowest seed first, else the first run.
+    order = sorted(loaded, key=lambda entry: (entry[1]["variant"] != baseline, entry[1]["seed"]))
     prompts = read_prompts(order[0][0] / PROMPTS)
     own_tokenizer = tokenizer_digest(by_digest[order[0][1]["model_digest"]])
     subjects = []
@@ -157,18 +180,6 @@ def measure(loaded: Sequence[tuple[Path, dict[str, Any]]], models: Sequence[Path
         subjects.append(Subject(model, run["eval"]["dtype"], given))
     for (_, run), speed in zip(order, measure_side_by_side(subjects[0], subjects[1:]), strict=True):
         run["efficiency"] |= json.loads(json.dumps(dataclasses.asdict(speed)))  # layers become text
-
-
-def tokenizer_digest(model: Path) -> str:
-    """SHA-256 of a model's tokenizer.json: models with the same one read the same ids.
-
-    Raises:
-        UserError: the model has none.
-    """
-    file = model / TOKENIZER
-    if not file.is_file():
-        raise UserError(f"{model}: has no {TOKENIZER}; export the model again")
-    return file_digest(file)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -187,8 +198,30 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def tracked_runs(output_dir: Path) -> list[str]:
     """MLflow ids of the runs of a finished comparison, as far as they were tracked."""
-    comparison = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))
-    return [run["mlflow_run_id"] for run in comparison["runs"] if run["mlflow_run_id"]]
+    return [run["mlflow_run_id"] for run in read_comparison(output_dir).runs if run["mlflow_run_id"]]
+
+
+def read_comparison(output_dir: Path) -> Comparison:
+    """A finished comparison.
+
+    Raises:
+        UserError: it is of another version.
+    """
+    path = output_dir / COMPARISON
+    content = json.loads(path.read_text(encoding="utf-8"))
+    check_version(path, content)
+    return Comparison.of(content["runs"], content["baseline"])
+
+
+def check_version(path: Path, content: dict[str, Any]) -> None:
+    """Refuse a file of another version.
+
+    Raises:
+        UserError: names both versions.
+    """
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version is {version}, must be {SCHEMA_VERSION}; {AGAIN}")
 
 
 def print_comparison(output_dir: Path) -> None:
@@ -199,7 +232,7 @@ def print_comparison(output_dir: Path) -> None:
     """
     read_manifest(output_dir)
     console = Console()
-    comparison = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))
+    comparison = read_comparison(output_dir)
     console.print(render_table(comparison))
     if (realised := render_realised_table(comparison)) is not None:
         console.print("", realised)
@@ -220,9 +253,8 @@ def load_evaluation(folder: Path) -> dict[str, Any]:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
-    version = run.pop("schema_version", None) if isinstance(run, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema_version is {version}, must be {SCHEMA_VERSION}")
+    check_version(path, run if isinstance(run, dict) else {})
+    del run["schema_version"]
     if run.get("architecture") not in ARCHITECTURES:
         raise UserError(
             f"{path}: architecture is {run.get('architecture')}, must be one of {', '.join(ARCHITECTURES)}"
@@ -253,22 +285,15 @@ def _value(run: dict[str, Any], key: str, path: Path) -> Any:
     return value
 
 
-def _role(run: dict[str, Any]) -> str:
-    rules = [rule.replace(" ", "-") for rule in named_rules(run, selection=True)]
-    return "-".join([run["architecture"], *rules, f"seed{run['seed']}"])
+def role_of(run: dict[str, Any]) -> str:
+    """Name of a run among those of its comparison."""
+    return f"{name_of(run)}, seed {run['seed']}"
 
 
 def _check_seeds(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
-    """Refuse runs that would be averaged as seeds of one another but are not."""
-    counts = Counter(_role(run) for _, run in loaded)
+    """Refuse a run that is given twice."""
+    counts = Counter(role_of(run) for _, run in loaded)
     for role, count in counts.items():
         if count > 1:
-            where = ", ".join(str(folder) for folder, run in loaded if _role(run) == role)
+            where = ", ".join(str(folder) for folder, run in loaded if role_of(run) == role)
             raise UserError(f"compare: {count} evaluations of {role} ({where}); give each seed once")
-    variants: dict[Any, str] = {}
-    for folder, run in loaded:
-        if run["variant"] != variants.setdefault(group_key(run), run["variant"]):
-            raise UserError(
-                f"{folder}: {_role(run)} was trained with other settings than another seed of it; "
-                "compare seeds of one configuration"
-            )

@@ -22,7 +22,7 @@ def compare_finished(settings: Settings, runs: Sequence[str], output_dir: Path) 
     it has a report of all of them already, as after a pipeline that ended well, nothing is done.
 
     Args:
-        runs: `architecture:seed` each.
+        runs: names of the study's runs.
         output_dir: of the report; not made when nothing has finished.
 
     Returns:
@@ -33,14 +33,15 @@ def compare_finished(settings: Settings, runs: Sequence[str], output_dir: Path) 
     """
     tracking, outputs = settings.tracking, settings.run.output_dir
     evaluated = find_evaluated(tracking, outputs, comparison_of(settings))
-    finished = {run: evaluated[run] for run in runs if run in evaluated}
+    names = {run: f"{settings.run.name}-{run}" for run in runs}
+    finished = {run: evaluated[name] for run, name in names.items() if name in evaluated}
     if finished and (report := report_of(tracking, outputs, list(finished.values()))):
         logger.info("%s: compared already, MLflow has the report in run %s", ", ".join(finished), report)
         return []
     copies: dict[str, tuple[Path, Path]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for run, run_id in finished.items():
-            place = Path(folder) / run.replace(":", "-seed")
+            place = Path(folder) / run
             try:
                 evaluation, model = (
                     download(tracking, outputs, run_id, artifact, place)
@@ -60,6 +61,7 @@ def compare_finished(settings: Settings, runs: Sequence[str], output_dir: Path) 
             evaluations,
             output_dir,
             models=models,
+            baseline=settings.study.baseline,
             title=f"Dynamic Transformers: what finished of a pipeline that failed ({which})",
         )
     track_comparison(

@@ -14,12 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dynamic_transformers.comparison.realised import marked
-from dynamic_transformers.comparison.statistics import Group, Run, baseline_of, group_runs, lookup, ratio_to
+from dynamic_transformers.comparison.statistics import Comparison, Group, Run, lookup, ratio_to
 from dynamic_transformers.comparison.tables import bench_tasks, bench_value, headline_metric
 
-# Okabe and Ito's palette, which the common forms of colour blindness leave apart; a marker each besides.
-COLOURS = {"standard": "#4d4d4d", "mod": "#0072b2", "sdt": "#d55e00", "stt": "#009e73"}
-MARKERS = {"standard": "o", "mod": "s", "sdt": "^", "stt": "D"}
+# Of the variants, in turn: Okabe and Ito's palette, which the common forms of colour blindness leave apart,
+# and a marker each, for print in black and white.
+COLOURS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#a6761d")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Of the points of the grid, in turn.
 LINE_STYLES = ("-", "--", ":", "-.")
 HATCHES = ("", "///", "...", "xxx")
 CHANCE = {"dt_cloze": 0.25, "dt_arithmetic": 0.25}
@@ -39,10 +41,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def write_plots(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
-    """Draw all plots of `runs` into `folder`; returns their paths by file name."""
-    groups = group_runs(runs)
-    draw: dict[str, Callable[[list[Group]], Figure]] = {
+def write_plots(comparison: Comparison, folder: Path) -> dict[str, Path]:
+    """Draw all plots of a comparison into `folder`; returns their paths by file name."""
+    draw: dict[str, Callable[[Comparison], Figure]] = {
         "loss_vs_flops.png": plot_loss,
         "bench.png": plot_bench,
         "efficiency.png": plot_efficiency,
@@ -53,7 +54,7 @@ def write_plots(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
         paths[name] = folder / name
         # Layout is solved while saving, so the style must hold until then.
         with rc_context(STYLE):
-            plot(groups).savefig(paths[name], dpi=DPI, facecolor="white")
+            plot(comparison).savefig(paths[name], dpi=DPI, facecolor="white")
     return paths
 
 
@@ -64,16 +65,21 @@ def smoothed(values: Sequence[float], window: int = SMOOTHING) -> list[float]:
     return [math.fsum(part) / len(part) for part in parts]
 
 
-def plot_loss(groups: Sequence[Group]) -> Figure:
+def colour_of(group: Group) -> str:
+    """That of the variant, which is the same in every plot."""
+    return COLOURS[group.place % len(COLOURS)]
+
+
+def plot_loss(comparison: Comparison) -> Figure:
     """Loss against training FLOPs: whole run, and its last half enlarged."""
+    groups, runs = comparison.groups, comparison.runs
     figure = Figure(figsize=(WIDTH, 5.2))
     panels: list[Axes] = list(figure.subplots(1, 2))
-    runs = [run for group in groups for run in group.runs]
     unigram = math.fsum(run["reference"]["unigram_loss"] for run in runs) / len(runs)
     zoom_start = 0.5 * min(run["training_flops"] for run in runs)
     zoomed: list[float] = []
     for group in groups:
-        line = {"color": COLOURS[group.architecture], "ls": LINE_STYLES[group.variant % 4], "lw": 1.3}
+        line = {"color": colour_of(group), "ls": LINE_STYLES[group.line % 4], "lw": 1.3}
         for run in group.runs:
             train, held_out = _curve(run, "train/loss"), _curve(run, "eval/loss")
             train = list(zip([x for x, _ in train], smoothed([y for _, y in train]), strict=True))
@@ -93,7 +99,7 @@ def plot_loss(groups: Sequence[Group]) -> Figure:
     panels[0].set_title("whole run")
     panels[1].set_title("second half")
     handles = [
-        Line2D([], [], **_marker(group), ls=LINE_STYLES[group.variant % 4], label=group.label)
+        Line2D([], [], **_marker(group), ls=LINE_STYLES[group.line % 4], label=group.label)
         for group in groups
     ]
     explained = [
@@ -105,8 +111,9 @@ def plot_loss(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def plot_bench(groups: Sequence[Group]) -> Figure:
+def plot_bench(comparison: Comparison) -> Figure:
     """Accuracies as bars from zero, bits per byte as points in a panel of their own."""
+    groups = comparison.groups
     metrics = {task: headline_metric(names) for task, names in bench_tasks(groups).items()}
     perplexities = [task for task, metric in metrics.items() if metric == "bits_per_byte"]
     accuracies = [task for task, metric in metrics.items() if metric and task not in perplexities]
@@ -139,12 +146,11 @@ def plot_bench(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def plot_efficiency(groups: Sequence[Group]) -> Figure:
-    """Forward FLOPs beside measured times, both as ratios to the standard model."""
-    baseline = baseline_of(groups)
-    others = [group for group in groups if group is not baseline]
-    if baseline is None or not others:
-        return _message("Ratios need the standard model and at least one other.")
+def plot_efficiency(comparison: Comparison) -> Figure:
+    """Forward FLOPs beside measured times, both as ratios to the baseline."""
+    pairs = [(group, other) for group in comparison.groups if (other := comparison.baseline_of(group))]
+    if not pairs:
+        return _message("Ratios need the baseline and at least one other variant.")
     measures = (
         ("forward FLOPs per token (counted)", "efficiency.forward_flops_per_token", "#56b4e9", ""),
         ("prefill time per token (measured)", "efficiency.prefill_tokens_per_second", "#e69f00", "///"),
@@ -154,7 +160,7 @@ def plot_efficiency(groups: Sequence[Group]) -> Figure:
     panel = figure.subplots()
     width, tops = 0.27, [1.0]
     for index, (_, key, colour, hatch) in enumerate(measures):
-        for place, group in enumerate(others):
+        for place, (group, baseline) in enumerate(pairs):
             x = place + (index - 1) * width
             ratio = ratio_to(group, baseline, key, inverse=key.endswith("per_second"))
             if ratio is None:
@@ -173,22 +179,22 @@ def plot_efficiency(groups: Sequence[Group]) -> Figure:
             text = marked(f"{ratio.mean:.2f}", group, work)
             panel.annotate(text, (x, top), (0, 4), textcoords="offset points", ha="center", bbox=box)
             tops.append(top)
-    panel.axhline(1, color=COLOURS["standard"], lw=1.3)
+    panel.axhline(1, color="#4d4d4d", lw=1.3)
     panel.set_ylim(0, 1.14 * max(tops))
-    margin = 0.6 + max(0, 3 - len(others)) / 2
-    panel.set_xlim(-margin, len(others) - 1 + margin)
-    panel.set_xticks(range(len(others)), [_wrapped(group.label, 20) for group in others])
-    panel.set_ylabel("ratio to standard (lower is cheaper)")
+    margin = 0.6 + max(0, 3 - len(pairs)) / 2
+    panel.set_xlim(-margin, len(pairs) - 1 + margin)
+    panel.set_xticks(range(len(pairs)), [_wrapped(group.label, 20) for group, _ in pairs])
+    panel.set_ylabel(f"ratio to {comparison.baseline} (lower is cheaper)")
     panel.grid(visible=False, axis="x")
     handles = [panel.bar(0, 0, color=colour, hatch=hatch, label=name) for name, _, colour, hatch in measures]
-    line = Line2D([], [], color=COLOURS["standard"], lw=1.3, label="standard = 1")
+    line = Line2D([], [], color="#4d4d4d", lw=1.3, label=f"{comparison.baseline} = 1")
     figure.legend(handles=[*handles, line], loc="outside lower center", ncols=2)
     return figure
 
 
-def plot_routed_fraction(groups: Sequence[Group]) -> Figure:
+def plot_routed_fraction(comparison: Comparison) -> Figure:
     """Target, training and evaluation fractions of selected tokens per routed layer; spread over rows."""
-    routed = [group for group in groups if any(_fractions(run) for run in group.runs)]
+    routed = [group for group in comparison.groups if any(_fractions(run) for run in group.runs)]
     if not routed:
         return _message("No routed layers in these models.")
     columns = len(routed) if len(routed) <= 3 else math.ceil(len(routed) / 2)
@@ -196,7 +202,7 @@ def plot_routed_fraction(groups: Sequence[Group]) -> Figure:
     figure = Figure(figsize=(WIDTH, 2.9 * lines + 0.7))
     panels: list[Axes] = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for panel, group in zip(panels, routed, strict=False):
-        colour = COLOURS[group.architecture]
+        colour = colour_of(group)
         layers = sorted({int(layer) for run in group.runs for layer in _fractions(run)})
         place = {layer: index for index, layer in enumerate(layers)}
         for run in group.runs:
@@ -243,13 +249,13 @@ def plot_routed_fraction(groups: Sequence[Group]) -> Figure:
 
 
 def _marker(group: Group) -> dict[str, Any]:
-    """Marker of a group: filled for the first of its architecture, hollow for its variants."""
-    colour = COLOURS[group.architecture]
+    """Marker of a group: filled at the first point of the grid, hollow at others."""
+    colour = colour_of(group)
     return {
         "color": colour,
-        "marker": MARKERS[group.architecture],
+        "marker": MARKERS[group.place % len(MARKERS)],
         "mec": colour,
-        "mfc": "white" if group.variant or not group.causal else colour,
+        "mfc": "white" if group.line or not group.causal else colour,
     }
 
 
@@ -260,8 +266,8 @@ def _bench_mark(panel: Axes, group: Group, task: str, metric: str, y: float, ste
     if metric == "bits_per_byte":
         panel.plot(value.mean, y, **_marker(group), ms=7, ls="", zorder=3)
     else:
-        hatch = HATCHES[group.variant % 4] if group.causal else "///"
-        panel.barh(y, value.mean, 0.9 * step, color=COLOURS[group.architecture], hatch=hatch, lw=0)
+        hatch = HATCHES[group.line % 4] if group.causal else "///"
+        panel.barh(y, value.mean, 0.9 * step, color=colour_of(group), hatch=hatch, lw=0)
     if error is not None:
         panel.errorbar(value.mean, y, xerr=error, color="black", capsize=2.5, lw=1.1, zorder=2.5)
     if len(group.runs) > 1:

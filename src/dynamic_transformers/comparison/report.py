@@ -10,23 +10,18 @@ from typing import Any
 import jinja2
 
 from dynamic_transformers.comparison.plots import CHANCE, SMOOTHING
-from dynamic_transformers.comparison.realised import MARK, marked, timing_warnings
+from dynamic_transformers.comparison.realised import MARK, timing_warnings
 from dynamic_transformers.comparison.statistics import (
     EQUAL_WORK_TOLERANCE,
-    NAMES,
     NON_CAUSAL,
     ROUTED_FRACTION_TOLERANCE,
+    Comparison,
     Group,
     Run,
-    baseline_of,
-    equal_work,
-    flops_spread,
-    group_runs,
+    cost_ratio,
+    difference_to,
     mean_interval,
-    named_rules,
     percent,
-    ratio_to,
-    separated,
     warnings,
 )
 from dynamic_transformers.comparison.tables import (
@@ -47,7 +42,7 @@ TRAINING = {
 
 
 def render_report(
-    runs: Sequence[Run],
+    comparison: Comparison,
     manifests: Sequence[dict[str, Any]],
     plots: dict[str, Path],
     routing: dict[str, Path],
@@ -56,8 +51,8 @@ def render_report(
     """HTML of the report.
 
     Args:
-        runs: checked runs, in the order of the table.
-        manifests: the evaluation's manifest of each run.
+        comparison: checked runs, in the order of the table.
+        manifests: the evaluation's manifest of each run, in that order.
         plots: PNG files by name; they are embedded.
         routing: PNG of the routing of a text, by run.
         title: heading.
@@ -66,26 +61,28 @@ def render_report(
         loader=jinja2.FileSystemLoader(TEMPLATE_DIR), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    bench_headers, bench_rows = bench_table(runs)
-    realised_headers, realised_rows = realised_table(runs)
+    groups, runs = comparison.groups, comparison.runs
+    bench_headers, bench_rows = bench_table(comparison)
+    realised_headers, realised_rows = realised_table(comparison)
     return environment.get_template("report.html.j2").render(
         title=title,
-        summary=summary(runs),
-        warnings=[*warnings(runs), *timing_warnings(group_runs(runs))],
-        table=main_table(runs),
+        summary=summary(comparison),
+        warnings=[*warnings(comparison), *timing_warnings(groups)],
+        table=main_table(comparison),
         bench_headers=bench_headers,
         bench_rows=bench_rows,
         realised_headers=realised_headers,
         realised_rows=realised_rows,
         mark=MARK,
-        prompts=_prompts(group_runs(runs)),
+        prompts=_prompts(groups),
         plots={name: _data_uri(path) for name, path in plots.items()},
         routing={name: _data_uri(path) for name, path in routing.items()},
         smoothing=SMOOTHING,
         chance=", ".join(sorted({f"{level:.2f}" for level in CHANCE.values()})),
-        training=_training(group_runs(runs)),
-        rules=[_rule(group) for group in group_runs(runs)],
+        training=_training(groups),
+        rules=[_rule(group) for group in groups],
         has_stt=any(run["architecture"] == "stt" for run in runs),
+        baseline=comparison.baseline,
         non_causal=NON_CAUSAL,
         tolerance=f"{100 * EQUAL_WORK_TOLERANCE:.0f} %",
         tolerance_routed=f"{100 * ROUTED_FRACTION_TOLERANCE:.0f} %",
@@ -94,46 +91,63 @@ def render_report(
     )
 
 
-def summary(runs: Sequence[Run]) -> str:
-    """One paragraph of plain statements made from the numbers."""
-    groups = group_runs(runs)
-    baseline = baseline_of(groups)
-    sentences = []
-    for group in groups:
-        loss = group.interval("eval.loss")
-        assert loss is not None
-        sentence = f"{group.label} reaches a test loss of {with_interval(loss, 3)} nats/token"
-        if baseline is not None and group is not baseline:
-            sentence += f", {_against(group, baseline)}"
-            flops = ratio_to(group, baseline, "efficiency.forward_flops_per_token")
-            speed = ratio_to(group, baseline, "efficiency.prefill_tokens_per_second")
-            assert flops is not None and speed is not None
-            sentence += f", with {flops.mean:.2f} times its forward FLOPs per token"
-            sentence += marked(f" and {speed.mean:.2f} times its prefill speed", group, "prefill")
-        sentences.append(sentence + ".")
-    unigram = mean_interval([run["reference"]["unigram_loss"] for run in runs])
+def summary(comparison: Comparison) -> list[str]:
+    """What the numbers say, a sentence or two for each variant: against the baseline, and against a dense
+    model of equal cost.
+    """
+    unigram = mean_interval([run["reference"]["unigram_loss"] for run in comparison.runs])
     assert unigram is not None
-    sentences.append(f"A unigram model has {unigram.mean:.3f}.")
-    if len(runs) > 1:
-        spread = percent(flops_spread(runs))
+    sentences = [_of_group(comparison, group) for group in comparison.groups]
+    sentences.append(f"A unigram model has a test loss of {unigram.mean:.3f}.")
+    if len(comparison.runs) > 1:
+        spread = percent(comparison.flops_spread)
         sentences.append(
-            f"Training FLOPs are equal (spread over runs {spread})."
-            if equal_work(runs)
+            f"All were trained with the same FLOPs (spread over runs {spread})."
+            if comparison.equal_work
             else f"Training FLOPs differ by {spread}: this is not an isoFLOP comparison."
         )
-    return " ".join(sentences)
+    if all(len(group.runs) == 1 for group in comparison.groups):
+        sentences.append("With one seed each, no difference is claimed.")
+    return sentences
 
 
-def _against(group: Group, baseline: Group) -> str:
-    loss, reference = group.interval("eval.loss"), baseline.interval("eval.loss")
+def _of_group(comparison: Comparison, group: Group) -> str:
+    loss = group.interval("eval.loss")
+    assert loss is not None
+    text = f"{group.label}: test loss {with_interval(loss, 3)} nats/token"
+    if comparison.is_baseline(group):
+        return f"{text}; it is the baseline."
+    if baseline := comparison.baseline_of(group):
+        flops = f"{cost_ratio(group, baseline):.2f} times its forward FLOPs per token"
+        text += f", {_against(group, baseline)}, at {flops}"
+    text += "."
+    if dense := comparison.equal_cost_of(group):
+        ratio = cost_ratio(dense, group)
+        text += (
+            f" {dense.label}, the dense model of nearest cost ({ratio:.2f} times the forward FLOPs of "
+            f"{group.label}), has {_loss_of(dense)}: {group.label} is {_against(group, dense)}."
+        )
+    return text
+
+
+def _loss_of(group: Group) -> str:
+    return with_interval(group.interval("eval.loss"), 3)
+
+
+def _against(group: Group, other: Group) -> str:
+    """`0.012 below mod (95 % interval over 3 seeds 0.004 to 0.020)`, paired where seeds are shared."""
+    loss, reference = group.interval("eval.loss"), other.interval("eval.loss")
     assert loss is not None and reference is not None
-    difference = loss.mean - reference.mean
+    paired = difference_to(group, other, lambda run: run["eval"]["loss"])
+    difference = loss.mean - reference.mean if paired is None else paired.mean
     if f"{abs(difference):.3f}" == "0.000":
-        text = "equal to standard to three decimals"
+        text = f"equal to {other.label} to three decimals"
     else:
-        text = f"{abs(difference):.3f} {'below' if difference < 0 else 'above'} standard"
-    if loss.half_width is not None and reference.half_width is not None:
-        text += f" ({'intervals apart' if separated(loss, reference) else 'intervals overlap'})"
+        text = f"{abs(difference):.3f} {'below' if difference < 0 else 'above'} {other.label}"
+    if paired is not None and paired.half_width is not None:
+        low, high = paired.mean - paired.half_width, paired.mean + paired.half_width
+        verdict = "" if low * high > 0 else ", which includes 0"
+        text += f" (95 % interval of {paired.count} paired seeds {low:+.3f} to {high:+.3f}{verdict})"
     return text
 
 
@@ -173,17 +187,23 @@ def _prompts(groups: Sequence[Group]) -> str:
 
 
 def _lineage(run: Run, manifest: dict[str, Any]) -> dict[str, str]:
-    rules = named_rules(run, selection=True)
-    name = NAMES[run["architecture"]] + (f" ({', '.join(rules)})" if rules else "")
     return {
-        "name": name if run["eval"]["causal"] else f"{name} – {NON_CAUSAL}",
+        "name": name_of(run),
+        "architecture": run["architecture"],
+        "overrides": " ".join(run["overrides"]) or ABSENT,
         "seed": str(run["seed"]),
         "model_dir": run["model_dir"],
-        "config_digest": run["variant"],
+        "config_digest": run["config_digest"],
         "evaluation_digest": manifest["digest"],
         "git_revision": manifest["git_revision"],
         "mlflow_run_id": run["mlflow_run_id"] or ABSENT,
     }
+
+
+def name_of(run: Run) -> str:
+    """Variant and point of a run."""
+    point = [f"{key.rpartition('.')[2]} {value}" for key, value in run["point"].items()]
+    return ", ".join([run["variant"], *point])
 
 
 def _packages(runs: Sequence[Run], manifests: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -192,7 +212,7 @@ def _packages(runs: Sequence[Run], manifests: Sequence[dict[str, Any]]) -> list[
     for run, manifest in zip(runs, manifests, strict=True):
         versions = {"dynamic-transformers": manifest["package_version"], **manifest["packages"]}
         text = ", ".join(f"{name} {version}" for name, version in versions.items())
-        users.setdefault(text, []).append(f"{NAMES[run['architecture']]} seed {run['seed']}")
+        users.setdefault(text, []).append(f"{name_of(run)} seed {run['seed']}")
     if len(users) == 1:
         return [{"runs": "all runs", "versions": next(iter(users))}]
     return [{"runs": ", ".join(names), "versions": versions} for versions, names in users.items()]

@@ -20,12 +20,12 @@ from dynamic_transformers.comparison.realised import (
     timing_warnings,
 )
 from dynamic_transformers.comparison.statistics import (
+    Comparison,
     Group,
     Interval,
-    baseline_of,
-    best_group,
-    flops_spread,
-    group_runs,
+    Run,
+    difference_to,
+    lookup,
     mean_interval,
     percent,
     ratio_to,
@@ -104,10 +104,13 @@ def si_interval(interval: Interval | None) -> str:
     return f"{si(interval.mean)} ± {si(interval.half_width)}"
 
 
-def main_table(runs: Sequence[dict[str, Any]]) -> MainTable:
-    """Rows per group in fixed order, then the unigram reference; the caption carries every warning."""
-    groups = group_runs(runs)
-    baseline, best = baseline_of(groups), best_group(groups)
+def main_table(comparison: Comparison) -> MainTable:
+    """A row for each group, then the unigram reference; the caption carries every warning."""
+
+    def ratio(group: Group, key: str) -> str:
+        reference = group if comparison.is_baseline(group) else comparison.baseline_of(group)
+        return _rounded(ratio_to(group, reference, key), 2)
+
     flops = "efficiency.forward_flops_per_token"
     columns: dict[str, Callable[[Group], str]] = {
         "seeds": lambda group: str(len(group.runs)),
@@ -117,9 +120,9 @@ def main_table(runs: Sequence[dict[str, Any]]) -> MainTable:
         LOSS_HEADER: lambda group: with_interval(group.interval("eval.loss"), 3),
         "bits per byte": lambda group: with_interval(group.interval("eval.bits_per_byte"), 3),
         "forward FLOPs/token": lambda group: si_interval(group.interval(flops)),
-        "FLOPs ratio": lambda group: _ratio(group, baseline, flops),
+        "FLOPs ratio": lambda group: ratio(group, flops),
         "prefill tok/s ratio": lambda group: marked(
-            _ratio(group, baseline, "efficiency.prefill_tokens_per_second"), group, "prefill"
+            ratio(group, "efficiency.prefill_tokens_per_second"), group, "prefill"
         ),
         "decode tok/s": lambda group: marked(
             _rate(group.interval("efficiency.decode_tokens_per_second")), group, "decode"
@@ -129,19 +132,19 @@ def main_table(runs: Sequence[dict[str, Any]]) -> MainTable:
         "causal": lambda group: "yes" if group.causal else "no",
     }
     rows = [
-        Row(group.label, tuple(cell(group) for cell in columns.values()), best=group is best)
-        for group in groups
+        Row(group.label, tuple(cell(group) for cell in columns.values()), best=comparison.is_best(group))
+        for group in comparison.groups
     ]
-    unigram = mean_interval([run["reference"]["unigram_loss"] for run in runs])
+    unigram = mean_interval([run["reference"]["unigram_loss"] for run in comparison.runs])
     assert unigram is not None
     cells = dict.fromkeys(columns, ABSENT) | {LOSS_HEADER: f"{unigram.mean:.3f}"}
     rows.append(Row("unigram", tuple(cells.values()), reference=True))
-    return MainTable(("architecture", *columns), tuple(rows), _caption(runs, groups, best))
+    return MainTable(("variant", *columns), tuple(rows), _caption(comparison))
 
 
-def render_table(comparison: dict[str, Any]) -> Table:
-    """The main table of a comparison.json for the terminal; four architectures fit 80 columns."""
-    content = main_table(comparison["runs"])
+def render_table(comparison: Comparison) -> Table:
+    """The main table for the terminal; it fits 80 columns."""
+    content = main_table(comparison)
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")
     table.caption = Text("\n".join(content.caption))
     table.add_column("", overflow="fold")
@@ -159,13 +162,13 @@ def render_table(comparison: dict[str, Any]) -> Table:
     return table
 
 
-def realised_table(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def realised_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headers and rows: what each group computed of the test split, of its domains, and of each task.
 
     Of a routed group the fraction of tokens, with its standard deviation over rows, and FLOPs per token; of
     another one the FLOPs.
     """
-    groups = group_runs(runs)
+    groups = comparison.groups
     texts = computed_texts(groups)
     routed = [any(of_text[place].fraction for of_text in texts.values()) for place in range(len(groups))]
     headers = ["text"]
@@ -184,9 +187,9 @@ def realised_table(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list
     return headers, rows
 
 
-def render_realised_table(comparison: dict[str, Any]) -> Table | None:
+def render_realised_table(comparison: Comparison) -> Table | None:
     """The fractions of `realised_table` for the terminal; None where nothing is routed."""
-    headers, rows = realised_table(comparison["runs"])
+    headers, rows = realised_table(comparison)
     shown = [place for place, header in enumerate(headers) if header.endswith("routed (sd)")]
     if not shown:
         return None
@@ -231,9 +234,9 @@ def bench_value(group: Group, task: str, metric: str) -> tuple[Interval | None, 
     return mean_interval(values), error
 
 
-def bench_table(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def bench_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of every bench metric: mean over seeds, standard error in brackets."""
-    groups = group_runs(runs)
+    groups = comparison.groups
     rows = []
     for task, metrics in bench_tasks(groups).items():
         for metric in metrics:
@@ -247,10 +250,6 @@ def _bench_cell(value: Interval | None, error: float | None) -> str:
         return ABSENT
     digits = 3 if abs(value.mean) < 100 else 1
     return f"{value.mean:,.{digits}f}" + ("" if error is None else f" ({error:,.{digits}f})")
-
-
-def _ratio(group: Group, baseline: Group | None, key: str) -> str:
-    return _rounded(ratio_to(group, baseline, key), 2)
 
 
 def _timed(group: Group) -> str:
@@ -274,10 +273,39 @@ def _stacked(cell: str) -> str:
     return "\n".join(line.replace(" ", "") for line in lines)
 
 
-def _caption(runs: Sequence[dict[str, Any]], groups: Sequence[Group], best: Group | None) -> tuple[str, ...]:
-    sentences = [f"Spread of training FLOPs over runs (max/min − 1): {percent(flops_spread(runs))}."]
-    if any(len(group.runs) > 1 for group in groups):
+def _caption(comparison: Comparison) -> tuple[str, ...]:
+    sentences = [f"Spread of training FLOPs over runs (max/min − 1): {percent(comparison.flops_spread)}."]
+    if any(len(group.runs) > 1 for group in comparison.groups):
         sentences.append("± is the 95 % interval over seeds (Student t).")
-    if best is not None:
-        sentences.append(f"Bold: the interval of {best.label} lies below that of every other causal model.")
-    return (*sentences, *warnings(runs), *timing_warnings(groups))
+    for group in comparison.groups:
+        if comparison.is_best(group):
+            sentences.append(
+                f"Bold: the interval of {group.label} lies below that of every other causal model."
+            )
+    return (*sentences, *warnings(comparison), *timing_warnings(comparison.groups))
+
+
+def differences(comparison: Comparison) -> list[dict[str, Any]]:
+    """Each group − the baseline at its point, paired over seeds, by metric: as comparison.json has them.
+
+    `interval` is that of 95 % (Student t over pairs), None with a single pair.
+    """
+    values: dict[str, Callable[[Run], float | None]] = {
+        key: lambda run, key=key: lookup(run, key) for key in ("eval.loss", "eval.bits_per_byte")
+    }
+    for task, names in bench_tasks(comparison.groups).items():
+        if metric := headline_metric(names):
+            values[f"bench.{task}.{metric}"] = lambda run, task=task, metric=metric: (
+                run["bench"].get(task, {}).get(metric)
+            )
+    found = []
+    for group in comparison.groups:
+        if (baseline := comparison.baseline_of(group)) is None:
+            continue
+        for metric, value in values.items():
+            if difference := difference_to(group, baseline, value):
+                half, mean = difference.half_width, difference.mean
+                interval = None if half is None else [mean - half, mean + half]
+                pairs = {"mean": mean, "interval": interval, "pairs": difference.count}
+                found.append({"variant": group.variant, "point": group.point, "metric": metric, **pairs})
+    return found

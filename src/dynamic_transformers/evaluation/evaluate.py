@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, Qwen2Config
 
 from dynamic_transformers.data.loading import load_split, load_tokenizer, source_names, verify_split
 from dynamic_transformers.evaluation.efficiency import choose_prompts, kv_bytes_per_token
-from dynamic_transformers.evaluation.exported import load_model
+from dynamic_transformers.evaluation.exported import load_model, tokenizer_digest, trained_precision
 from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.evaluation.results import RESULTS, identity
 from dynamic_transformers.evaluation.routing_page import trace_routing, write_routing
@@ -25,7 +25,7 @@ from dynamic_transformers.manifest import (
     write_manifest,
 )
 from dynamic_transformers.models import RoutedConfig
-from dynamic_transformers.settings import CONTROLS, Settings, UserError
+from dynamic_transformers.settings import CONTROLS, SEED_KEY, Settings, UserError
 from dynamic_transformers.tracking import METRICS, RunTracker, reopened, send_rest
 from dynamic_transformers.training.flops import target_fraction
 from dynamic_transformers.training.heldout import evaluate_heldout
@@ -33,6 +33,7 @@ from dynamic_transformers.training.heldout import evaluate_heldout
 logger = logging.getLogger("dynamic_transformers")
 
 ROUTING_TOKENS = 128  # of the test split, shown on the routing page
+SCHEMA_VERSION = 2  # of evaluation.json and comparison.json
 PROMPTS = "prompts.json"  # of the test split, for the measurement of speed
 
 
@@ -85,7 +86,7 @@ def fill(
     model_manifest = read_manifest(model_dir, "export")
     data_manifest = read_manifest(data_dir, "prepare_data")
     options = settings.evaluation
-    dtype = options.dtype or settings.system.precision
+    dtype = options.dtype or trained_precision(model_dir)
     model = load_model(model_dir, dtype=dtype)
     assert isinstance(model.config, Qwen2Config)
     verify_split(data_dir, "test")
@@ -116,9 +117,8 @@ def fill(
     train_fraction = {int(k): v for k, v in model_manifest["train_routed_fraction"].items()}
     realised = heldout.realised
     result = {
-        "schema_version": 1,
-        "architecture": model_manifest["architecture"],
-        "seed": model_manifest["seed"],
+        "schema_version": SCHEMA_VERSION,
+        **{key: model_manifest[key] for key in ("variant", "point", "seed", "architecture", "overrides")},
         "training_rule": training_rule(config),
         "parameters": model_manifest["parameters"],
         "training_flops": model_manifest["training_flops"],
@@ -138,6 +138,8 @@ def fill(
         "reference": {
             "unigram_loss": data_manifest["unigram_loss"]["test"],
             "test_sha256": data_manifest["splits"]["test"]["sha256"],
+            "data_digest": data_manifest["content_digest"],
+            "tokenizer_sha256": tokenizer_digest(model_dir),
         },
         "bench": metrics,
         "bench_stderr": errors,
@@ -160,7 +162,7 @@ def fill(
         "history": [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
         "model_dir": str(model_dir.resolve()),
         "mlflow_run_id": mlflow_run_id,
-        "variant": digest(variant(model_manifest["run_config"])),
+        "settings": without_seed(model_manifest["run_config"]),
         "model_digest": model_manifest["digest"],
     }
     write_json(output / "evaluation.json", result)
@@ -189,9 +191,9 @@ def comparison_of(settings: Settings) -> str:
     return digest({"settings": settings.to_dict(), "revision": revision()})
 
 
-def variant(run_config: dict[str, Any]) -> dict[str, Any]:
+def without_seed(run_config: dict[str, Any]) -> dict[str, Any]:
     """What runs must share to count as seeds of one another: all but the seed and the data it shuffles."""
-    return {key: value for key, value in run_config.items() if key not in ("run.seed", "data_digest")}
+    return {key: value for key, value in run_config.items() if key not in (SEED_KEY, "data_digest")}
 
 
 def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:

@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import dynamic_transformers.models  # noqa: F401  (registers the routed models)
-from dynamic_transformers.manifest import MANIFEST, read_manifest
+from dynamic_transformers.manifest import MANIFEST, file_digest, read_manifest
 from dynamic_transformers.settings import UserError
 
 NAMES_SHOWN = 3
+TOKENIZER = "tokenizer.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,6 +41,18 @@ def trained_precision(model_dir: Path) -> str:
     if not (model_dir / MANIFEST).is_file():
         return "fp32"
     return read_manifest(model_dir).get("run_config", {}).get("system.precision", "fp32")
+
+
+def tokenizer_digest(model_dir: Path) -> str:
+    """SHA-256 of a model's tokenizer.json: models with the same one read the same ids.
+
+    Raises:
+        UserError: the model has none.
+    """
+    file = model_dir / TOKENIZER
+    if not file.is_file():
+        raise UserError(f"{model_dir}: has no {TOKENIZER}; export the model again")
+    return file_digest(file)
 
 
 def load_model(

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from dynamic_transformers.data.loading import batches_of, load_split, verify_split
-from dynamic_transformers.evaluation.exported import load_config, load_model, unreadable_weights
+from dynamic_transformers.evaluation.exported import TOKENIZER, load_config, load_model, unreadable_weights
 from dynamic_transformers.evaluation.results import RESULTS
 from dynamic_transformers.evaluation.routing_page import PAGE, PICTURE
 from dynamic_transformers.folders import check_target
@@ -40,7 +40,6 @@ from dynamic_transformers.training.calibration import (
 
 logger = logging.getLogger("dynamic_transformers")
 
-TOKENIZER = "tokenizer.json"
 STATE = "model.routing_state."  # in front of the names of its tensors
 LEFT = (MANIFEST, RESULTS, PAGE, PICTURE)  # of the model before; they are not true of the new one
 # What each manifest says of its own folder, or of its own weights.

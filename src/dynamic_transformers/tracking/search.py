@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dynamic_transformers")
 
 COMPARISON_TAG = "comparison"  # what an evaluated run shares with those it is compared to
+RUN_TAG = "run"  # `run.name`, whatever MLflow calls the run
 REPORT_TAG = "report"  # of a compared run: id of the run that holds the report
 PARENT_NOTE = (
-    "One comparison: its runs hang below, one for each architecture and seed. Select them and compare "
+    "One comparison: its runs hang below, one for each variant, point and seed. Select them and compare "
     "`test/loss`, `bench/…` and `efficiency/…`; the step axis of the curves is training tokens, and "
     "`progress/training_flops` is the x axis for equal work. The report is among the artifacts."
 )
@@ -72,7 +73,7 @@ def _comparison_run(
 
 
 def find_evaluated(settings: TrackingSettings, output_dir: str | Path, comparison: str) -> dict[str, str]:
-    """`architecture:seed` → id of the newest run that was evaluated with this `comparison` tag.
+    """`run.name` → id of the newest run that was evaluated with this `comparison` tag.
 
     Where a task has been given an MLflow run (MLFLOW_RUN_ID) others have been too: its experiment counts.
 
@@ -90,8 +91,8 @@ def find_evaluated(settings: TrackingSettings, output_dir: str | Path, compariso
             experiments.add(client.get_run(given).info.experiment_id)
         query = f"tags.{COMPARISON_TAG} = '{comparison}'"
         for run in client.search_runs(list(experiments), query, order_by=["start_time DESC"]):
-            tags = run.data.tags
-            found.setdefault(f"{tags.get('architecture')}:{tags.get('seed')}", run.info.run_id)
+            if name := run.data.tags.get(RUN_TAG):
+                found.setdefault(name, run.info.run_id)
     return found
 
 

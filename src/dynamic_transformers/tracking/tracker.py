@@ -10,7 +10,7 @@ from typing import Any
 
 from dynamic_transformers.settings import Settings, TrackingSettings
 from dynamic_transformers.tracking.record import METRICS, RUNNING, Record, RecordFile, flatten
-from dynamic_transformers.tracking.search import COMPARISON_TAG
+from dynamic_transformers.tracking.search import COMPARISON_TAG, RUN_TAG
 from dynamic_transformers.tracking.sender import Sender
 from dynamic_transformers.tracking.wandb_run import WandbRun
 
@@ -19,11 +19,13 @@ logger = logging.getLogger("dynamic_transformers")
 
 def description(settings: Settings) -> dict[str, Any]:
     """What `RunTracker` is told of a run by the step that trains it."""
-    return {
-        "name": settings.run.name,
-        "params": settings.to_dict(),
-        "tags": {"architecture": settings.model.type, "seed": str(settings.run.seed)},
+    tags = {
+        RUN_TAG: settings.run.name,
+        "architecture": settings.model.type,
+        "variant": settings.study.variant or settings.model.type,
+        "seed": str(settings.run.seed),
     }
+    return {"name": settings.run.name, "params": settings.to_dict(), "tags": tags}
 
 
 class RunTracker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dynamic_transformers.reading import flat
 from dynamic_transformers.settings import Settings
 
 # Settings of `training` that change no number of a run; the batch is in `global_batch`.
@@ -23,6 +24,9 @@ FREE = (
     "gradient_checkpointing",
 )
 
+# How a size is asked for does not count, but what it comes to.
+SIZE_AS_DIMENSIONS = {"size": None, "depth_factor": None, "width_factor": None, "match": None}
+
 
 def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
     """The settings of model and training that decide a run's numbers, by key; but for its budget and data.
@@ -38,7 +42,7 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
         model.selection_rule == "random" or model.training_rule == "threshold"
     )
     return {
-        **flat({"model": values["model"] | {"size": None, "dimensions": vars(settings.model.backbone)}}),
+        **flat({"model": values["model"] | SIZE_AS_DIMENSIONS | {"dimensions": vars(model.backbone)}}),
         **flat({"training": {key: value for key, value in training.items() if key not in FREE}}),
         "run.seed": settings.run.seed,
         "system.precision": settings.system.precision,
@@ -47,14 +51,3 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
         # Each process draws its own noise for each forward, and has its own quantile for the thresholds.
         **({"batch_split": [processes, accumulation]} if split_counts else {}),
     }
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `a.b.c`, JSON-able."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return result

@@ -23,7 +23,7 @@ from dynamic_transformers.data.loading import batches_of, load_split, verify_spl
 from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_manifest
 from dynamic_transformers.models import RoutedForCausalLM
-from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.settings import SEED_KEY, Settings, UserError
 from dynamic_transformers.tracking import RunTracker, description, send_rest
 from dynamic_transformers.training.batches import training_batches
 from dynamic_transformers.training.budget import Budget, Horizon, Progress
@@ -228,7 +228,11 @@ def observers_of(
 def facts_of(state: TrainingState, settings: Settings, mlflow_run_id: str | None) -> dict[str, Any]:
     """What the manifest says of a finished run."""
     progress = state.progress
+    study = settings.study
     return {
+        "variant": study.variant,
+        "point": {key: value for key, value in study.point.items() if key != SEED_KEY},
+        "overrides": study.overrides,
         "seed": settings.run.seed,
         "architecture": settings.model.type,
         "parameters": state.plain.num_parameters(),
