@@ -25,8 +25,8 @@ def configure(
     Args:
         settings, variants, grid, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment: as in
             `settings_from_parameters`.
-        merged: all settings, as JSON.
-        runs: names of the study's runs.
+        merged: the settings that all runs have, as JSON.
+        runs: what each run of the study differs in, as `StudyRun.to_json` gives it.
     """
     import json
     from pathlib import Path
@@ -34,7 +34,7 @@ def configure(
     from dynamic_transformers.configure import settings_from_parameters
     from dynamic_transformers.preflight import preflight
     from dynamic_transformers.step_log import step_log
-    from dynamic_transformers.study import study_runs
+    from dynamic_transformers.study import common, study_runs
 
     with step_log(Path(merged)):
         values = settings_from_parameters(
@@ -42,5 +42,5 @@ def configure(
         )
         study = study_runs(values)
         preflight(values, [run.settings for run in study], here=False)
-        Path(runs).write_text(json.dumps([run.name for run in study]))
-        Path(merged).write_text(values.to_json())
+        Path(runs).write_text(json.dumps([run.to_json() for run in study]))
+        Path(merged).write_text(common(values).to_json())

@@ -47,11 +47,11 @@ def report_finished(
     from dynamic_transformers.comparison.finished import compare_finished
     from dynamic_transformers.configure import settings_from_parameters
     from dynamic_transformers.step_log import step_log
-    from dynamic_transformers.study import study_runs
+    from dynamic_transformers.study import common, study_runs
 
     with step_log(output):
         values = settings_from_parameters(
             settings, variants, grid, overrides, dataset_configs, max_flops, mlflow_uri, mlflow_experiment
         )
-        if not compare_finished(values, [run.name for run in study_runs(values)], output):
+        if not compare_finished(common(values), [run.name for run in study_runs(values)], output):
             say("No comparison: no run has been evaluated, or MLflow has the report already (see the log).")

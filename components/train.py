@@ -16,8 +16,8 @@ def train(
     """Write the run folder: configuration, metrics, checkpoints, manifest.
 
     Args:
-        settings: all settings, as JSON.
-        run: its name in the study.
+        settings: those that all runs have, as JSON.
+        run: what it differs in, as `StudyRun.to_json` gives it.
         data: what prepare_data wrote.
         run_folder: the run.
         launch: on how many processes and nodes, as `Launch.to_json` gives it; '' is one process.
@@ -28,8 +28,8 @@ def train(
     from dynamic_transformers.launch.run import launch_training
     from dynamic_transformers.launch.settings import Launch
     from dynamic_transformers.step_log import step_log
-    from dynamic_transformers.study import find_run
+    from dynamic_transformers.study import run_from_json
 
     with step_log(Path(run_folder.path)):
-        values = find_run(settings_from_json(settings), run).settings
+        values = run_from_json(settings_from_json(settings), run).settings
         launch_training(values, Path(data.path), Path(run_folder.path), Launch.from_json(launch))

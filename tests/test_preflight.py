@@ -11,6 +11,7 @@ import torch
 from dynamic_transformers.accelerate_environment import check_accelerate_environment
 from dynamic_transformers.preflight import check_places, preflight
 from dynamic_transformers.settings import UserError
+from dynamic_transformers.study import study_runs
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def refusal(settings, **options):
 
 def test_sound_settings_pass_and_leave_nothing(given, tmp_path):
     preflight(given())
-    preflight(given(), architectures=["standard", "mod", "sdt", "stt"], here=False)
+    preflight(given(), [run.settings for run in study_runs(given())], here=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -142,15 +143,31 @@ def test_a_folder_that_may_not_be_written_is_refused(given):
 def test_settings_of_routing_are_refused_for_a_model_that_routes_nothing(given, name, value):
     settings = given(model={name: value})
     assert f"model.{name}={value}: the standard model routes nothing" in refusal(settings)
-    preflight(settings, architectures=["standard", "mod", "sdt"])  # the others take it
+    variants = {name: [f"model.type={name}"] for name in ("standard", "mod", "sdt")}
+    study = given(model={name: value}, study={"variants": variants})
+    preflight(study, [run.settings for run in study_runs(study)])  # the others take it
 
 
-def test_every_architecture_of_a_pipeline_is_checked(given):
-    one_layer = given(model={"dimensions": {"num_hidden_layers": 1}})
-    preflight(one_layer, architectures=["standard"])
-    assert "num_hidden_layers=1: model.type=sdt" in refusal(one_layer, architectures=["standard", "sdt"])
-    predictor = given(model={"predictor_weight": 0.1})
-    assert "STT's student is its predictor" in refusal(predictor, architectures=["mod", "stt"])
+def test_every_variant_of_a_pipeline_is_checked(given):
+    def study(model, *names):
+        return given(
+            model=model,
+            study={"variants": {name: [f"model.type={name}"] for name in names}, "baseline": None},
+        )
+
+    one_layer = {"dimensions": {"num_hidden_layers": 1}}
+    study_runs(study(one_layer, "standard"))
+    with pytest.raises(UserError, match=r"study\.variants\.sdt: .*num_hidden_layers=1: model\.type=sdt"):
+        study_runs(study(one_layer, "standard", "sdt"))
+    with pytest.raises(UserError, match="STT's student is its predictor"):
+        study_runs(study({"predictor_weight": 0.1}, "mod", "stt"))
+
+
+def test_a_variant_that_cannot_be_compiled_is_refused(given):
+    variants = {"mod": ["model.type=mod"], "stt": ["model.type=stt", "model.stt.targets=threshold"]}
+    study = given(system={"compile": True}, study={"variants": variants, "baseline": "mod"})
+    runs = [run.settings for run in study_runs(study)]
+    assert "not with model.stt.targets=threshold" in refusal(study, runs=runs)
 
 
 @pytest.mark.parametrize(

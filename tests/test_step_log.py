@@ -17,8 +17,8 @@ def test_a_users_mistake_is_one_line_of_a_step_that_fails(tmp_path):
     with pytest.raises(SystemExit) as end:
         configure.python_func(
             settings="{}",
-            architectures=["mod"],
-            seeds=[0],
+            variants="",
+            grid="",
             mlflow_uri="",
             mlflow_experiment="",
             merged=str(tmp_path / "merged"),

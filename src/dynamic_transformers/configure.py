@@ -127,7 +127,7 @@ def _put(values: Any, path: tuple[int | str, ...], depth: int, value: Any) -> An
     if depth == len(path):
         return laid_over(values, value)
     part = path[depth]
-    if isinstance(values, list):
+    if isinstance(values, list | tuple):
         if not (isinstance(part, int) and part < len(values)):
             raise MisfitError(path, ": no such entry")
         return [

@@ -146,7 +146,6 @@ class ModelSettings:
     dimensions: DimensionSettings = field(default_factory=DimensionSettings)
     depth_factor: Scale = 1.0  # times the layers of the size: a dense model of another cost
     width_factor: Scale = 1.0  # times its heads, and so its width; the size of a head stays
-    match: str | None = None  # variant of the study whose forward FLOPs the number of layers comes nearest to
     capacity: Annotated[float | None, In("(0, 1]")] = None  # None: 0.125 for MoD, 0.5 for SDT and STT
     capacity_warmup_steps: Steps = 0  # over which training's capacity falls from 1 to γ
     selection_rule: Annotated[str | None, OneOf(*SELECTION_RULES)] = None  # None: the measured default
@@ -296,16 +295,12 @@ class SystemSettings:
 class StudySettings:
     """What is compared: labelled variants of one configuration, at each point of a grid (study.py)."""
 
-    baseline: str = "standard"  # what ratios and differences refer to
+    baseline: str | None = "standard"  # what ratios and differences refer to; null: there are none
     variants: dict[str, list[str] | None] = field(default_factory=dict)  # label → overrides; null: left out
     grid: dict[str, Any] = field(default_factory=dict)  # setting → list of values
-    variant: str | None = None  # the one that this run is; None: none of them
+    variant: str | None = None  # the one that this run is; null: none of them
+    overrides: list[str] = field(default_factory=list)  # of that variant
     point: dict[str, Any] = field(default_factory=dict)  # where in the grid this run is
-
-    @property
-    def overrides(self) -> list[str]:
-        """Those of the variant that this run is."""
-        return list(self.variants.get(self.variant or "") or [])
 
 
 @dataclass

@@ -35,6 +35,9 @@ from dynamic_transformers.settings import (
 COMMON = ("run", "data", "evaluation", "tracking", "study")
 OWN = (SEED_KEY, "data.batch_size")  # of these groups, what a run may have of its own
 LONGEST_LABEL = 60  # characters
+MATCH = (
+    "model.match"  # in a variant: the label of another, whose forward cost the dense model comes nearest to
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,28 @@ class StudyRun:
 
     Attributes:
         name: how folders, steps and logs call it: `mod-seed0`, `mod-size-small-seed1`.
-        variant: its label.
-        point: setting → value, of the grid.
-        settings: those of the study, the variant's over them, the point's over both; `run.name` is the
-            study's and the run's.
+        settings: those that all runs have, the variant's over them, the point's over both; `study` says which
+            run it is, and nothing of the others. `run.name` is that of the study and the run's.
     """
 
     name: str
-    variant: str
-    point: dict[str, Any]
     settings: Settings
+
+    @property
+    def variant(self) -> str:
+        """Its label."""
+        assert self.settings.study.variant is not None
+        return self.settings.study.variant
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """Setting → value, of the grid."""
+        return self.settings.study.point
+
+    def to_json(self) -> str:
+        """What it differs in, as one JSON string: how a pipeline's step is told which run it is."""
+        study = self.settings.study
+        return json.dumps([study.variant, study.overrides, study.point])
 
 
 def file_name(text: str) -> str:
@@ -75,10 +90,14 @@ def study_runs(settings: Settings) -> list[StudyRun]:
         for override in overrides:
             check_override(f"study.variants.{label}", split_override(override)[0], grid)
     labels = study.variants or variants  # a baseline that is left out is one all the same
-    if study.baseline not in labels:
-        raise UserError(f"study.baseline={study.baseline}: must be one of {', '.join(labels)}")
+    if study.baseline is not None and study.baseline not in labels:
+        raise UserError(f"study.baseline={study.baseline}: must be one of {', '.join(labels)}, or null")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    runs = [make_run(settings, label, point) for point in points for label in variants]
+    runs = [
+        make_run(settings, label, resolved(settings, label, point), point)
+        for point in points
+        for label in variants
+    ]
     runs.sort(key=lambda run: run.settings.run.seed)  # a study that is cut short has whole seeds
     refuse_equals(runs)
     return runs
@@ -144,70 +163,42 @@ def check_override(where: str, key: str, grid: Sequence[str] | dict[str, Any] = 
         raise UserError(f"{where}: {key} is in study.grid, too; leave it to one of them")
 
 
-def make_run(settings: Settings, label: str, point: dict[str, Any]) -> StudyRun:
+def make_run(settings: Settings, label: str, overrides: Sequence[str], point: dict[str, Any]) -> StudyRun:
     """One run of a study.
 
     Args:
+        settings: what all runs have.
+        overrides: `key=value` each.
         point: setting → value, or what spells it.
 
     Raises:
         UserError: names the variant, and what is wrong with it.
     """
-    overrides = variants_of(settings.study)[label]
-    chosen = {"variant": label, "variants": {label: overrides}}
+    study = {"baseline": settings.study.baseline, "variant": label, "overrides": list(overrides)}
     given = [*overrides, *(f"{key}={spelled(value)}" for key, value in point.items())]
     try:
-        result = settings_from_dict(settings.to_dict(), {"study": chosen}, overrides=given)
-        result.study.point = {key: value_at(result, key) for key in point}
-        if result.model.match is not None:
-            result.model = matched(result, settings)
+        result = settings_from_dict(settings.to_dict() | {"study": study}, overrides=given)
     except UserError as error:
         raise UserError(f"study.variants.{label}: {error}") from error
-    place = [
-        f"{key.rpartition('.')[2]}-{value}" for key, value in result.study.point.items() if key != SEED_KEY
-    ]
+    values = {key: value_at(result, key) for key in point}
+    place = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items() if key != SEED_KEY]
     name = "-".join(map(file_name, [label, *place, f"seed{result.run.seed}"]))
-    result.run.name = f"{settings.run.name}-{name}"
-    return StudyRun(name, label, result.study.point, result)
+    result.study.point, result.run.name = values, f"{settings.run.name}-{name}"
+    return StudyRun(name, result)
 
 
-def matched(settings: Settings, base: Settings) -> ModelSettings:
-    """The model with the number of layers that `model.match` asks for.
-
-    Its forward FLOPs per token come nearest to those of the variant at its capacity, on rows of
-    `data.block_size` tokens; of two numbers the lower one. What the vocabulary costs is the same in both.
+def run_from_json(settings: Settings, text: str) -> StudyRun:
+    """Inverse of `StudyRun.to_json`.
 
     Args:
-        settings: of the dense model.
-        base: the settings that variants go over.
-
-    Raises:
-        UserError: no such variant, one that is matched itself, or a model that routes or was trained before.
+        settings: what all runs have.
     """
-    model, match = settings.model, settings.model.match
-    assert match is not None
-    variants = variants_of(settings.study)
-    if match not in variants:
-        raise UserError(f"model.match={match}: no such variant; there are {', '.join(variants)}")
-    if model.type != "standard" or model.pretrained:
-        raise UserError(f"model.match={match} needs model.type=standard and training.mode=scratch")
-    if any(split_override(override)[0] == "model.match" for override in variants[match]):
-        raise UserError(f"model.match={match}: that variant is matched itself")
-    other = make_run(base, match, settings.study.point).settings.model
-    # Not above: torch takes a second, and what is refused is refused at once.
-    from dynamic_transformers.training.build import model_config
-    from dynamic_transformers.training.flops import forward_flops
+    return make_run(settings, *json.loads(text))
 
-    def flops(asked: ModelSettings) -> float:
-        return forward_flops(model_config(asked, vocab_size=1), settings.data.block_size).total()
 
-    def with_layers(layers: int) -> ModelSettings:
-        dimensions = dataclasses.replace(model.dimensions, num_hidden_layers=layers)
-        return dataclasses.replace(model, dimensions=dimensions)
-
-    one = flops(with_layers(1))
-    further = (flops(other) - one) / (flops(with_layers(2)) - one)
-    return with_layers(max(1, math.ceil(further + 0.5)))
+def common(settings: Settings) -> Settings:
+    """What all runs have: no run's settings change when a study gets another variant."""
+    return dataclasses.replace(settings, study=StudySettings(baseline=settings.study.baseline))
 
 
 def single_run(settings: Settings) -> Settings:
@@ -216,15 +207,69 @@ def single_run(settings: Settings) -> Settings:
     Raises:
         UserError: no such variant, or as `make_run`.
     """
-    label = settings.study.variant
+    label, point, variants = settings.study.variant, settings.study.point, variants_of(settings.study)
     if label is None:
-        if settings.model.match is None:
-            return settings
-        return dataclasses.replace(settings, model=matched(settings, settings))
-    variants = variants_of(settings.study)
+        return settings
     if label not in variants:
         raise UserError(f"study.variant={label}: must be one of {', '.join(variants)}")
-    return make_run(settings, label, settings.study.point).settings
+    return make_run(settings, label, resolved(settings, label, point), point).settings
+
+
+def resolved(settings: Settings, label: str, point: dict[str, Any]) -> list[str]:
+    """A variant's overrides, with a number of layers in the place of `model.match`.
+
+    Raises:
+        UserError: as `matched_layers`.
+    """
+    overrides = variants_of(settings.study)[label]
+    others = [override for override in overrides if split_override(override)[0] != MATCH]
+    if len(others) == len(overrides):
+        return overrides
+    (match,) = (split_override(override)[1] for override in overrides if override not in others)
+    try:
+        dense = make_run(settings, label, others, point).settings
+        layers = matched_layers(settings, dense, match, point)
+    except UserError as error:
+        raise UserError(f"study.variants.{label}: {error}") from error
+    return [*others, f"model.dimensions.num_hidden_layers={layers}"]
+
+
+def matched_layers(settings: Settings, dense: Settings, match: str, point: dict[str, Any]) -> int:
+    """Layers with which a dense model's forward FLOPs per token come nearest to those of another variant.
+
+    Of that variant at its capacity, on rows of `data.block_size` tokens; of two numbers the lower one. What
+    the vocabulary costs is the same in both.
+
+    Args:
+        settings: of the study.
+        dense: of the run.
+        match: the other variant.
+
+    Raises:
+        UserError: no such variant, one that is matched itself, or a model that routes or was trained before.
+    """
+    variants = variants_of(settings.study)
+    if match not in variants:
+        raise UserError(f"{MATCH}={match}: no such variant; there are {', '.join(variants)}")
+    if dense.model.type != "standard" or dense.model.pretrained:
+        raise UserError(f"{MATCH}={match} needs model.type=standard and training.mode=scratch")
+    if any(split_override(override)[0] == MATCH for override in variants[match]):
+        raise UserError(f"{MATCH}={match}: that variant is matched itself")
+    other = make_run(settings, match, variants[match], point).settings.model
+    # Not above: torch takes a second, and what is refused is refused at once.
+    from dynamic_transformers.training.build import model_config
+    from dynamic_transformers.training.flops import forward_flops
+
+    def flops(asked: ModelSettings) -> float:
+        return forward_flops(model_config(asked, vocab_size=1), settings.data.block_size).total()
+
+    def with_layers(layers: int) -> ModelSettings:
+        dimensions = dataclasses.replace(dense.model.dimensions, num_hidden_layers=layers)
+        return dataclasses.replace(dense.model, dimensions=dimensions)
+
+    one = flops(with_layers(1))
+    further = (flops(other) - one) / (flops(with_layers(2)) - one)
+    return max(1, math.ceil(further + 0.5))
 
 
 def spelled(value: Any) -> str:
@@ -251,15 +296,3 @@ def refuse_equals(runs: Sequence[StudyRun]) -> None:
                     f"study: {first.variant} {first.point} and {run.variant} {run.point} have the same "
                     f"{what}; leave one out, or let them differ"
                 )
-
-
-def find_run(settings: Settings, name: str) -> StudyRun:
-    """The run of a study with this name.
-
-    Raises:
-        UserError: there is none.
-    """
-    runs = {run.name: run for run in study_runs(settings)}
-    if name not in runs:
-        raise UserError(f"run {name}: not of this study; there are {', '.join(runs)}")
-    return runs[name]

@@ -25,9 +25,12 @@ def make_run(
     rule: str = "threshold",
     flops: float = 1.234e13,
     training_rule: str = "topk",
+    variant: str | None = None,
+    point: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One evaluation.json, different for each architecture and seed but reproducible."""
-    rng = random.Random(f"{architecture}-{seed}")
+    """One evaluation.json, different for each variant, point and seed but reproducible."""
+    point = point or {}
+    rng = random.Random(f"{variant or architecture}-{seed}" + ("".join(map(str, point.values()))))
     capacity, gain, flops_ratio, speed, kv = SHAPES[architecture]
     routed = capacity is not None
     causal = rule != "topk" or not routed
@@ -61,9 +64,12 @@ def make_run(
             history.append({**row, "eval/loss": loss + 3.4 * math.exp(-step / 60) + 0.02})
             del history[-1]["train/loss"]
     return {
-        "schema_version": 1,
-        "architecture": architecture,
+        "schema_version": 2,
+        "variant": variant or architecture,
+        "point": point,
         "seed": seed,
+        "architecture": architecture,
+        "overrides": [f"model.type={architecture}"],
         "parameters": 2_468_352 + (12_345 if routed else 0),
         "training_flops": flops,
         "training_rule": (rule if rule in CONTROLS else training_rule) if routed else None,
@@ -76,7 +82,12 @@ def make_run(
             "dtype": "fp32",
             "domains": domains,
         },
-        "reference": {"unigram_loss": UNIGRAM, "test_sha256": "a" * 64},
+        "reference": {
+            "unigram_loss": UNIGRAM,
+            "test_sha256": "a" * 64,
+            "data_digest": "c" * 64,
+            "tokenizer_sha256": "d" * 64,
+        },
         "bench": {
             "dt_cloze": {
                 "forward_flops_per_token": 5.2e6 * flops_ratio,
@@ -109,7 +120,12 @@ def make_run(
         "history": history,
         "model_dir": f"outputs/quickstart/{architecture}-seed{seed}/final_model",
         "mlflow_run_id": f"{rng.getrandbits(128):032x}",
-        "variant": f"{random.Random(architecture + training_rule).getrandbits(256):064x}",
+        "settings": {
+            "model.type": architecture,
+            "model.selection_rule": rule,
+            "model.training_rule": training_rule,
+            **point,
+        },
         "model_digest": f"{rng.getrandbits(256):064x}",
     }
 

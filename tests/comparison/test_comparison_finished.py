@@ -18,13 +18,13 @@ from dynamic_transformers.evaluation.evaluate import comparison_of
 from dynamic_transformers.settings import TrackingSettings
 from dynamic_transformers.tracking import RunTracker, track_comparison
 
-RUNS = ("mod:0", "stt:0")
+RUNS = ("mod-seed0", "stt-seed0")
 
 
 @pytest.fixture(autouse=True)
 def no_measurement(monkeypatch):
     # The evaluations hold made-up speeds, the models are none.
-    monkeypatch.setattr("dynamic_transformers.comparison.compare.measure", lambda loaded, models: None)
+    monkeypatch.setattr("dynamic_transformers.comparison.compare.measure", lambda *arguments: None)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -35,15 +35,16 @@ class Pipeline:
     def __init__(self, settings, folder, uri):
         settings.tracking = TrackingSettings(mlflow_uri=uri, experiment=folder.name)
         settings.run.output_dir, settings.run.name = str(folder), "pipeline"
+        settings.study.baseline = None
         self.settings, self.folder = settings, folder
         self.client = mlflow.MlflowClient(settings.tracking.mlflow_uri)
 
     def evaluate(self, name, artifacts=("evaluation", "model")):
         """Id of a run that evaluate has seen."""
-        architecture, seed = name.split(":")
+        architecture, seed = name.split("-seed")
         run_dir = self.folder / architecture
         run_dir.mkdir()
-        tags = {"architecture": architecture, "seed": seed}
+        tags = {"run": f"pipeline-{name}"}
         tracker = RunTracker(run_dir, self.settings.tracking, self.folder, name, tags=tags)
         tracker.sync()
         run = make_run(architecture, int(seed)) | {"mlflow_run_id": tracker.run_id}
@@ -59,7 +60,7 @@ class Pipeline:
 
     def compare(self):
         report = self.folder / "compare" / "report"
-        compare([self.folder / run.split(":")[0] / "evaluation" for run in RUNS], report)
+        compare([self.folder / run.split("-")[0] / "evaluation" for run in RUNS], report)
         track_comparison(self.settings.tracking, self.folder, "pipeline", tracked_runs(report), report)
 
     def end(self, state):
@@ -68,8 +69,8 @@ class Pipeline:
         report_finished.python_func(
             status=PipelineTaskFinalStatus(state, "pipeline", "comparison", None, None),
             settings=self.settings.to_json(),
-            architectures=[run.split(":")[0] for run in RUNS],
-            seeds=[0.0],
+            variants='{"mod": ["model.type=mod"], "stt": ["model.type=stt"]}',
+            grid="",
             overrides=[],
             dataset_configs="",
             max_flops=0.0,
@@ -107,19 +108,19 @@ def told(report):
 
 @pytest.mark.parametrize("state", ["SUCCEEDED", "COMPLETE", "CACHED"])
 def test_after_a_success_nothing_is_done(pipeline, state):
-    pipeline.evaluate("mod:0")
+    pipeline.evaluate("mod-seed0")
     assert told(pipeline.end(state)) == "All runs have finished: the report is the output of compare."
-    assert pipeline.parents() == {"mod:0": None}
+    assert pipeline.parents() == {"mod-seed0": None}
 
 
 @pytest.mark.parametrize("state", ["FAILED", "RUNNING"])
 def test_what_finished_is_compared_whatever_the_failure_is_called(pipeline, state):
-    run_id = pipeline.evaluate("mod:0")
+    run_id = pipeline.evaluate("mod-seed0")
     report = pipeline.end(state)
     assert compared(report) == ["mod"]
-    assert "(without stt:0)" in (report / "report.html").read_text()
-    assert set(pipeline.parents()) == {"mod:0", "pipeline-unfinished"}
-    parent = pipeline.parents()["mod:0"]
+    assert "(without stt-seed0)" in (report / "report.html").read_text()
+    assert set(pipeline.parents()) == {"mod-seed0", "pipeline-unfinished"}
+    parent = pipeline.parents()["mod-seed0"]
     assert pipeline.client.get_run(run_id).data.tags["report"] == parent
     assert pipeline.client.list_artifacts(parent, "report")
 
@@ -148,18 +149,18 @@ def test_when_only_the_comparison_failed_its_report_has_all_runs(pipeline):
 
 
 def test_a_run_that_lacks_an_artifact_is_missing_alone(pipeline, caplog):
-    pipeline.evaluate("mod:0", artifacts=["evaluation"])
-    pipeline.evaluate("stt:0")
+    pipeline.evaluate("mod-seed0", artifacts=["evaluation"])
+    pipeline.evaluate("stt-seed0")
     logging.getLogger("dynamic_transformers").addHandler(caplog.handler)
     report = pipeline.end("FAILED")
     assert compared(report) == ["stt"]
-    assert "(without mod:0)" in (report / "report.html").read_text()
-    assert "mod:0: cannot be compared (MLflow: model of run" in caplog.text
+    assert "(without mod-seed0)" in (report / "report.html").read_text()
+    assert "mod-seed0: cannot be compared (MLflow: model of run" in caplog.text
 
 
 def test_runs_of_another_revision_are_not_of_this_pipeline(pipeline, monkeypatch):
     monkeypatch.setenv("DYNAMIC_TRANSFORMERS_REVISION", "older")
-    pipeline.evaluate("mod:0")
+    pipeline.evaluate("mod-seed0")
     monkeypatch.setenv("DYNAMIC_TRANSFORMERS_REVISION", "this")
     assert told(pipeline.end("FAILED")).startswith("No comparison: ")
 
@@ -172,7 +173,7 @@ def test_without_tracking_it_ends_in_peace(pipeline):
 def test_a_comparison_that_is_made_again_is_tracked_once(pipeline):
     for run in RUNS:
         pipeline.evaluate(run)
-    folders = [SimpleNamespace(path=str(pipeline.folder / run.split(":")[0] / "evaluation")) for run in RUNS]
+    folders = [SimpleNamespace(path=str(pipeline.folder / run.split("-")[0] / "evaluation")) for run in RUNS]
     report = SimpleNamespace(path=str(pipeline.folder / "compare" / "report"))
     experiment = pipeline.client.get_experiment_by_name(pipeline.settings.tracking.experiment)
     for _ in range(2):
@@ -180,7 +181,7 @@ def test_a_comparison_that_is_made_again_is_tracked_once(pipeline):
             settings=pipeline.settings.to_json(), models=[], evaluations=folders, report=report
         )
         runs = pipeline.client.search_runs([experiment.experiment_id])
-        assert sorted(run.info.run_name for run in runs) == ["mod:0", "pipeline", "stt:0"]
+        assert sorted(run.info.run_name for run in runs) == ["mod-seed0", "pipeline", "stt-seed0"]
 
 
 def test_compare_opens_no_store_where_tracking_is_off(pipeline, monkeypatch):
@@ -191,7 +192,7 @@ def test_compare_opens_no_store_where_tracking_is_off(pipeline, monkeypatch):
     opened = []
     monkeypatch.setattr("dynamic_transformers.tracking.search.open_store", opened.append)
     report = SimpleNamespace(path=str(pipeline.folder / "compare" / "report"))
-    folders = [SimpleNamespace(path=str(pipeline.folder / run.split(":")[0] / "evaluation")) for run in RUNS]
+    folders = [SimpleNamespace(path=str(pipeline.folder / run.split("-")[0] / "evaluation")) for run in RUNS]
     for _ in range(2):
         compare_component.python_func(
             settings=pipeline.settings.to_json(), models=[], evaluations=folders, report=report

@@ -52,7 +52,7 @@ def measured(data_dir, tmp_path, monkeypatch):
     return measure
 
 
-def test_all_are_timed_beside_the_first_standard_on_its_text(measured):
+def test_all_are_timed_beside_the_first_baseline_on_its_text(measured):
     runs = [make_run("mod", 0), make_run("standard", 1), make_run("standard", 0), make_run("mod", 1)]
     for run in runs:
         run["eval"]["dtype"] = "bf16"

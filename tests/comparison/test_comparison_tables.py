@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from synthetic_evaluations import make_run
 
-from dynamic_transformers.comparison.statistics import group_runs, mean_interval
+from dynamic_transformers.comparison.statistics import Comparison, group_runs, mean_interval
 from dynamic_transformers.comparison.tables import (
     LOSS_HEADER,
     TERMINAL_HEADERS,
@@ -21,6 +21,10 @@ from dynamic_transformers.comparison.tables import (
     si,
     with_interval,
 )
+
+
+def of(runs):
+    return Comparison.of(runs, "standard")
 
 
 def cell(table, label, header):
@@ -41,16 +45,16 @@ def test_seeds_show_mean_and_interval_and_one_seed_shows_the_mean():
     for run, loss in zip(runs, (4.0, 4.1, 4.2), strict=True):
         run["eval"]["loss"] = loss
     # t(2) · s / √3 = 4.303 · 0.1 / 1.732
-    assert cell(main_table(runs), "Standard", LOSS_HEADER) == "4.100 ± 0.248"
-    assert cell(main_table(runs[:1]), "Standard", LOSS_HEADER) == "4.000"
+    assert cell(main_table(of(runs)), "standard", LOSS_HEADER) == "4.100 ± 0.248"
+    assert cell(main_table(of(runs[:1])), "standard", LOSS_HEADER) == "4.000"
     assert with_interval(mean_interval([None]), 3) == "–"
 
 
 def test_caption_states_single_seeds_and_unequal_work():
-    caption = " ".join(main_table([make_run("standard"), make_run("mod", flops=1.4e13)]).caption)
+    caption = " ".join(main_table(of([make_run("standard"), make_run("mod", flops=1.4e13)])).caption)
     assert "1 seed: differences are not significant by themselves" in caption
     assert "13.5 %" in caption and "not an isoFLOP comparison" in caption
-    caption = " ".join(main_table([make_run("standard", 0), make_run("standard", 1)]).caption)
+    caption = " ".join(main_table(of([make_run("standard", 0), make_run("standard", 1)])).caption)
     assert "significant" not in caption and "isoFLOP" not in caption
 
 
@@ -58,36 +62,36 @@ def test_nulls_are_dashes():
     run = make_run("mod")
     run["efficiency"]["decode_tokens_per_second"] = None
     run["efficiency"]["kv_bytes_per_token"] = None
-    table = main_table([run])
+    table = main_table(of([run]))
     for header in ("decode tok/s", "KV bytes/token", "FLOPs ratio", "prefill tok/s ratio"):
-        assert cell(table, "MoD", header) == "–"
+        assert cell(table, "mod", header) == "–"
 
 
 def test_unigram_is_the_last_row():
-    row = main_table([make_run("standard")]).rows[-1]
+    row = main_table(of([make_run("standard")])).rows[-1]
     assert row.label == "unigram" and "5.873" in row.cells
 
 
 def test_terminal_table_fits_80_columns_and_cuts_nothing():
     runs = [make_run(name, seed) for name in ("standard", "mod", "sdt", "stt") for seed in range(3)]
-    runs += [make_run("mod", seed, "topk") for seed in range(3)]
+    runs += [make_run("mod", seed, "topk", variant="mod by topk") for seed in range(3)]
     for seed in range(3):
         runs[3 + seed]["eval"]["loss"] = 3.9 + 0.001 * seed
     console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system="standard")
-    console.print(render_table({"schema_version": 1, "runs": runs}))
+    console.print(render_table(of(runs)))
     text = console.file.getvalue()
     assert "…" not in text
     assert "\x1b[1m 3.901\x1b[0m" in text  # bold: separated
-    assert text.index("Standard") < text.index("MoD") < text.index("SDT") < text.index("STT")
+    assert text.index("standard") < text.index("mod") < text.index("sdt") < text.index("stt")
     for part in ("non-causal", "upper bound", "3 seeds", "unigram", "±0.002"):
         assert part in text
-    assert set(main_table(runs).headers) - set(TERMINAL_HEADERS) == {
-        "architecture",
+    assert set(main_table(of(runs)).headers) - set(TERMINAL_HEADERS) == {
+        "variant",
         "seeds",
         "forward FLOPs/token",
     }
     console = Console(width=80, file=io.StringIO())
-    console.print(render_realised_table({"schema_version": 1, "runs": runs[:12]}))
+    console.print(render_realised_table(of(runs[:12])))
     text = console.file.getvalue()
     assert "…" not in text
     assert "test split: math" in text and "(0.013)" in text  # the spread over rows
@@ -108,16 +112,16 @@ def test_headline_metric():
 
 
 def test_what_is_computed_stands_beside_each_text():
-    headers, rows = realised_table([make_run("standard"), make_run("sdt")])
-    assert headers == ["text", "Standard: FLOPs/token", "SDT: routed (sd)", "SDT: FLOPs/token"]
+    headers, rows = realised_table(of([make_run("standard"), make_run("sdt")]))
+    assert headers == ["text", "standard: FLOPs/token", "sdt: routed (sd)", "sdt: FLOPs/token"]
     found = {text: cells for text, *cells in rows}
     domains = [f"test split: {name}" for name in ("prose", "code", "math")]
     assert list(found) == ["test split", *domains, "dt_cloze"]
     assert found["test split"] == ["5.43 M", "0.500 (0.150)", "4.24 M"]
     assert found["test split: math"][1] == "0.860 (0.050)"
     assert found["dt_cloze"] == ["5.20 M", "0.450 (0.100)", "4.06 M"]
-    assert "routed_fraction" not in {metric for _, metric, *_ in bench_table([make_run("sdt")])[1]}
-    assert render_realised_table({"runs": [make_run("standard")]}) is None
+    assert "routed_fraction" not in {metric for _, metric, *_ in bench_table(of([make_run("sdt")]))[1]}
+    assert render_realised_table(of([make_run("standard")])) is None
 
 
 def timed_at(architecture, prefill, decode, target=None):
@@ -140,23 +144,23 @@ def timed_at(architecture, prefill, decode, target=None):
 )
 def test_speeds_timed_at_another_fraction_are_marked(fraction, off):
     """STT's capacity, and its fraction of the test split, is 0.5."""
-    table = main_table([make_run("standard"), timed_at("stt", prefill=0.5, decode=fraction)])
-    assert cell(table, "STT", TIMED_HEADER) == f"0.500 / {fraction:.3f}"
-    assert cell(table, "STT", "decode tok/s").endswith(" †") == off
-    sentences = [sentence for sentence in table.caption if sentence.startswith("† STT: timed decoding")]
+    table = main_table(of([make_run("standard"), timed_at("stt", prefill=0.5, decode=fraction)]))
+    assert cell(table, "stt", TIMED_HEADER) == f"0.500 / {fraction:.3f}"
+    assert cell(table, "stt", "decode tok/s").endswith(" †") == off
+    sentences = [sentence for sentence in table.caption if sentence.startswith("† stt: timed decoding")]
     assert len(sentences) == off
     assert (
         not off
         or f"computed {fraction:.3f} of the tokens in routed layers, the test split 0.500" in sentences[0]
     )
-    assert "†" not in cell(table, "STT", "prefill tok/s ratio") + cell(table, "Standard", "decode tok/s")
+    assert "†" not in cell(table, "stt", "prefill tok/s ratio") + cell(table, "standard", "decode tok/s")
 
 
 def test_prefill_is_marked_by_itself_and_full_capacity_is_no_fault():
-    table = main_table([make_run("standard"), timed_at("stt", prefill=0.1, decode=0.5)])
-    assert cell(table, "STT", "prefill tok/s ratio").endswith(" †")
-    assert "†" not in cell(table, "STT", "decode tok/s")
-    table = main_table([make_run("standard"), timed_at("stt", prefill=1.0, decode=1.0, target=1.0)])
+    table = main_table(of([make_run("standard"), timed_at("stt", prefill=0.1, decode=0.5)]))
+    assert cell(table, "stt", "prefill tok/s ratio").endswith(" †")
+    assert "†" not in cell(table, "stt", "decode tok/s")
+    table = main_table(of([make_run("standard"), timed_at("stt", prefill=1.0, decode=1.0, target=1.0)]))
     assert "†" not in "".join([*table.caption, *table.rows[1].cells])
 
 
@@ -170,24 +174,24 @@ def test_one_layer_at_none_or_all_is_marked_although_the_mean_is_right(timed, sp
     layers["3"] = timed
     layers |= {layer: (4 * 0.5 - timed) / 3 for layer in layers if layer != "3"}
     run["efficiency"]["routed_fraction"]["3"]["eval"] = split
-    table = main_table([make_run("standard"), run])
-    assert cell(table, "STT", TIMED_HEADER) == "0.520 / 0.500"
-    assert cell(table, "STT", "decode tok/s").endswith(" †") == off
+    table = main_table(of([make_run("standard"), run]))
+    assert cell(table, "stt", TIMED_HEADER) == "0.520 / 0.500"
+    assert cell(table, "stt", "decode tok/s").endswith(" †") == off
     which = "none" if timed == 0 else "all"
-    told = f"† STT: timed decoding computed {which} of the tokens in routed layer 3, the test split {split}:"
+    told = f"† stt: timed decoding computed {which} of the tokens in routed layer 3, the test split {split}:"
     assert any(sentence.startswith(told) for sentence in table.caption) == off
-    assert "†" not in cell(table, "STT", "prefill tok/s ratio")
+    assert "†" not in cell(table, "stt", "prefill tok/s ratio")
 
 
 def test_a_rule_without_a_cache_has_no_timed_fraction_of_decoding():
     runs = [make_run("standard"), make_run("mod", rule="topk")]
     del runs[1]["efficiency"]["timed_routed_fraction"]["decode"]
-    table = main_table(runs)
+    table = main_table(of(runs))
     assert [row.cells[table.headers.index(TIMED_HEADER) - 1] for row in table.rows] == ["–", "0.130 / –", "–"]
 
 
 def test_runs_of_different_precision_are_told():
     runs = [make_run("standard"), make_run("mod")]
-    assert "precisions" not in " ".join(main_table(runs).caption)
+    assert "precisions" not in " ".join(main_table(of(runs)).caption)
     runs[1]["eval"]["dtype"] = "bf16"
-    assert "evaluated in different precisions (bf16, fp32)" in " ".join(main_table(runs).caption)
+    assert "evaluated in different precisions (bf16, fp32)" in " ".join(main_table(of(runs)).caption)

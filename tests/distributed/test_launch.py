@@ -36,7 +36,7 @@ def test_the_component_trains_in_two_processes_what_one_process_trains(
     two = tmp_path / "two"
     train_component.python_func(
         settings=settings.to_json(),
-        run="mod:0",
+        run='["mod", ["model.type=mod"], {}]',
         data=SimpleNamespace(path=str(data_dir)),
         run_folder=SimpleNamespace(path=str(two)),
         launch=Launch(processes=2).to_json(),

@@ -139,7 +139,7 @@ def test_the_pipeline_runs_with_each_step_in_its_container(client, tmp_path, mic
     output_dir = tmp_path / "outputs"
     budget = "training.max_flops=2.0e9"
     result = run_in_docker(
-        output_dir, "--architectures", "mod", budget, *micro_overrides, MLFLOW_TRACKING_URI=mlflow_server
+        output_dir, "--variants", "mod", budget, *micro_overrides, MLFLOW_TRACKING_URI=mlflow_server
     )
     assert result.returncode == 0, result.stdout + result.stderr
     report = output_dir / "quickstart" / "report"
@@ -157,6 +157,6 @@ def test_the_pipeline_runs_with_each_step_in_its_container(client, tmp_path, mic
 
 def test_a_step_that_fails_in_its_container_fails_the_run(client, tmp_path, micro_overrides):
     sources = "data.dataset_configs=[{name: gone, path: json, data_files: /nowhere/gone.jsonl}]"
-    result = run_in_docker(tmp_path, "--architectures", "standard", *micro_overrides, sources)
+    result = run_in_docker(tmp_path, "--variants", "standard", *micro_overrides, sources)
     assert result.returncode == 2
     assert "/nowhere/gone.jsonl" in result.stdout and "prepare-data" in result.stderr

@@ -228,7 +228,7 @@ def server(request, database, objects, tmp_path_factory):
 def run_id(server, tmp_path):
     """A model's run, tracked as the pipeline does it, with a comparison's run above it."""
     settings = TrackingSettings(experiment="cluster", mlflow_uri=server.uri)
-    tags = {"architecture": "mod", "seed": "0"}
+    tags = {"run": "mod-seed0"}
     tracker = RunTracker(tmp_path, settings, tmp_path, "mod-seed0", {"model": {"type": "mod"}}, tags)
     for step in (1, 2):
         tracker.log(step, {"tokens": step * 100, "train/loss": 1 / step})
@@ -243,7 +243,7 @@ def run_id(server, tmp_path):
     report.mkdir()
     (report / "report.html").write_text("<p>equal work</p>")
     found = find_evaluated(settings, tmp_path, tmp_path.name)
-    assert found == {"mod:0": tracker.run_id}
+    assert found == {"mod-seed0": tracker.run_id}
     track_comparison(settings, tmp_path, "comparison", list(found.values()), report)
     return tracker.run_id
 

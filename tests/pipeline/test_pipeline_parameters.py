@@ -4,10 +4,19 @@ import json
 
 import pytest
 
-from dynamic_transformers.configure import run_names, settings_from_parameters
+from dynamic_transformers.configure import settings_from_parameters
 from dynamic_transformers.settings import UserError
+from dynamic_transformers.study import study_runs
 
-QUICK = {"overrides": [], "dataset_configs": "", "max_flops": 0.0, "mlflow_uri": "", "mlflow_experiment": ""}
+QUICK = {
+    "variants": "",
+    "grid": "",
+    "overrides": [],
+    "dataset_configs": "",
+    "max_flops": 0.0,
+    "mlflow_uri": "",
+    "mlflow_experiment": "",
+}
 
 
 def merged(**parameters):
@@ -47,6 +56,9 @@ def test_parameters_go_over_the_settings(monkeypatch):
         ({"settings": '{"training": []}'}, "training=[]: must be a mapping"),
         ({"settings": '{"data": 3}'}, "data=3: must be a mapping"),
         ({"settings": '{"run": {"name": "${x"}}'}, "run.name: "),
+        ({"variants": "["}, "variants: not JSON"),
+        ({"variants": "[]"}, "variants: must be a JSON object, not []"),
+        ({"grid": "3"}, "grid: must be a JSON object, not 3"),
         ({"dataset_configs": "[{]"}, "dataset_configs: not JSON"),
         ({"dataset_configs": "{}"}, "dataset_configs: must be a JSON list, not {}"),
         ({"dataset_configs": "[1]"}, "data.dataset_configs[0]=1: must be a mapping"),
@@ -65,18 +77,13 @@ def test_wrong_parameters_end_in_one_line(parameters, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_runs_are_named_by_architecture_and_seed():
-    assert run_names(["mod", "stt"], [0.0, 1.0]) == ["mod:0", "stt:0", "mod:1", "stt:1"]
-    for architectures, seeds in (
-        (["transformer"], [0]),
-        (["mod"], [0.5]),
-        (["mod"], [-1]),
-        (["mod"], []),
-        (["mod"], [1, 1]),
-        (["mod"], ["x"]),
-        (["mod"], [None]),
-        (["mod"], [float("inf")]),
-        ([None], [0]),
-    ):
-        with pytest.raises(UserError, match=r"architectures|seeds"):
-            run_names(architectures, seeds)
+def test_a_study_in_the_form_takes_the_place_of_that_of_the_settings():
+    settings = json.dumps({"training": {"max_steps": 3}, "study": {"variants": {"old": ["model.type=sdt"]}}})
+    changed = merged(
+        settings=settings, variants='{"mod": ["model.type=mod"]}', grid='{"run.seed": [0, 1]}',
+        overrides=["study.baseline=mod"], dataset_configs='[{"name": "math", "type": "embedded"}]',
+    )  # fmt: skip
+    assert [run.name for run in study_runs(changed)] == ["mod-seed0", "mod-seed1"]
+    assert list(
+        merged(settings=settings, dataset_configs='[{"name": "math", "type": "embedded"}]').study.variants
+    ) == ["old"]

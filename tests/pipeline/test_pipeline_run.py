@@ -23,7 +23,7 @@ from pipelines.run import execution_identity, execution_of, main
 
 def pipeline_command(output_dir, architectures, *arguments):
     command = [sys.executable, "-m", "pipelines.run", f"run.output_dir={output_dir}"]
-    return [*command, "--architectures", architectures, "training.max_flops=2.0e9", *arguments]
+    return [*command, "--variants", architectures, "training.max_flops=2.0e9", *arguments]
 
 
 def environment(**variables):
@@ -268,7 +268,7 @@ def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_override
     report = tmp_path / "quickstart" / "report"
     (run,) = json.loads((report / "comparison.json").read_text())["runs"]
     assert run["architecture"] == "mod" and run["efficiency"]["prefill_tokens_per_second"] > 0
-    assert "without stt:0" in (report / "report.html").read_text()
+    assert "without stt-seed0" in (report / "report.html").read_text()
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("dynamic-transformers")
     runs = {entry.info.run_name: entry for entry in client.search_runs([experiment.experiment_id])}
@@ -280,9 +280,9 @@ def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_override
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("transformer",), "architectures=transformer: must be one of"),
-        (("mod", "--seeds", "x"), "--seeds x: must be whole numbers"),
-        (("mod,mod",), "architectures and seeds: name at least one"),
+        (("transformer",), "--variants transformer: no variant 'transformer'; there are standard, shallow"),
+        (("mod", "--seeds", "x"), "study.variants.mod: run.seed=x: must be a whole number"),
+        (("mod", "study.baseline=none"), "study.baseline=none: must be one of"),
     ],
 )
 def test_a_wrong_run_is_refused_before_anything_starts(arguments, message, tmp_path, call):

@@ -65,7 +65,7 @@ def test_a_run_that_a_task_was_given_is_used(store, tmp_path, monkeypatch):
     experiment = client(*store).create_experiment("of KFP", artifact_location=tmp_path.as_uri())
     given = [client(*store).create_run(experiment, run_name=name).info.run_id for name in ("task", "compare")]
     monkeypatch.setenv("MLFLOW_RUN_ID", given[0])
-    tags = {"architecture": "mod", "seed": "0"}
+    tags = {"run": "mod-seed0"}
     tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", {"a": 1}, tags)
     write_metrics(tracker, [1])
     tracker.log_final(100, {"test/loss": 1.0})
@@ -75,7 +75,7 @@ def test_a_run_that_a_task_was_given_is_used(store, tmp_path, monkeypatch):
     assert client(*store).get_run(given[0]).data.params == {"a": "1"}
     monkeypatch.setenv("MLFLOW_RUN_ID", given[1])
     assert RunTracker(tmp_path, settings, output_dir).run_id == given[0]  # a later step stays with the run
-    assert find_evaluated(settings, output_dir, "this") == {"mod:0": given[0]}
+    assert find_evaluated(settings, output_dir, "this") == {"mod-seed0": given[0]}
     track_comparison(settings, output_dir, "comparison", [given[0]], report_in(tmp_path))
     assert [a.path for a in client(*store).list_artifacts(given[1], "report")] == ["report/report.html"]
     assert client(*store).get_run(given[1]).info.status == "RUNNING"  # its owner ends it
@@ -91,13 +91,13 @@ def test_a_run_that_another_server_gave_is_not_used(store, tmp_path, monkeypatch
     given = mlflow.MlflowClient(theirs).create_run("0").info.run_id
     monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs)
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
-    tags = {"architecture": "mod", "seed": "0"}
+    tags = {"run": "mod-seed0"}
     tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", tags=tags)
     tracker.log_final(100, {"test/loss": 1.0})
     tracker.log_comparison("this")
     assert tracker.close("FINISHED")
     assert tracker.run_id not in (None, given)
-    assert find_evaluated(settings, output_dir, "this") == {"mod:0": tracker.run_id}
+    assert find_evaluated(settings, output_dir, "this") == {"mod-seed0": tracker.run_id}
     track_comparison(settings, output_dir, "comparison", [tracker.run_id], report_in(tmp_path))
     parent = client(*store).get_run(tracker.run_id).data.tags["mlflow.parentRunId"]
     assert [a.path for a in client(*store).list_artifacts(parent, "report")] == ["report/report.html"]
@@ -281,7 +281,7 @@ def test_what_was_evaluated_is_found_again_by_its_comparison(store, tmp_path):
     for place, (seed, comparison) in enumerate([(0, "this"), (0, "this"), (1, "this"), (2, "other")]):
         folder = tmp_path / str(place)
         folder.mkdir()
-        tags = {"architecture": "mod", "seed": str(seed)}
+        tags = {"run": f"mod-seed{seed}"}
         tracker = RunTracker(folder, settings, output_dir, f"{place}", tags=tags)
         write_metrics(tracker, [1])
         tracker.log_artifacts(report_in(folder), "evaluation")
@@ -289,12 +289,12 @@ def test_what_was_evaluated_is_found_again_by_its_comparison(store, tmp_path):
         tracker.log_comparison(comparison)
         assert tracker.close("FINISHED")
     found = find_evaluated(settings, output_dir, "this")
-    assert set(found) == {"mod:0", "mod:1"}
-    assert client(*store).get_run(found["mod:0"]).info.run_name == "1"  # the newest
-    copied = download(settings, output_dir, found["mod:1"], "evaluation", tmp_path / "copies")
+    assert set(found) == {"mod-seed0", "mod-seed1"}
+    assert client(*store).get_run(found["mod-seed0"]).info.run_name == "1"  # the newest
+    copied = download(settings, output_dir, found["mod-seed1"], "evaluation", tmp_path / "copies")
     assert (copied / "report.html").read_text() == "<p>"
     with pytest.raises(UserError, match="MLflow: nothing of run"):
-        download(settings, output_dir, found["mod:1"], "nothing", tmp_path / "copies")
+        download(settings, output_dir, found["mod-seed1"], "nothing", tmp_path / "copies")
 
 
 def test_a_model_may_take_longer_to_store_than_a_metric(address, tmp_path, monkeypatch):
@@ -344,13 +344,13 @@ def test_only_what_has_arrived_can_be_found(store, tmp_path, monkeypatch, lost):
 
     settings, output_dir = store
     monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", log_artifacts)
-    tracker = RunTracker(tmp_path, settings, output_dir, "a", tags={"architecture": "mod", "seed": "0"})
+    tracker = RunTracker(tmp_path, settings, output_dir, "a", tags={"run": "mod-seed0"})
     track_evaluation(tracker)
     assert client(*store).get_run(tracker.run_id).data.metrics["test/loss"] == 1.0
-    assert set(find_evaluated(settings, output_dir, "this")) == (set() if lost else {"mod:0"})
+    assert set(find_evaluated(settings, output_dir, "this")) == (set() if lost else {"mod-seed0"})
     monkeypatch.undo()
     assert RunTracker(tmp_path, settings, output_dir).sync()
-    assert set(find_evaluated(settings, output_dir, "this")) == {"mod:0"}
+    assert set(find_evaluated(settings, output_dir, "this")) == {"mod-seed0"}
 
 
 def test_lines_are_sent_once_also_by_a_later_step(store, tmp_path):

@@ -80,7 +80,7 @@ def compare(
     evaluations: Sequence[Path],
     output_dir: Path,
     models: Sequence[Path] = (),
-    baseline: str = "standard",
+    baseline: str | None = "standard",
     title: str = "Dynamic Transformers: comparison",
     force: bool = False,
 ) -> Path:

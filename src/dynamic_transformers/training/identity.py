@@ -25,7 +25,7 @@ FREE = (
 )
 
 # How a size is asked for does not count, but what it comes to.
-SIZE_AS_DIMENSIONS = {"size": None, "depth_factor": None, "width_factor": None, "match": None}
+SIZE_AS_DIMENSIONS = {"size": None, "depth_factor": None, "width_factor": None}
 
 
 def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def write_package(path, image=PUSHED, pull_policy=None, needs_more=False, cached
     """A pipeline that takes what ours takes, of its form: configure, (train, export) in a loop, compare."""
 
     @dsl.component(base_image=image, install_kfp_package=False)
-    def configure(settings: str, seeds: List[int]) -> List[str]:  # noqa: UP006
+    def configure(settings: str, grid: str) -> List[str]:  # noqa: UP006
         return []
 
     @dsl.component(base_image=image, install_kfp_package=False)
@@ -45,8 +45,8 @@ def write_package(path, image=PUSHED, pull_policy=None, needs_more=False, cached
     def compare(runs: List[str]):  # noqa: UP006
         pass
 
-    def pipeline(settings: str, architectures: List[str], seeds: List[int], dataset: str = "embedded"):  # noqa: UP006
-        configured = configure(settings=settings, seeds=seeds).set_caching_options(False)
+    def pipeline(settings: str, variants: str = "", grid: str = "", dataset: str = "embedded"):
+        configured = configure(settings=settings, grid=grid).set_caching_options(False)
         with dsl.ParallelFor(configured.output) as run:
             trained = train(run=run).set_caching_options(cached)
             exported = export(run=trained.output).set_caching_options(cached)
@@ -54,7 +54,7 @@ def write_package(path, image=PUSHED, pull_policy=None, needs_more=False, cached
         if pull_policy:
             kubernetes.set_image_pull_policy(trained, pull_policy)
 
-    def needier_pipeline(settings: str, architectures: List[str], seeds: List[int], budget: float):  # noqa: UP006
+    def needier_pipeline(settings: str, budget: float, variants: str = "", grid: str = ""):
         train(run=settings)
 
     definition = dsl.pipeline(name="small-comparison")(needier_pipeline if needs_more else pipeline)
@@ -84,4 +84,4 @@ def write_record(path, **fields):
     return str(path)
 
 
-RUNS = ("--architectures", "standard,mod", "--seeds", "0,1")  # standard:0, mod:0, standard:1, mod:1
+RUNS = ("--variants", "standard,mod", "--seeds", "0,1")  # standard and mod of seed 0, then of seed 1

@@ -10,6 +10,7 @@ from submissions import PUSHED, TOKEN, command, pushed, write_package, write_rec
 from dynamic_transformers import __version__
 from dynamic_transformers.configure import settings_from_json
 from dynamic_transformers.settings import PROJECT_ROOT
+from dynamic_transformers.study import study_runs
 
 
 def test_a_user_sees_what_was_submitted_and_nothing_else(guarded, package):
@@ -84,15 +85,15 @@ def test_the_same_content_is_uploaded_once(fake, run, tmp_path):
 
 
 def test_parameters_arrive(fake, run):
-    asked = ("--architectures", "mod,stt", "--seeds", "0,3", "training.max_flops=5e9", "run.name=trial")
+    asked = ("--variants", "mod,stt", "--seeds", "0,3", "training.max_flops=5e9", "run.name=trial")
     code, _, errors = run(fake.url, "--experiment", "budgets", *asked)
     assert code == 0, errors
     (started,) = fake.runs
     parameters = started["runtime_config"]["parameters"]
-    assert parameters.keys() == {"settings", "architectures", "seeds"}
-    assert parameters["architectures"] == ["mod", "stt"]
-    assert parameters["seeds"] == [0, 3] and all(type(seed) is int for seed in parameters["seeds"])
+    assert parameters.keys() == {"settings"}
     settings = settings_from_json(parameters["settings"])
+    names = [run.name for run in study_runs(settings)]
+    assert names == ["mod-seed0", "stt-seed0", "mod-seed3", "stt-seed3"]
     assert settings.training.max_flops == 5e9
     assert settings.run.output_dir == "outputs" and settings.tracking.mlflow_uri is None
     assert str(PROJECT_ROOT) not in json.dumps(started)
@@ -170,16 +171,16 @@ def test_a_run_that_the_server_refuses(fake, refused, tmp_path):
     assert "answered 400: Invalid input error: parameter budget is not optional" in line
 
 
-def without_seeds(text):
+def without_grid(text):
     spec = yaml.safe_load(text)
-    del spec["root"]["inputDefinitions"]["parameters"]["seeds"]
+    del spec["root"]["inputDefinitions"]["parameters"]["grid"]
     return yaml.safe_dump(spec)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without_seeds, "pipeline small-comparison has no parameter seeds"),
+        (without_grid, "pipeline small-comparison has no parameter grid"),
         (lambda text: "kind: Workflow", "no compiled pipeline; `make pipeline` writes one"),
         (lambda text: "{", "no compiled pipeline; `make pipeline` writes one"),
         (lambda text: "", "no compiled pipeline; `make pipeline` writes one"),

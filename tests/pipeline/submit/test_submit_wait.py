@@ -36,13 +36,13 @@ def test_wait_prints_a_line_when_a_step_of_ours_changes_state(fake, run):
         "run: RUNNING",
         "configure: RUNNING",
         "configure: SUCCEEDED",
-        "train of standard:0: SUCCEEDED, from the cache",
-        "train of mod:0: RUNNING",
-        "train of mod:1: RUNNING",
-        "train of mod:0: RUNNING, attempt 2",
-        "train of mod:0: SUCCEEDED, attempt 2",
-        "export of mod:0: RUNNING",
-        "export of mod:0: SUCCEEDED",
+        "train of standard-seed0: SUCCEEDED, from the cache",
+        "train of mod-seed0: RUNNING",
+        "train of mod-seed1: RUNNING",
+        "train of mod-seed0: RUNNING, attempt 2",
+        "train of mod-seed0: SUCCEEDED, attempt 2",
+        "export of mod-seed0: RUNNING",
+        "export of mod-seed0: SUCCEEDED",
         "compare: SUCCEEDED",
         "run: SUCCEEDED",
     ]
@@ -76,17 +76,17 @@ def failed(message="main: Error (exit code 1)", minute=8, **fields):
         (
             {"configure": "SUCCEEDED", "train_0": "SUCCEEDED", "train_3": failed()},
             ("train", 3, "executor"),
-            "train of mod:1 failed (main: Error (exit code 1))",
+            "train of mod-seed1 failed (main: Error (exit code 1))",
         ),
         (
             {"configure": "SUCCEEDED", "train_2": failed(attempts=3)},
             ("train", 2, "executor(2)"),
-            "train of standard:1 failed (main: Error (exit code 1))",
+            "train of standard-seed1 failed (main: Error (exit code 1))",
         ),
         (
             {"train_0": "SUCCEEDED", "export_0": failed("pod deleted")},
             ("export", 0, "executor"),
-            "export of standard:0 failed (pod deleted)",
+            "export of standard-seed0 failed (pod deleted)",
         ),
         (
             {"train_0": "SUCCEEDED", "export_0": "SUCCEEDED", "train_1": "SUCCEEDED", "compare": failed()},
@@ -96,7 +96,7 @@ def failed(message="main: Error (exit code 1)", minute=8, **fields):
         (
             {"train_1": Step("OMITTED", driver="FAILED")},
             ("train", 1, "driver"),
-            "train-driver of mod:0 failed",
+            "train-driver of mod-seed0 failed",
         ),
     ],
 )
@@ -116,7 +116,7 @@ def test_of_several_steps_that_failed_the_first_are_named(fake, refused):
     failures = {f"train_{index}": failed(minute=9 - index) for index in range(4)}
     fake.states = [state("FAILED", configure="SUCCEEDED", **failures)]
     line = refused(fake.url, "--wait", *RUNS)
-    assert re.findall(r"train of (\S+) failed", line) == ["mod:1", "standard:1", "mod:0"]
+    assert re.findall(r"train of (\S+) failed", line) == ["mod-seed1", "standard-seed1", "mod-seed0"]
     assert "1 more failed; see http" in line
 
 
@@ -132,7 +132,7 @@ def test_a_run_that_failed_is_begun_again_until_it_succeeds(fake, run):
     first, *others = ({**started, "run_id": 0, "display_name": ""} for started in fake.runs)
     assert others == [first, first]  # the same version, so that the cache knows it, and the same parameters
     assert len(fake.versions) == 1
-    assert output.count("train of mod:0 failed (pod deleted)") == 1
+    assert output.count("train of mod-seed0 failed (pod deleted)") == 1
     assert "begun again in 0 s, 2 of 3\n" in output and output.splitlines()[-1].endswith(" run: SUCCEEDED")
 
 
