@@ -13,6 +13,8 @@ def compare(
     models: dsl.Input[List[dsl.Model]],  # noqa: UP006
     evaluations: dsl.Input[List[dsl.Artifact]],  # noqa: UP006
     report: dsl.Output[dsl.Artifact],
+    page: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
 ):
     """Write `comparison.json`, `report.html` and plots, and hang the runs under one in MLflow.
 
@@ -21,12 +23,15 @@ def compare(
         models: what the export steps wrote, in the order of `evaluations`.
         evaluations: what the evaluate steps wrote.
         report: the comparison.
+        page: its report.html, which KFP's pages show.
+        metrics: each variant's test loss, and its difference to the baseline.
     """
+    import shutil
     from contextlib import suppress
     from pathlib import Path
 
     from dynamic_transformers.comparison.compare import compare as compare_step
-    from dynamic_transformers.comparison.compare import tracked_runs
+    from dynamic_transformers.comparison.compare import shown_figures, tracked_runs
     from dynamic_transformers.configure import settings_from_json
     from dynamic_transformers.settings import UserError
     from dynamic_transformers.step_log import step_log
@@ -42,6 +47,9 @@ def compare(
             baseline=values.study.baseline,
             models=[Path(model.path) for model in models],
         )
+        shutil.copy(output / "report.html", page.path)
+        for name, value in shown_figures(output).items():
+            metrics.log_metric(name, value)
         place = (values.tracking, values.run.output_dir)
         with suppress(UserError):  # nobody answers, which track_comparison takes as it does
             if again and report_of(*place, tracked_runs(output)):

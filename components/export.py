@@ -17,7 +17,19 @@ def export(data: dsl.Input[dsl.Dataset], run_folder: dsl.Input[dsl.Artifact], mo
     from pathlib import Path
 
     from dynamic_transformers.export import export as export_step
+    from dynamic_transformers.manifest import read_manifest
     from dynamic_transformers.step_log import step_log
 
     with step_log(Path(model.path)):
         export_step(Path(run_folder.path), Path(model.path), Path(data.path))
+        facts = read_manifest(Path(model.path))
+        names = (
+            "variant",
+            "seed",
+            "architecture",
+            "parameters",
+            "training_flops",
+            "training_tokens",
+            "digest",
+        )
+        model.metadata.update({name: facts[name] for name in names}, **facts["point"])

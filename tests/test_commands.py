@@ -42,7 +42,7 @@ def test_train_and_bench(config_name, tmp_path, micro_overrides):
         command = ("-m", "dynamic_transformers.cli", "compare", tmp_path / "run", "--output_dir", report)
         compared = python(*command)
         assert compared.returncode == 0, compared.stderr
-        assert str(report / "report.html") in compared.stdout and "MoD" in compared.stdout
+        assert str(report / "report.html") in compared.stdout and "mod" in compared.stdout
 
 
 HEAVY = {"torch", "transformers", "datasets", "mlflow", "accelerate", "lm_eval", "matplotlib", "scipy", "kfp"}

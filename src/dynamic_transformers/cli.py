@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -14,7 +15,7 @@ from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
 from dynamic_transformers.manifest import input_folder, read_manifest
 from dynamic_transformers.preflight import check_places, preflight
-from dynamic_transformers.settings import ModelSettings, Settings, UserError
+from dynamic_transformers.settings import PRECISIONS, ModelSettings, Settings, UserError
 from dynamic_transformers.study import single_run
 from dynamic_transformers.tracking.sync import add_sync_arguments, sync_command
 
@@ -99,13 +100,40 @@ def compare_command(args: argparse.Namespace) -> None:
     from dynamic_transformers.training.display import configure_logging
 
     configure_logging()
-    evaluations = [evaluation_of(folder) for folder in args.runs]
+    check_comparable(args.runs)
+    evaluations = [evaluation_of(folder, args.dtype) for folder in args.runs]
     models = [input_folder(folder, "model") for folder in evaluations]
     print_comparison(compare(evaluations, args.output_dir, models=models, baseline=args.baseline))
 
 
-def evaluation_of(folder: Path) -> Path:
-    """The evaluation of a run folder, made now if need be; a folder of an evaluation is given back."""
+def check_comparable(folders: Sequence[Path]) -> None:
+    """Refuse what `compare` would refuse, before a run is evaluated.
+
+    Raises:
+        UserError: a folder that is no run and no evaluation, or one training twice.
+    """
+    trainings: dict[str, Path] = {}
+    for folder in folders:
+        manifest = read_manifest(folder)
+        if manifest["step"] not in ("train", "evaluate"):
+            raise UserError(
+                f"{folder}: is the output of {manifest['step']}; compare takes run folders, and evaluations "
+                "of them"
+            )
+        if manifest["step"] == "train":
+            first = trainings.setdefault(manifest["config_digest"], folder)
+            if first is not folder:
+                raise UserError(
+                    f"{first} and {folder} are the same training with the same seed; give one of them"
+                )
+
+
+def evaluation_of(folder: Path, dtype: str | None = None) -> Path:
+    """The evaluation of a run folder, made now if need be; a folder of an evaluation is given back.
+
+    Args:
+        dtype: in place of the run's `evaluation.dtype`.
+    """
     from dynamic_transformers.evaluation.evaluate import evaluate
     from dynamic_transformers.export import export
 
@@ -116,6 +144,7 @@ def evaluation_of(folder: Path) -> Path:
     data_dir = input_folder(folder, "data")
     settings = settings_from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
     settings.run.output_dir = str(folder.resolve().parent)  # another working folder, or moved
+    settings.evaluation.dtype = dtype or settings.evaluation.dtype
     model_dir = export(folder, folder / "final_model")
     return evaluate(settings, data_dir, folder, model_dir, folder / "evaluation")
 
@@ -205,7 +234,15 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         default="standard",
         help="label of the variant that ratios and differences refer to (default: standard)",
     )
-    parser.add_argument("--output_dir", type=path, default=Path("outputs/report"))
+    parser.add_argument(
+        "--dtype", choices=PRECISIONS, help="of the weights (default: as each run was evaluated)"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=path,
+        default=Path("outputs/report"),
+        help="a report that is there is replaced (default: outputs/report)",
+    )
 
 
 COMMANDS = {

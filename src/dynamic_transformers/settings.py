@@ -102,7 +102,7 @@ class DimensionSettings:
 
 @dataclass
 class MoDSettings:
-    """Mixture-of-Depths options (architectures.md, section 3)."""
+    """Mixture-of-Depths options (docs/architectures.md)."""
 
     gate: Annotated[str, OneOf("sigmoid", "raw")] = "sigmoid"  # raw: the paper's formula
     aux_weight: Weight | None = None  # of the router's own membership loss; None: 0.01, of a control 0
@@ -111,7 +111,7 @@ class MoDSettings:
 
 @dataclass
 class SurpriseSettings:
-    """Surprise gate of SDT and STT (architectures.md, section 4)."""
+    """Surprise gate of SDT and STT (docs/architectures.md)."""
 
     offset_ce_init: Positive = 1.025
     multiplier_cu_init: Positive = 1.1
@@ -127,7 +127,7 @@ class SurpriseSettings:
 
 @dataclass
 class STTSettings:
-    """Options of STT alone (architectures.md, section 6)."""
+    """Options of STT alone (docs/architectures.md)."""
 
     targets: Annotated[str, OneOf("topk", "threshold")] = "topk"
     target_threshold: Annotated[float, In("(0, 1)")] = 0.75  # of the gate
@@ -221,7 +221,7 @@ class DataSettings:
 
 @dataclass
 class OptimizerSettings:
-    """AdamW. Learning rates of the groups are multiples of `lr` (architectures.md, section 7)."""
+    """AdamW. Learning rates of the groups are multiples of `lr` (docs/architectures.md)."""
 
     lr: Annotated[float, In("(0, 10]")] = 3e-3
     router_lr_multiplier: Multiplier = 1.0

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import mlflow
 import pytest
+from kfp import dsl
 from kfp.dsl import PipelineTaskFinalStatus
 from synthetic_evaluations import make_run, write_run
 
@@ -96,6 +97,14 @@ def pipeline(make_settings, tmp_path, uri):
     return Pipeline(make_settings(), tmp_path, uri)
 
 
+def shown_in(folder):
+    """The artifacts that KFP's pages show."""
+    return {
+        "page": dsl.HTML(uri=str(folder / "page.html")),
+        "metrics": dsl.Metrics(uri=str(folder / "metrics")),
+    }
+
+
 def compared(report):
     return [run["architecture"] for run in json.loads((report / "comparison.json").read_text())["runs"]]
 
@@ -178,7 +187,11 @@ def test_a_comparison_that_is_made_again_is_tracked_once(pipeline):
     experiment = pipeline.client.get_experiment_by_name(pipeline.settings.tracking.experiment)
     for _ in range(2):
         compare_component.python_func(
-            settings=pipeline.settings.to_json(), models=[], evaluations=folders, report=report
+            settings=pipeline.settings.to_json(),
+            models=[],
+            evaluations=folders,
+            report=report,
+            **shown_in(pipeline.folder),
         )
         runs = pipeline.client.search_runs([experiment.experiment_id])
         assert sorted(run.info.run_name for run in runs) == ["mod-seed0", "pipeline", "stt-seed0"]
@@ -195,6 +208,10 @@ def test_compare_opens_no_store_where_tracking_is_off(pipeline, monkeypatch):
     folders = [SimpleNamespace(path=str(pipeline.folder / run.split("-")[0] / "evaluation")) for run in RUNS]
     for _ in range(2):
         compare_component.python_func(
-            settings=pipeline.settings.to_json(), models=[], evaluations=folders, report=report
+            settings=pipeline.settings.to_json(),
+            models=[],
+            evaluations=folders,
+            report=report,
+            **shown_in(pipeline.folder),
         )
     assert compared(Path(report.path)) == ["mod", "stt"] and opened == []

@@ -111,3 +111,14 @@ def test_a_routed_model_whose_schedules_nobody_moves_says_so_once(callbacks, tmp
         ).train()
     told = [str(each.message) for each in seen if "nobody moves" in str(each.message)]
     assert len(told) == (0 if callbacks else 1)
+
+
+@pytest.mark.parametrize("batch", [{"ids": 3}, torch.ones(2, 8), {"input_ids": torch.ones(8)}])
+def test_batches_of_another_form_are_refused_before_training(batch):
+    with pytest.raises(TypeError, match="a mapping with input_ids"):
+        RoutingCallback([batch])
+
+
+def test_a_row_without_positions_is_one_document():
+    (batch,) = RoutingCallback([{"input_ids": torch.ones(2, 3, dtype=torch.long)}]).batches
+    assert batch["position_ids"].tolist() == [[0, 1, 2]] * 2

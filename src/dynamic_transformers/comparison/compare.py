@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from dynamic_transformers.comparison.labels import label_runs
 from dynamic_transformers.comparison.plots import write_plots
 from dynamic_transformers.comparison.report import name_of, render_report
-from dynamic_transformers.comparison.statistics import Comparison
+from dynamic_transformers.comparison.statistics import Comparison, difference_to
 from dynamic_transformers.comparison.tables import differences, render_realised_table, render_table
 from dynamic_transformers.evaluation.efficiency import (
     Prompt,
@@ -222,6 +222,20 @@ def check_version(path: Path, content: dict[str, Any]) -> None:
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version is {version}, must be {SCHEMA_VERSION}; {AGAIN}")
+
+
+def shown_figures(output_dir: Path) -> dict[str, float]:
+    """Of a finished comparison each group's test loss, and its difference to the baseline, by name."""
+    comparison, shown = read_comparison(output_dir), {}
+    for group in comparison.groups:
+        loss = group.interval("eval.loss")
+        assert loss is not None
+        shown[f"{group.label}: test loss"] = loss.mean
+        if baseline := comparison.baseline_of(group):
+            difference = difference_to(group, baseline, lambda run: run["eval"]["loss"])
+            if difference is not None:
+                shown[f"{group.label}: test loss − {baseline.label}"] = difference.mean
+    return shown
 
 
 def print_comparison(output_dir: Path) -> None:

@@ -186,6 +186,22 @@ def realised_figures(realised: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
+def shown_figures(output_dir: Path) -> dict[str, Any]:
+    """The few figures of a finished evaluation by which a person tells models apart."""
+    run = json.loads((output_dir / "evaluation.json").read_text(encoding="utf-8"))
+    fraction = run["efficiency"]["mean_routed_fraction"]
+    return {
+        "variant": run["variant"],
+        "seed": run["seed"],
+        **run["point"],
+        "test_loss": run["eval"]["loss"],
+        "bits_per_byte": run["eval"]["bits_per_byte"],
+        "forward_flops_per_token": run["efficiency"]["forward_flops_per_token"],
+        "training_flops": run["training_flops"],
+        **({"routed_fraction": fraction["mean"]} if fraction else {}),
+    }
+
+
 def comparison_of(settings: Settings) -> str:
     """Digest of what evaluated runs must share to be compared: settings and the program's revision."""
     return digest({"settings": settings.to_dict(), "revision": revision()})

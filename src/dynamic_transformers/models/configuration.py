@@ -19,7 +19,7 @@ class RoutedConfig(Qwen2Config):
         capacity_warmup_steps: steps over which the training capacity falls from 1 to `capacity`.
         selection_rule: who decides in eval mode: `threshold` (score > τ), `predictor` (logit > 0),
             `calibrated_predictor` (logit > its own τ), `aux` (router logit > 0; MoD only), or `topk`, which
-            looks at the future and is therefore only an upper bound (architectures.md, section 2). Two more
+            looks at the future and is therefore only an upper bound (docs/architectures.md). Two more
             are controls, which select in training too: `random` (each token with probability γ) and `even`
             (evenly spaced tokens of each document).
         training_rule: who selects in training: `topk`, or `threshold`, by which evaluation selects, too.

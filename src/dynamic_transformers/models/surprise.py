@@ -32,7 +32,7 @@ class PriorNetwork(nn.Module):
 
 
 class SurpriseGate(Fp32Module):
-    """g = S_CE + S_CU − S_CE·S_CU from expected and unexpected change (architectures.md, section 4).
+    """g = S_CE + S_CU − S_CE·S_CU from expected and unexpected change (docs/architectures.md).
 
     With u = β·CE and v = β·CU the gate is σ(logsumexp(u, v, u + v)), exactly: both sides have the odds
     e^u + e^v + e^(u+v). What selection compares is that logit divided by β and shifted,

@@ -1,4 +1,4 @@
-"""Analytic FLOPs per token (architectures.md, section 9).
+"""Analytic FLOPs per token (docs/architectures.md).
 
 Conventions: one multiply-add is 2 FLOPs; matrix products only (norms, activations, softmax and embedding
 look-ups are not counted); attention scores are counted for all pairs of a row's computed tokens (T×T in a

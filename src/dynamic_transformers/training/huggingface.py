@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
@@ -24,12 +25,16 @@ class RoutingCallback(TrainerCallback):
         Trainer(model, arguments, train_dataset=rows, callbacks=[RoutingCallback(batches)])
 
     Args:
-        batches: held-out text for the calibration, as `calibrate` takes it: some ten thousand tokens; None:
-            the averages of training remain, which hold γ less well.
+        batches: held-out text for the calibration, some ten thousand tokens: `input_ids` (B, T), and
+            `position_ids` where a row holds several documents. None: the averages of training remain, which
+            hold γ less well.
+
+    Raises:
+        TypeError: a batch is something else.
     """
 
     def __init__(self, batches: Batches | None = None):
-        self.batches = None if batches is None else list(batches)
+        self.batches = None if batches is None else [with_positions(batch) for batch in batches]
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Refuse `nn.DataParallel`, whose copies of a model forget what they saw.
@@ -58,6 +63,23 @@ class RoutingCallback(TrainerCallback):
             for routed in routed_models(model):
                 with whole(model):
                     calibrate(routed, self.batches)
+
+
+def with_positions(batch: Any) -> dict[str, Tensor]:
+    """What calibration reads of a batch; each row is one document where nothing says otherwise.
+
+    Raises:
+        TypeError: it is no mapping with `input_ids` (B, T).
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise TypeError(
+            "RoutingCallback: a batch must be a mapping with input_ids, a tensor of (rows, tokens)"
+        )
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    return {"input_ids": ids, "position_ids": positions}
 
 
 @contextmanager
