@@ -45,6 +45,7 @@ def compare(
             [Path(evaluation.path) for evaluation in evaluations],
             output,
             baseline=values.study.baseline,
+            settings=values,
             models=[Path(model.path) for model in models],
         )
         shutil.copy(output / "report.html", page.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from dynamic_transformers.command_line import path
 from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.preflight import preflight
 from dynamic_transformers.settings import SEED_KEY, Settings, UserError
@@ -14,6 +15,9 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     """Configuration, variants, seeds and overrides."""
     parser.add_argument(
         "--config-name", default="quickstart", help="a file of config/, or one of ours (default: quickstart)"
+    )
+    parser.add_argument(
+        "--config-dir", type=path, help="your files, which win over ours (default: config/, if there is one)"
     )
     parser.add_argument("--variants", help="labels of study.variants, by commas (default: all)")
     parser.add_argument("--seeds", help="by commas: short for study.grid.run.seed=[...]")
@@ -29,7 +33,7 @@ def pipeline_arguments(args: argparse.Namespace, here: bool = False) -> tuple[Se
     Raises:
         UserError: a mistake in any of them.
     """
-    settings = compose_settings(args.config_name, args.overrides)
+    settings = compose_settings(args.config_name, args.overrides, args.config_dir)
     if args.seeds is not None:
         settings.study.grid[SEED_KEY] = [seed.strip() for seed in args.seeds.split(",")]
     if args.variants is not None:

@@ -10,10 +10,13 @@ from dynamic_transformers.comparison.compare import compare, print_comparison
 from dynamic_transformers.comparison.plots import smoothed
 from dynamic_transformers.comparison.report import summary
 from dynamic_transformers.comparison.statistics import Comparison
+from dynamic_transformers.comparison.tables import bench_table
+from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.manifest import digest, read_manifest, write_json
 from dynamic_transformers.settings import UserError
+from dynamic_transformers.study import common, study_runs
 
-PLOTS = ("loss_vs_flops.png", "bench.png", "efficiency.png", "routed_fraction.png")
+PLOTS = ("loss_vs_flops", "bench", "efficiency", "routed_fraction")
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +29,16 @@ def four(tmp_path_factory):
 
 def test_writes_every_file_and_a_manifest(four):
     assert sorted(path.name for path in four.iterdir()) == sorted(
-        [*PLOTS, "comparison.json", "manifest.json", "report.html"]
+        [
+            *(f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg")),
+            "comparison.json",
+            "manifest.json",
+            "report.html",
+        ]
     )
     for name in PLOTS:
-        assert (four / name).read_bytes().startswith(b"\x89PNG")
+        assert (four / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (four / f"{name}.svg").read_text()
     manifest = read_manifest(four)
     assert manifest["step"] == "compare"
     assert list(manifest["inputs"]) == [f"{name}, seed 0" for name in ("standard", "mod", "sdt", "stt")]
@@ -132,7 +141,7 @@ def test_bare_evaluations_still_make_a_report(tmp_path):
     run["efficiency"] |= {"decode_tokens_per_second": None, "kv_bytes_per_token": None}
     run["mlflow_run_id"] = None
     report = compare([write_run(tmp_path / "in", run)], tmp_path / "report")
-    assert all((report / name).stat().st_size > 1000 for name in PLOTS)
+    assert all((report / f"{name}.png").stat().st_size > 1000 for name in PLOTS)
     assert "Every benchmark score" not in (report / "report.html").read_text()
 
 
@@ -243,3 +252,30 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="name an empty or new folder"):
         compare([folder], tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+def test_a_study_can_be_made_again_from_its_report(tmp_path):
+    settings = compose_settings("quickstart", ["run.output_dir=elsewhere"])
+    study = study_runs(
+        compose_settings("quickstart", ["study.grid={run.seed: [0, 3], model.size: [micro, tiny]}"])
+    )
+    runs = []
+    for run in study:
+        point = {key: value for key, value in run.point.items() if key != "run.seed"}
+        made = make_run(run.settings.model.type, run.settings.run.seed, variant=run.variant, point=point)
+        runs.append(made | {"overrides": run.settings.study.overrides})
+    report = compare(write_runs(tmp_path / "in", runs), tmp_path / "report", settings=common(settings))
+    again = compose_settings("study", config_dir=report)
+    assert sorted(run.name for run in study_runs(again)) == sorted(run.name for run in study)
+    assert {run.name: run.settings.model for run in study_runs(again)} == {
+        run.name: run.settings.model for run in study
+    }
+    assert "--config-dir . --config-name study" in (report / "report.html").read_text()
+
+
+def test_a_score_that_guessing_reaches_is_marked():
+    runs = [make_run("standard"), make_run("mod")]
+    for run, score in zip(runs, (0.30, 0.45), strict=True):
+        run["bench"]["dt_arithmetic"]["acc"] = score  # standard error 0.055
+    rows = {row[0]: row[2:] for row in bench_table(Comparison.of(runs, None))[1] if row[1] == "acc"}
+    assert rows["dt_arithmetic"] == ["0.300 (0.055) ≈ chance", "0.450 (0.055)"]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -28,6 +29,7 @@ from dynamic_transformers.evaluation.efficiency import (
 from dynamic_transformers.evaluation.evaluate import PROMPTS, SCHEMA_VERSION
 from dynamic_transformers.evaluation.exported import tokenizer_digest
 from dynamic_transformers.evaluation.routing_page import PICTURE
+from dynamic_transformers.folders import write_whole
 from dynamic_transformers.manifest import (
     digest,
     read_manifest,
@@ -35,7 +37,7 @@ from dynamic_transformers.manifest import (
     write_json,
     write_manifest,
 )
-from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.settings import ARCHITECTURES, SEED_KEY, Settings, UserError
 
 NUMBERS = (
     "parameters",
@@ -82,9 +84,10 @@ def compare(
     models: Sequence[Path] = (),
     baseline: str | None = "standard",
     title: str = "Dynamic Transformers: comparison",
+    settings: Settings | None = None,
     force: bool = False,
 ) -> Path:
-    """Compare evaluated models and return `output_dir` with comparison.json, report.html and four PNG plots.
+    """Compare evaluated models and return `output_dir` with comparison.json, report.html and four plots.
 
     Args:
         evaluations: folders with evaluation.json and manifest.json, of runs of any configuration; variants
@@ -96,6 +99,8 @@ def compare(
             are none.
         output_dir: replaced as a whole; returned as it is when the same evaluations made it, unless `force`.
         title: heading of the report.
+        settings: what all runs have, if they are of one study; study.yaml is then the study as a
+            configuration.
         force: make the report again.
 
     Raises:
@@ -112,7 +117,7 @@ def compare(
     config = {"title": title, "runs": runs, "measured": bool(models), "baseline": baseline}
     with step_output(output_dir, "compare", config, force) as output:
         if output is not None:
-            fill(output, loaded, models, config)
+            fill(output, loaded, models, config, settings)
     return output_dir
 
 
@@ -121,6 +126,7 @@ def fill(
     loaded: Sequence[tuple[Path, dict[str, Any]]],
     models: Sequence[Path],
     config: dict[str, Any],
+    settings: Settings | None,
 ) -> None:
     """Write the comparison's files into an empty folder."""
     for folder, run in loaded:
@@ -150,9 +156,26 @@ def fill(
     )
     plots = write_plots(comparison, output)
     pictures = {role: inputs[role] / PICTURE for role in inputs if (inputs[role] / PICTURE).is_file()}
-    report = render_report(comparison, manifests, plots, pictures, config["title"])
+    study = settings and write_study(settings, comparison, output / "study.yaml")
+    report = render_report(comparison, manifests, plots, pictures, config["title"], study)
     (output / "report.html").write_text(report, encoding="utf-8")
     write_manifest(output, "compare", config, inputs)
+
+
+def write_study(settings: Settings, comparison: Comparison, path: Path) -> Path:
+    """Write the runs as a study, which a pipeline would run again; returns `path`."""
+    values = settings.to_dict()
+    grid: dict[str, dict[Any, None]] = {}
+    for run in comparison.runs:
+        for key, value in {**run["point"], SEED_KEY: run["seed"]}.items():
+            grid.setdefault(key, {})[value] = None
+    values["study"] = {
+        "baseline": comparison.baseline,
+        "variants": {run["variant"]: run["overrides"] for run in comparison.runs},
+        "grid": {key: list(found) for key, found in grid.items()},
+    }
+    write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return path
 
 
 def measure(

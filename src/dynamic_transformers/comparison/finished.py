@@ -62,6 +62,7 @@ def compare_finished(settings: Settings, runs: Sequence[str], output_dir: Path) 
             output_dir,
             models=models,
             baseline=settings.study.baseline,
+            settings=settings,
             title=f"Dynamic Transformers: what finished of a pipeline that failed ({which})",
         )
     track_comparison(

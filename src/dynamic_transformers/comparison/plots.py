@@ -1,4 +1,4 @@
-"""The four PNG plots. Drawn on `Figure` objects, so no display and no global pyplot state is needed."""
+"""The four plots, PNG and SVG. On `Figure` objects: no display and no global pyplot state is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from dynamic_transformers.comparison.realised import marked
 from dynamic_transformers.comparison.statistics import Comparison, Group, Run, lookup, ratio_to
-from dynamic_transformers.comparison.tables import bench_tasks, bench_value, headline_metric
+from dynamic_transformers.comparison.tables import CHANCE, bench_tasks, bench_value, headline_metric
 
 # Of the variants, in turn: Okabe and Ito's palette, which the common forms of colour blindness leave apart,
 # and a marker each, for print in black and white.
@@ -24,7 +24,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Of the points of the grid, in turn.
 LINE_STYLES = ("-", "--", ":", "-.")
 HATCHES = ("", "///", "...", "xxx")
-CHANCE = {"dt_cloze": 0.25, "dt_arithmetic": 0.25}
 SMOOTHING = 5
 WIDTH = 10  # inches, of every figure: the report scales them alike
 DPI = 150
@@ -38,24 +37,25 @@ STYLE: dict[Any, Any] = {
     "hatch.color": "white",
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    "svg.hashsalt": "the same ids each time",
 }
 
 
 def write_plots(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Draw all plots of a comparison into `folder`; returns their paths by file name."""
+    """Draw all plots of a comparison into `folder`; returns the SVG files by name of the plot."""
     draw: dict[str, Callable[[Comparison], Figure]] = {
-        "loss_vs_flops.png": plot_loss,
-        "bench.png": plot_bench,
-        "efficiency.png": plot_efficiency,
-        "routed_fraction.png": plot_routed_fraction,
+        "loss_vs_flops": plot_loss,
+        "bench": plot_bench,
+        "efficiency": plot_efficiency,
+        "routed_fraction": plot_routed_fraction,
     }
-    paths = {}
     for name, plot in draw.items():
-        paths[name] = folder / name
         # Layout is solved while saving, so the style must hold until then.
         with rc_context(STYLE):
-            plot(comparison).savefig(paths[name], dpi=DPI, facecolor="white")
-    return paths
+            figure = plot(comparison)
+            figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
+            figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
+    return {name: folder / f"{name}.svg" for name in draw}
 
 
 def smoothed(values: Sequence[float], window: int = SMOOTHING) -> list[float]:

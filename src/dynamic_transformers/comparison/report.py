@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from dynamic_transformers.comparison.plots import CHANCE, SMOOTHING
+from dynamic_transformers.comparison.plots import SMOOTHING
 from dynamic_transformers.comparison.realised import MARK, timing_warnings
 from dynamic_transformers.comparison.statistics import (
     EQUAL_WORK_TOLERANCE,
@@ -26,6 +26,8 @@ from dynamic_transformers.comparison.statistics import (
 )
 from dynamic_transformers.comparison.tables import (
     ABSENT,
+    AT_CHANCE,
+    CHANCE,
     bench_table,
     main_table,
     realised_table,
@@ -47,15 +49,17 @@ def render_report(
     plots: dict[str, Path],
     routing: dict[str, Path],
     title: str,
+    study: Path | None = None,
 ) -> str:
     """HTML of the report.
 
     Args:
         comparison: checked runs, in the order of the table.
         manifests: the evaluation's manifest of each run, in that order.
-        plots: PNG files by name; they are embedded.
+        plots: SVG files by name; they are embedded.
         routing: PNG of the routing of a text, by run.
         title: heading.
+        study: file with the whole configuration, if it is known.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_DIR), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -79,6 +83,7 @@ def render_report(
         routing={name: _data_uri(path) for name, path in routing.items()},
         smoothing=SMOOTHING,
         chance=", ".join(sorted({f"{level:.2f}" for level in CHANCE.values()})),
+        at_chance=AT_CHANCE,
         training=_training(groups),
         rules=[_rule(group) for group in groups],
         has_stt=any(run["architecture"] == "stt" for run in runs),
@@ -88,6 +93,8 @@ def render_report(
         tolerance_routed=f"{100 * ROUTED_FRACTION_TOLERANCE:.0f} %",
         lineage=[_lineage(run, manifest) for run, manifest in zip(runs, manifests, strict=True)],
         packages=_packages(runs, manifests),
+        reproduce=study
+        and {"file": study.name, "name": study.stem, "revision": manifests[0]["git_revision"]},
     )
 
 
@@ -219,4 +226,5 @@ def _packages(runs: Sequence[Run], manifests: Sequence[dict[str, Any]]) -> list[
 
 
 def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    kind = {".png": "image/png", ".svg": "image/svg+xml"}[path.suffix]
+    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -33,6 +33,8 @@ from dynamic_transformers.comparison.statistics import (
 )
 
 ABSENT = "–"
+CHANCE = {"dt_cloze": 0.25, "dt_arithmetic": 0.25}  # accuracy of guessing
+AT_CHANCE = "≈ chance"
 SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 LOSS_HEADER = "test loss (nats/token)"
 TIMED_HEADER = "routed, timed (prefill / decode)"
@@ -240,16 +242,22 @@ def bench_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     rows = []
     for task, metrics in bench_tasks(groups).items():
         for metric in metrics:
-            cells = [bench_value(group, task, metric) for group in groups]
-            rows.append([task, metric, *(_bench_cell(value, error) for value, error in cells)])
+            chance = CHANCE.get(task) if metric.startswith("acc") else None
+            cells = [_bench_cell(*bench_value(group, task, metric), chance) for group in groups]
+            rows.append([task, metric, *cells])
     return ["task", "metric", *(group.label for group in groups)], rows
 
 
-def _bench_cell(value: Interval | None, error: float | None) -> str:
+def _bench_cell(value: Interval | None, error: float | None, chance: float | None) -> str:
     if value is None:
         return ABSENT
     digits = 3 if abs(value.mean) < 100 else 1
-    return f"{value.mean:,.{digits}f}" + ("" if error is None else f" ({error:,.{digits}f})")
+    guessed = chance is not None and error is not None and abs(value.mean - chance) <= 2 * error
+    return (
+        f"{value.mean:,.{digits}f}"
+        + ("" if error is None else f" ({error:,.{digits}f})")
+        + (f" {AT_CHANCE}" if guessed else "")
+    )
 
 
 def _timed(group: Group) -> str:
