@@ -288,6 +288,17 @@ class RoutedModelWithHead(RoutedPreTrainedModel):
         self.routing_state.advance(keep)
 
 
+def row_shares(targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Share of each row in the targets of the optimizer step, (B,).
+
+    Args:
+        targets: which labels of these rows are targets, (B, any) bool.
+        num_items_in_batch: targets of the step; None: of these rows.
+    """
+    counts = targets.sum(1)
+    return counts / (counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
 def combine_losses(
     routing: dict[int, RoutingResult], shares: Tensor
 ) -> tuple[dict[str, Tensor], Tensor | float]:
