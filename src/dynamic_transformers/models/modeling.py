@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .adapters import WithAdapters
 from .cache import CACHE_NAME, RoutedCache, row_segments
 from .configuration import RoutedConfig
-from .heads import ScoreHead
+from .heads import ScoreHead, ScoreMap
 from .routing import Block, Router, RoutingContext, causal_mask
 from .selection import RoutingResult
 from .state import LayerState, RoutingState, beta_at
@@ -319,7 +319,7 @@ def combine_losses(
 
 def initialize_router_part(module: nn.Module, config: RoutedConfig) -> None:
     """Initial values of parameters and buffers that transformers does not know."""
-    if isinstance(module, ScoreHead):
+    if isinstance(module, (ScoreHead, ScoreMap)):
         init.normal_(module.weight, mean=0.0, std=config.initializer_range)
     elif isinstance(module, SurpriseGate):
         init.constant_(module.raw_offset_ce, inverse_softplus(module.config.offset_ce_init))
