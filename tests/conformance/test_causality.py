@@ -119,6 +119,19 @@ def test_packed_documents_do_not_see_one_another(stage, attention):
     torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("stage", ROUTED_STAGES)  # given a mask, transformers' own ignores positions
+def test_padding_between_packed_documents_keeps_them_apart(stage, attention):
+    """In training, at capacity 1, where documents do not compete; evaluation refuses such a row."""
+    model = calibrated_case(stage, attention=attention, capacity=1.0).train()
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[:, 5] = 0
+    positions = torch.tensor([0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 5]).expand(2, -1)
+    together = logits(model, ids, attention_mask=mask, position_ids=positions)
+    for part in (slice(0, 5), slice(6, None)):
+        torch.testing.assert_close(together[:, part], logits(model, ids[:, part]), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_packed_rows_may_be_cut_at_different_places(stage):
     window = {} if stage in ("standard", "mod") else {"surprise_window": 6}

@@ -62,18 +62,22 @@ def test_scores_and_logits_that_select_are_fp32(architecture, how, mode):
     assert (router.predictor is None) == student
     seen = {}
     router.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[1:3]))
-    for name in ("prior", "predictor"):
-        if getattr(router, name, None) is not None:
-            getattr(router, name).register_forward_hook(
-                lambda _, inputs, output, name=name: seen.update({name: output})
-            )
+    if architecture != "mod":
+        router.prior.register_forward_hook(lambda _, inputs, output: seen.update(prior=output))
+    if not student:
+        router.predictor.register_forward_hook(
+            lambda _, inputs, output: seen.update(predictor=(*inputs, output))
+        )
     with torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext():
         score = model(input_ids=tokens(2, LENGTH), use_cache=False).routing[1].score
     assert not bf16_suffices(score)
     exact = exact_scores(router, *seen["inputs"], seen.get("prior"), model.routing_state.beta.double())
     torch.testing.assert_close(score.double(), exact, atol=1e-6, rtol=1e-5)
     if not student:
-        assert not bf16_suffices(seen["predictor"])
+        inputs, logit = seen["predictor"]
+        up, down = (value.double() for value in router.predictor.parameters())
+        exact = (F.silu(inputs.double() @ up.T) * down).sum(-1)
+        torch.testing.assert_close(logit.double(), exact, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["autocast", "bf16 model"])

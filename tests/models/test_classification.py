@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from dynamic_transformers.training.huggingface import RoutingCallback
-from tests.models.tiny import BACKBONE, ROUTED, calibrated, tokens
+from tests.models.tiny import BACKBONE, ROUTED, calibrated, tiny_model, tokens
 
 PAD = 96
 LENGTHS = (20, 13, 7, 20, 5, 20, 11, 2)
@@ -145,15 +146,38 @@ def test_auxiliary_losses_train_with_it(classifier):
     assert classifier.eval()(**inputs).auxiliary_losses == {}
 
 
-NUMBERS = (0.5, -1.0, 2.0, 0.0, 1.5, -0.5, 1.0, 3.0)
-SEVERAL = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]] * 4
+LABELS = {
+    "one": (0, 1, 2, 0, 1, 2, 0, 1),
+    "one, some unknown": (0, -100, 2, 0, -100, 2, 0, 1),
+    "number": (0.5, -1.0, 2.0, 0.0, 1.5, -0.5, 1.0, 3.0),
+    "number, some unknown": (0.5, -1.0, -100.0, 0.0, 1.5, -100.0, 1.0, 3.0),
+    "several": [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]] * 4,
+    "several, some unknown": [[1.0, -100.0, 1.0], [-100.0] * 3, [0.0, 0.0, 1.0], [0.0, -100.0, -100.0]] * 2,
+}
 
 
-@pytest.mark.parametrize("labels", [None, NUMBERS, SEVERAL], ids=["one", "number", "several"])
+@pytest.mark.parametrize("kind", ["one", "number", "several"])
+def test_unknown_labels_count_in_no_loss(kind):
+    """The loss is the mean over the known elements, and 0 where none is known."""
+    labels = torch.tensor(LABELS[f"{kind}, some unknown"])
+    known = labels != -100
+    language_model = tiny_model("mod", num_labels=1 if kind == "number" else 3, pad_token_id=PAD)
+    model = AutoModelForSequenceClassification.from_config(language_model.config).eval()
+    output = model(tokens(8, 12), labels=labels)
+    logits = output.logits if kind == "one" else output.logits.view(labels.shape)
+    function = {"one": F.cross_entropy, "number": F.mse_loss, "several": F.binary_cross_entropy_with_logits}
+    torch.testing.assert_close(output.loss, function[kind](logits[known], labels[known]))
+    unknown = model.train()(tokens(8, 12), labels=torch.full_like(labels, -100))
+    assert unknown.loss == 0
+    unknown.loss.backward()
+    assert all(value.grad is None or not value.grad.any() for value in model.parameters())
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("classifier", ROUTED, indirect=True)
 def test_gradients_in_trainer_do_not_depend_on_how_a_step_is_cut(classifier, labels, tmp_path):
-    data = rows() if labels is None else rows(labels)
-    if labels is NUMBERS:
+    data = rows(labels)
+    if isinstance(labels[0], float):
         classifier.config.num_labels, classifier.num_labels = 1, 1
         classifier.score = torch.nn.Linear(32, 1, bias=False)
     start = {name: value.clone() for name, value in classifier.state_dict().items()}

@@ -7,7 +7,7 @@ from tests.models.tiny import ROUTED, tiny_model, tokens
 from tests.training.live_bytes import LiveBytes
 
 SIZE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8}
-MOST = {"mod": 1.3, "sdt": 1.3, "stt": 1.6}  # times what the standard model keeps
+MOST = 1.02  # times what the standard model keeps; 1.10 where routers are not checkpointed
 
 
 def kept(architecture: str, checkpointing: bool) -> int:
@@ -31,7 +31,7 @@ def kept(architecture: str, checkpointing: bool) -> int:
 
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_a_checkpointed_model_keeps_about_as_much_as_a_standard_one(architecture):
-    assert kept(architecture, True) <= MOST[architecture] * kept("standard", True)
+    assert kept(architecture, True) <= MOST * kept("standard", True)
     assert kept("standard", False) > 3 * kept("standard", True)  # that much is at stake
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynamic_transformers.models import MODEL_CLASSES, RoutedConfig
-from dynamic_transformers.models.heads import ScoreHead
+from dynamic_transformers.models.heads import Predictor, ScoreHead
 from dynamic_transformers.models.surprise import SurpriseGate
 from dynamic_transformers.training.huggingface import RoutingCallback
 from tests.models.tiny import (
@@ -72,21 +72,22 @@ def test_a_model_is_loaded_in_half_precision(case, dtype, tmp_path):
     half.generate(ids[:, :6], max_new_tokens=4, do_sample=False)
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
-def test_what_decides_is_not_quantised(architecture):
+@pytest.mark.parametrize("case", [*ROUTED, "mod predictor", "sdt predictor"])
+def test_what_decides_is_not_quantised(case):
     """Selection of given hidden states stays what it was, though all linear layers have 8 bits."""
-    model, ids = calibrated(architecture), tokens(2, 24)
+    model, ids = calibrated_case(case), tokens(2, 24)
     quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     assert type(quantised.model.layers[0].mlp.up_proj) is not torch.nn.Linear
     seen = {}
     for layer, router in quantised.model.routers.items():
         for name, part in router.named_modules():
-            if isinstance(part, (ScoreHead, SurpriseGate)):
+            if isinstance(part, (ScoreHead, SurpriseGate, Predictor)):
                 part.register_forward_hook(
                     lambda _, inputs, output, at=(layer, name): seen.update({at: (inputs, output)})
                 )
     logits(quantised, ids)
-    assert len(seen) == len(quantised.model.routers)
+    parts = {"mod predictor": 3, "sdt predictor": 3}.get(case, 1)  # a predictor holds a score head
+    assert len(seen) == parts * len(quantised.model.routers)
     for (layer, name), (inputs, output) in seen.items():
         exact = model.model.routers[layer].get_submodule(name)(*inputs)
         for got, expected in zip(

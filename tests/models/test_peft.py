@@ -82,6 +82,7 @@ def test_adapters_on_all_linear_layers_start_as_the_model_and_all_learn(architec
     before = logits(model, ids)
     config = LoraConfig(target_modules="all-linear", init_lora_weights=start, r=4, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
+    assert not any("lora" in name and ".predictor." in name for name, _ in adapted.named_parameters())
     torch.testing.assert_close(logits(adapted, ids), before, atol=1e-4, rtol=1e-3)
     adapted.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -11,7 +11,7 @@ from dynamic_transformers.models.selection import (
     select_top_k,
 )
 from dynamic_transformers.models.state import RoutingState
-from tests.models.tiny import ROUTED, ROUTED_STAGES, calibrated, calibrated_case, tiny_model, tokens
+from tests.models.tiny import ROUTED, ROUTED_STAGES, calibrated, calibrated_case, logits, tiny_model, tokens
 
 
 def test_top_k_is_ascending_and_holds_the_best():
@@ -242,6 +242,23 @@ def test_a_rule_that_the_model_cannot_follow_is_refused(architecture, options):
         model.config.selection_rule = options["selection_rule"]
         with pytest.raises(ValueError, match="this model knows threshold"):
             model(input_ids=tokens(1, 8))
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_training_rule_that_does_not_exist_is_refused(architecture):
+    with pytest.raises(ValueError, match="training_rule='treshold': give topk or threshold"):
+        tiny_model(architecture, training_rule="treshold")
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("rule", ["predictor", "even", "random", "topk"])
+def test_training_by_a_threshold_needs_a_threshold_in_evaluation(architecture, rule):
+    """Evaluation by another rule, to compare, needs none."""
+    options = {} if architecture == "stt" or rule != "predictor" else {"predictor_weight": 0.01}
+    model = tiny_model(architecture, selection_rule=rule, training_rule="threshold", **options)
+    with pytest.raises(ValueError, match=f"needs selection_rule='threshold', not '{rule}'"):
+        model(input_ids=tokens(1, 8))
+    assert logits(model.eval(), tokens(1, 8)).isfinite().all()
 
 
 @pytest.mark.parametrize("padded", [False, True])

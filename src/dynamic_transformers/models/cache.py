@@ -307,7 +307,7 @@ def row_segments(
         if ask and (begun + first.sum(1, keepdim=True) > 1).any():
             raise ValueError("padding between two tokens of a row: pad on the left to generate")
         number = segments.amax(1, keepdim=True).clamp(min=0) if past else 0
-        present = number + (starts & known & valid).cumsum(1)
+        present = number + (starts & valid).cumsum(1)
         segments = torch.cat([segments, present.masked_fill(~valid, NO_SEGMENT)], dim=1)
     if cache is not None:
         cache.segments, cache.last_position = segments, position_ids[:, -1:]

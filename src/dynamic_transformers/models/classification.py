@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration import RoutedConfig
-from .modeling import RoutedModelWithHead, combine_losses
+from .modeling import RoutedModelWithHead, combine_losses, row_shares
+from .routing import row_means
 from .selection import RoutingResult
 
 
@@ -62,7 +64,7 @@ class RoutedForSequenceClassification(RoutedModelWithHead):
             input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, output_attentions:
                 as in `RoutedModel.forward`. Padding is told by `attention_mask`.
             labels: (B,) classes, (B, classes) of several at once, or numbers; `config.problem_type` as in
-                Qwen2. -100 where a class is not known.
+                Qwen2. -100 where one is not known.
             num_items_in_batch: labels of the whole optimizer step, over micro-batches and ranks. All losses
                 are then this forward's share of the step's.
 
@@ -85,11 +87,11 @@ class RoutedForSequenceClassification(RoutedModelWithHead):
         loss = classification_loss = auxiliary = None
         if labels is not None:
             labels = labels.to(logits.device)
-            known = (labels != -100).reshape(len(labels), -1).sum(1)
-            count = known.sum() if num_items_in_batch is None else num_items_in_batch
-            mean = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-            classification_loss = mean * (known.sum() / count)
-            auxiliary, total = combine_losses(outputs.routing, known / count)
+            known = (labels != -100).reshape(len(labels), -1)
+            shares = row_shares(known, num_items_in_batch)
+            losses = label_losses(logits.float(), labels, self.config).reshape(known.shape)
+            classification_loss = (shares * row_means(losses, known)).sum()
+            auxiliary, total = combine_losses(outputs.routing, shares)
             loss = classification_loss + total
         return RoutedSequenceClassifierOutput(
             loss=loss,
@@ -99,6 +101,26 @@ class RoutedForSequenceClassification(RoutedModelWithHead):
             auxiliary_losses=auxiliary,
             routing=outputs.routing,
         )
+
+
+def label_losses(logits: Tensor, labels: Tensor, config: RoutedConfig) -> Tensor:
+    """Loss of each label by the function that Qwen2 takes; finite where a label is not known.
+
+    Raises:
+        ValueError: `config.problem_type` is not one of transformers'.
+    """
+    kind = config.problem_type
+    if kind is None and config.num_labels != 1:
+        whole = labels.dtype in (torch.long, torch.int)
+        kind = "single_label_classification" if whole else "multi_label_classification"
+    if kind == "single_label_classification":
+        return F.cross_entropy(logits, labels.flatten().long(), reduction="none")
+    logits, labels = logits.reshape(labels.shape), labels.float()
+    if kind in (None, "regression"):
+        return F.mse_loss(logits, labels, reduction="none")
+    if kind == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    raise ValueError(f"problem_type={kind!r}: give one of transformers', or None")
 
 
 def last_tokens(

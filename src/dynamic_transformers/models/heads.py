@@ -1,7 +1,7 @@
 """Small networks that score tokens. What they give decides, so it is computed in fp32.
 
-A head is no `nn.Linear`: whatever quantises a model, or puts adapters into all of its linear layers, leaves
-the scores alone.
+Nothing here is an `nn.Linear`: whatever quantises a model, or puts adapters into all of its linear layers,
+leaves the scores alone.
 """
 
 import torch
@@ -33,6 +33,19 @@ class PairScoreHead(ScoreHead):
         return (features * now).sum(-1), (features * back).sum(-1)
 
 
+class ScoreMap(nn.Module):
+    """W·x, without a bias, in fp32 also under autocast: what a score is made of."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, T, W) for features (B, T, D)."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.float(), self.weight.float())
+
+
 class Predictor(nn.Module):
     """Membership of the training top-k, predicted from the token alone (MoD, section 3.5, method 2).
 
@@ -41,10 +54,9 @@ class Predictor(nn.Module):
 
     def __init__(self, config: RoutedConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.hidden_size // 2, bias=False)
+        self.up_proj = ScoreMap(config.hidden_size, config.hidden_size // 2)
         self.down_proj = ScoreHead(config.hidden_size // 2)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits (B, T) in fp32 for hidden states (B, T, D)."""
-        features = hidden_states.detach().to(self.up_proj.weight.dtype)
-        return self.down_proj(F.silu(self.up_proj(features)))
+        return self.down_proj(F.silu(self.up_proj(hidden_states.detach())))

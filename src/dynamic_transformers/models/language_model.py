@@ -10,7 +10,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache import CACHE_NAME, RoutedCache
 from .configuration import RoutedConfig
-from .modeling import RoutedModelWithHead, combine_losses
+from .modeling import RoutedModelWithHead, combine_losses, row_shares
 from .selection import RoutingResult
 
 
@@ -122,9 +122,8 @@ class RoutedForCausalLM(RoutedModelWithHead, Qwen2ForCausalLM):
                 vocab_size=self.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            targets = (labels[:, 1:] != -100).sum(1)
-            count = targets.sum() if num_items_in_batch is None else num_items_in_batch
-            auxiliary, total = combine_losses(outputs.routing, targets / count)
+            shares = row_shares(labels[:, 1:] != -100, num_items_in_batch)
+            auxiliary, total = combine_losses(outputs.routing, shares)
             loss = language_model_loss + total
         return RoutedCausalLMOutput(
             loss=loss,

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .adapters import WithAdapters
 from .cache import CACHE_NAME, RoutedCache, row_segments
 from .configuration import RoutedConfig
-from .heads import ScoreHead
+from .heads import ScoreHead, ScoreMap
 from .routing import Block, Router, RoutingContext, causal_mask
 from .selection import RoutingResult
 from .state import LayerState, RoutingState, beta_at
@@ -288,6 +288,17 @@ class RoutedModelWithHead(RoutedPreTrainedModel):
         self.routing_state.advance(keep)
 
 
+def row_shares(targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Share of each row in the targets of the optimizer step, (B,).
+
+    Args:
+        targets: which labels of these rows are targets, (B, any) bool.
+        num_items_in_batch: targets of the step; None: of these rows.
+    """
+    counts = targets.sum(1)
+    return counts / (counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
 def combine_losses(
     routing: dict[int, RoutingResult], shares: Tensor
 ) -> tuple[dict[str, Tensor], Tensor | float]:
@@ -308,7 +319,7 @@ def combine_losses(
 
 def initialize_router_part(module: nn.Module, config: RoutedConfig) -> None:
     """Initial values of parameters and buffers that transformers does not know."""
-    if isinstance(module, ScoreHead):
+    if isinstance(module, (ScoreHead, ScoreMap)):
         init.normal_(module.weight, mean=0.0, std=config.initializer_range)
     elif isinstance(module, SurpriseGate):
         init.constant_(module.raw_offset_ce, inverse_softplus(module.config.offset_ce_init))

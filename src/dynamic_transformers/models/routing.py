@@ -181,7 +181,7 @@ def routed_update(
     update = update.to(hidden_states.dtype)
     if places is None:
         return hidden_states + update
-    if length == 1:  # no place twice: a copy costs a tenth of index_add here
+    if length == 1:  # no place twice; index_add starts threads for a few rows
         return hidden_states.index_copy(0, places, selected + update)
     flat = hidden_states.flatten(0, 1)
     return flat.index_add(0, places, update.flatten(0, 1)).view_as(hidden_states)
@@ -247,7 +247,7 @@ class Router(GradientCheckpointingLayer):
         self.check_rule()
 
     def check_rule(self) -> str:
-        """The configured rule.
+        """The configured selection rule.
 
         Raises:
             ValueError: the model cannot follow it.
@@ -255,6 +255,8 @@ class Router(GradientCheckpointingLayer):
         rule, available = self.config.selection_rule, self.config.available_rules
         if rule not in available:
             raise ValueError(f"selection_rule={rule!r}: this model knows {', '.join(available)}")
+        if self.config.training_rule not in ("topk", "threshold"):
+            raise ValueError(f"training_rule={self.config.training_rule!r}: give topk or threshold")
         return rule
 
     def select_for_training(
@@ -290,8 +292,13 @@ class Router(GradientCheckpointingLayer):
         Args:
             scores: (B, T) fp32.
             best: what `topk` selects; None: the tokens with the highest scores.
+
+        Raises:
+            ValueError: `training_rule` is `threshold`, and evaluation has another rule.
         """
         capacity, rule, valid = state.training_capacity, self.config.selection_rule, context.valid
+        if self.config.training_rule == "threshold" and rule != "threshold":
+            raise ValueError(f"training_rule='threshold' needs selection_rule='threshold', not {rule!r}")
         scores = scores.detach()
         if rule == "random":
             return select_top_k(torch.rand_like(scores), capacity, valid)
