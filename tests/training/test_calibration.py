@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import rules
-from dynamic_transformers.data.loading import load_split
+from dynamic_transformers.data.loading import batches_of, load_split
 from dynamic_transformers.export import load_run
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.models.selection import score_quantile
@@ -62,7 +62,7 @@ def test_thresholds_are_those_of_one_forward_for_each_layer(case, capacity):
     model = calibrated_case(case, capacity=capacity, num_hidden_layers=7)
     expected = naive(model, BATCHES)
     model = calibrated_case(case, capacity=capacity, num_hidden_layers=7)
-    fractions = calibrate(model, BATCHES)
+    fractions, _ = calibrate(model, BATCHES)
     kind = KINDS[model.config.selection_rule]
     torch.testing.assert_close(model.routing_state.thresholds[kind], expected, atol=1e-6, rtol=1e-6)
     assert not model.routing_state.weights[kind].any() and not model.training
@@ -74,7 +74,7 @@ def test_thresholds_are_those_of_one_forward_for_each_layer(case, capacity):
 @pytest.mark.parametrize("case", CALIBRATED)
 def test_at_full_capacity_all_is_computed_and_counted(case):
     model = calibrated_case(case, capacity=1.0)
-    assert set(calibrate(model, BATCHES).values()) == {1.0}
+    assert set(calibrate(model, BATCHES)[0].values()) == {1.0}
     for batch in (*BATCHES, packed(2, 32, 9)):
         routing = model(**batch, use_cache=False).routing
         assert all(result.selected.all() for result in routing.values())
@@ -90,7 +90,7 @@ def test_at_full_capacity_all_is_computed_and_counted(case):
 )
 def test_what_selects_no_fixed_fraction_is_left_alone(architecture, options):
     model = tiny_model(architecture, **options)
-    assert calibrate(model, BATCHES) == {} and model.routing_state.fresh
+    assert calibrate(model, BATCHES) == ({}, {}) and model.routing_state.fresh
 
 
 @pytest.mark.parametrize("case", CALIBRATED)
@@ -116,9 +116,21 @@ def test_flops_agree_within_one_percent(case):
     model = tiny_model(architecture, attention="eager", **size, **options)
     batch = packed(1, 128, 3)  # one row: the widest of several ragged rows would be counted for all
     with FlopCounterMode(display=False) as counter:
-        fractions = calibrate(model, [batch])
-    expected = calibration_flops(model.config, 128, fractions).total()
+        fractions, keys = calibrate(model, [batch])
+    expected = calibration_flops(model.config, 128, fractions, keys).total()
     assert expected == pytest.approx(counter.get_total_flops() / 128, rel=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_scores_of_uneven_rows_are_charged_row_by_row(case):
+    model, batch = calibrated_case(case), packed(8, 32, 7)
+    config = model.config
+    charged = calibration_flops(config, 32, *calibrate(model, [batch]))["scores"]
+    selected = model.model(**batch, use_cache=False).routing[1].selected
+    rows = [calibration_flops(config, 32, {1: row.double().mean().item()})["scores"] for row in selected]
+    assert len(set(rows)) > 1
+    assert charged == pytest.approx(sum(rows) / 8)
 
 
 def test_the_benchmark_of_the_rules_calibrates_as_a_run_ends(make_settings, data_dir, tmp_path, monkeypatch):
@@ -170,9 +182,9 @@ def test_calibration_is_charged_and_changes_no_number_of_steps(
         assert charged == 0
         return
     model, split = load_run(run), load_split(data_dir, "validation")
-    fractions = evaluate_heldout(model, split, 4).routed_fraction
+    work = calibrate(model, batches_of(split, 4))
     size = 32 * len(split)
-    assert charged == pytest.approx(size * calibration_flops(model.config, 32, fractions).total(), rel=1e-3)
+    assert charged == pytest.approx(size * calibration_flops(model.config, 32, *work).total(), rel=1e-6)
     assert lines(run)[-1]["training_flops"] == manifest["training_flops"]
 
 
@@ -189,4 +201,4 @@ def test_equal_flops_budgets_hold_the_calibration(make_settings, data_dir, tmp_p
 
 
 def test_a_model_without_routed_layers_has_nothing_to_calibrate():
-    assert calibrate(tiny_model("sdt", num_hidden_layers=1), BATCHES) == {}
+    assert calibrate(tiny_model("sdt", num_hidden_layers=1), BATCHES) == ({}, {})

@@ -186,7 +186,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_shown(
 ):
     models = endless_gradients({0, 1})
     settings = make_settings("stt", training={"max_steps": 2})
-    monkeypatch.setattr(trainer, "calibrate", lambda *_: None)  # which sets thresholds anew
+    monkeypatch.setattr(trainer, "calibrate", lambda *_: ({}, {}))  # which sets thresholds anew
     train(settings, data_dir, tmp_path / "one")
     ((model, before),) = models
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]

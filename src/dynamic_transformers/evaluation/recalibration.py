@@ -109,7 +109,7 @@ def fill(output: Path, model_dir: Path, data_dir: Path, config: RoutedConfig, as
             data["block_size"],
         )
     rows = calibration_rows(load_split(data_dir, "validation"), data["block_size"])
-    fractions = calibrate(model, batches_of(rows, 1))
+    fractions, keys = calibrate(model, batches_of(rows, 1))
     for layer, fraction in fractions.items():
         logger.info("calibrate: layer %d computes %.4f of the text", layer, fraction)
     for path in model_dir.iterdir():
@@ -119,7 +119,7 @@ def fill(output: Path, model_dir: Path, data_dir: Path, config: RoutedConfig, as
     written = json.loads((output / "config.json").read_text(encoding="utf-8"))
     write_json(output / "config.json", written | {"capacity": config.capacity})
     facts = {key: value for key, value in made.items() if key not in OWN}
-    facts["training_flops"] += calibration_cost(config, rows, data["block_size"], fractions)
+    facts["training_flops"] += calibration_cost(config, rows, data["block_size"], fractions, keys)
     # What tells variants apart: the data only where they are not those that the model learned from.
     own_content = made["run_config"]["data_digest"] == data["content_digest"]
     facts["run_config"] = made["run_config"] | {

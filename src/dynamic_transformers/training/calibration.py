@@ -47,20 +47,24 @@ def calibration_rows(split: datasets.Dataset, block_size: int) -> datasets.Datas
 
 
 def calibration_cost(
-    config: Qwen2Config, rows: datasets.Dataset, block_size: int, fractions: dict[int, float] | None = None
+    config: Qwen2Config,
+    rows: datasets.Dataset,
+    block_size: int,
+    fractions: dict[int, float] | None = None,
+    keys: dict[int, float] | None = None,
 ) -> float:
     """FLOPs of calibrating a model by these rows, of `block_size` tokens each; 0 where nothing is calibrated.
 
     Args:
-        fractions: as `calibrate` returns them; None: γ, which they will be.
+        fractions, keys: as `calibrate` returns them; None: γ, and all rows alike.
     """
     if not isinstance(config, RoutedConfig) or not is_calibrated(config):
         return 0.0
-    return len(rows) * block_size * calibration_flops(config, block_size, fractions).total()
+    return len(rows) * block_size * calibration_flops(config, block_size, fractions, keys).total()
 
 
 @torch.no_grad()
-def calibrate(model: RoutedForCausalLM, batches: Batches) -> dict[int, float]:
+def calibrate(model: RoutedForCausalLM, batches: Batches) -> tuple[dict[int, float], dict[int, float]]:
     """Make the threshold of the model's selection rule, if it has one, select the fraction γ of these tokens.
 
     Layer by layer from the first, all batches together, since a layer's scores depend on what the layers
@@ -74,26 +78,33 @@ def calibrate(model: RoutedForCausalLM, batches: Batches) -> dict[int, float]:
             ten thousand tokens are enough. With several ranks, all of them on every rank.
 
     Returns:
-        Routed layer → fraction of the tokens that it selects by its new threshold; at γ = 1 all.
+        Two dictionaries by routed layer: the fraction of the tokens that it selects by its new threshold (at
+        γ = 1 all), and with how many tokens of its row a selected one is compared, on average over selected
+        tokens.
     """
     model.eval()
     config, backbone = model.config, model.model
     if not is_calibrated(config):
-        return {}
-    rule, fractions = config.selection_rule, {}
+        return {}, {}
+    rule, fractions, keys = config.selection_rule, {}, {}
     with fixed_randomness(model.device):
         texts = [Text.of(backbone, batch) for batch in batches]
         for layer in range(config.routed_layers[-1] + 1):
             if layer in config.routed_layers:
-                scores = torch.cat([text.scores(layer).flatten() for text in texts])
-                threshold = score_quantile(scores, config.capacity, None)
+                scores = [text.scores(layer) for text in texts]
+                together = torch.cat([each.flatten() for each in scores])
+                threshold = score_quantile(together, config.capacity, None)
                 model.routing_state.set_threshold(rule, len(fractions), threshold)
                 router = cast(Router, backbone.routers[str(layer)])
-                fractions[layer] = router.above_threshold(scores, threshold).double().mean().item()
+                of_rows = [router.above_threshold(each, threshold).sum(1) for each in scores]
+                selected = torch.cat(of_rows).double()
+                total = selected.sum()
+                fractions[layer] = (total / together.numel()).item()
+                keys[layer] = (selected.square().sum() / total.clamp(min=1)).item()
             if layer < config.routed_layers[-1]:
                 for text in texts:
                     text.run(layer)
-    return fractions
+    return fractions, keys
 
 
 @dataclass

@@ -85,7 +85,10 @@ def forward_flops(
 
 
 def calibration_flops(
-    config: RoutedConfig, length: int, fractions: dict[int, float] | None = None
+    config: RoutedConfig,
+    length: int,
+    fractions: Mapping[int, float] | None = None,
+    keys: Mapping[int, float] | None = None,
 ) -> FlopAccount:
     """FLOPs per token of the text that sets the thresholds, by component.
 
@@ -93,7 +96,7 @@ def calibration_flops(
     threshold is known; of the last routed layer the score alone.
 
     Args:
-        config, length, fractions: as in `forward_flops`.
+        config, length, fractions, keys: as in `forward_flops`.
     """
     account, router = FlopAccount(), router_flops(config, training=False)
     if config.selection_rule == "calibrated_predictor":
@@ -103,7 +106,8 @@ def calibration_flops(
     *below, last = config.routed_layers
     for layer in range(last):
         fraction = layer_fraction(config, layer, fractions)
-        account.add(block_flops(config, length, 1.0 if fraction is None else fraction))
+        compared = (keys or {}).get(layer)
+        account.add(block_flops(config, length, 1.0 if fraction is None else fraction, compared))
     account.add(router, len(below))
     account.add(score, len(below) + 1)
     return account

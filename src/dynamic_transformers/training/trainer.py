@@ -161,9 +161,9 @@ def run(
                 leave(interruption.number or SIGTERM)  # another process of the run may have got the signal
             with interruption.at_once():
                 if isinstance(state.plain, RoutedForCausalLM):
-                    fractions = calibrate(state.plain, batches_of(rows, settings.data.batch_size))
-                    # Every rank does it, for want of anything else to do; it is charged once.
-                    state.progress.flops += calibration_cost(state.config, rows, block_size, fractions)
+                    fractions, keys = calibrate(state.plain, batches_of(rows, settings.data.batch_size))
+                    # All ranks calibrate, so that all have the thresholds; the work is charged once.
+                    state.progress.flops += calibration_cost(state.config, rows, block_size, fractions, keys)
                 observers.evaluation.evaluate(state.progress)
                 if accelerator.is_main_process:
                     write_end(run_dir, state)
