@@ -6,11 +6,15 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from dynamic_transformers.settings import OptimizerSettings
 from dynamic_transformers.training.calibration import calibrate
-from dynamic_transformers.training.huggingface import RoutingCallback
+from dynamic_transformers.training.huggingface import RoutingCallback, whole
 from dynamic_transformers.training.optimizer import build_optimizer
 from dynamic_transformers.training.step import OptimizerStep
 from tests.models.tiny import ALL, ROUTED, tiny_model, tokens
@@ -61,6 +65,18 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(exported, tmp_path):
     assert one.keys() == eight.keys()
     for name, value in one.items():
         torch.testing.assert_close(eight[name], value, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_what_fsdp_sharded_is_sharded_again_after_an_error(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = fully_shard(torch.nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ZeroDivisionError), whole(model):
+            assert not isinstance(model.weight, DTensor)
+            raise ZeroDivisionError
+        assert isinstance(model.weight, DTensor)
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("exported", ROUTED, indirect=True)

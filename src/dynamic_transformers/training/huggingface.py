@@ -66,9 +66,11 @@ def whole(model: nn.Module) -> Iterator[None]:
     shards = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in shards:
         part.unshard()
-    yield
-    for part in shards:
-        part.reshard()
+    try:
+        yield
+    finally:
+        for part in shards:
+            part.reshard()
 
 
 def routed_models(model: nn.Module) -> list[Any]:
