@@ -10,8 +10,9 @@ import pytest
 from dynamic_transformers.checks import check
 from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.constraints import In, OneOf, constraints_of, hints_of
+from dynamic_transformers.models import configuration
 from dynamic_transformers.reading import plain_type
-from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.settings import CONTROLS, Settings, UserError
 
 
 def fields(settings, prefix=()):
@@ -193,3 +194,7 @@ def test_dimensions_replace_those_of_the_size_one_by_one():
     check(settings)
     assert (settings.model.backbone.hidden_size, settings.model.backbone.num_hidden_layers) == (256, 3)
     assert settings_from_dict(settings.to_dict()) == settings
+
+
+def test_settings_and_models_name_the_same_controls():
+    assert CONTROLS == configuration.CONTROLS  # twice, since the models stand alone
