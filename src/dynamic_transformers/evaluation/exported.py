@@ -50,7 +50,7 @@ def load_model(
     Args:
         config: in place of the one in the folder.
         device: None: the GPU when there is one.
-        dtype: of its weights, fp32 or bf16; what scores tokens is in fp32 in either.
+        dtype: of its weights, fp32 or bf16; scores are computed in fp32 in either.
 
     Raises:
         UserError: the folder holds no model, its weights are damaged, or they are not those of the model:
