@@ -110,7 +110,7 @@ def test_a_speed_at_another_fraction_is_marked_and_told(tmp_path):
         work |= dict.fromkeys(work, 0.0)
     folders = write_runs(tmp_path / "in", [make_run("standard"), run])
     html = (compare(folders, tmp_path / "report") / "report.html").read_text()
-    assert html.count("† stt: timed decoding computed 0.000 of the tokens") == 2  # warnings, caption
+    assert html.count("† stt: timed decoding computed 0.000 of the tokens") == 1
     assert "test split: math" in html and "dt_cloze" in html
 
 
@@ -131,7 +131,7 @@ def test_number_and_length_of_the_timed_prompts_are_told(tmp_path):
 def test_unequal_work_is_said_plainly(tmp_path):
     folders = write_runs(tmp_path / "in", [make_run("standard"), make_run("mod", flops=1.4e13)])
     html = (compare(folders, tmp_path / "report") / "report.html").read_text()
-    assert html.count("this is not an isoFLOP comparison") == 3  # summary, warnings, caption
+    assert html.count("this is not an isoFLOP comparison") == 2  # summary, limits
 
 
 def test_bare_evaluations_still_make_a_report(tmp_path):
@@ -184,8 +184,11 @@ def test_summary_states_the_difference():
     runs = [make_run("standard"), make_run("mod")]
     runs[0]["eval"]["loss"], runs[1]["eval"]["loss"] = 4.24, 4.21
     text = " ".join(summary(Comparison.of(runs, "standard")))
-    assert "standard: test loss 4.240 nats/token; it is the baseline." in text
-    assert "mod: test loss 4.210 nats/token, 0.030 below standard, at 0.60 times its forward FLOPs" in text
+    assert "standard, the baseline, has a test loss of 4.240 nats per token." in text
+    assert (
+        "mod takes 0.60 times the forward FLOPs of standard. Its test loss is 0.030 lower than that of standard."
+        in text
+    )
     assert "trained with the same FLOPs" in text and "no difference is claimed" in text
     assert "dense model" not in text  # there is no other than the baseline
 
@@ -200,9 +203,14 @@ def test_summary_holds_a_routed_model_against_the_dense_one_of_equal_cost():
             run["efficiency"]["forward_flops_per_token"] *= 0.57
             run["eval"]["loss"] += 0.002 * (run["seed"] == 1)
     text = " ".join(summary(Comparison.of(runs, "standard")))
-    assert "shallow, the dense model of nearest cost (0.95 times the forward FLOPs of mod)" in text
+    assert "The dense model of nearest cost is shallow, with 0.95 times the FLOPs of mod." in text
     # Paired: the difference is 0.05 but for 0.002 with one seed, though seeds lie 0.1 apart.
-    assert "mod is 0.049 above shallow (95 % interval of 3 paired seeds +0.046 to +0.052)" in text
+    told = "Its test loss is 0.049 higher than that of shallow (95 % interval over 3 seeds: 0.046 to 0.052)."
+    assert told in text
+    runs[-1]["eval"]["loss"] += 0.5
+    assert "shallow, which 3 seeds do not tell from no difference" in " ".join(
+        summary(Comparison.of(runs, "standard"))
+    )
     assert "no difference is claimed" not in text
 
 

@@ -27,6 +27,12 @@ def of(runs):
     return Comparison.of(runs, "standard")
 
 
+def said(comparison):
+    """All sentences below the table."""
+    table = main_table(comparison)
+    return " ".join((*table.caption, *table.warnings))
+
+
 def cell(table, label, header):
     row = next(row for row in table.rows if row.label == label)
     return row.cells[table.headers.index(header) - 1]
@@ -51,10 +57,10 @@ def test_seeds_show_mean_and_interval_and_one_seed_shows_the_mean():
 
 
 def test_caption_states_single_seeds_and_unequal_work():
-    caption = " ".join(main_table(of([make_run("standard"), make_run("mod", flops=1.4e13)])).caption)
+    caption = said(of([make_run("standard"), make_run("mod", flops=1.4e13)]))
     assert "1 seed: differences are not significant by themselves" in caption
     assert "13.5 %" in caption and "not an isoFLOP comparison" in caption
-    caption = " ".join(main_table(of([make_run("standard", 0), make_run("standard", 1)])).caption)
+    caption = said(of([make_run("standard", 0), make_run("standard", 1)]))
     assert "significant" not in caption and "isoFLOP" not in caption
 
 
@@ -147,7 +153,7 @@ def test_speeds_timed_at_another_fraction_are_marked(fraction, off):
     table = main_table(of([make_run("standard"), timed_at("stt", prefill=0.5, decode=fraction)]))
     assert cell(table, "stt", TIMED_HEADER) == f"0.500 / {fraction:.3f}"
     assert cell(table, "stt", "decode tok/s").endswith(" †") == off
-    sentences = [sentence for sentence in table.caption if sentence.startswith("† stt: timed decoding")]
+    sentences = [sentence for sentence in table.warnings if sentence.startswith("† stt: timed decoding")]
     assert len(sentences) == off
     assert (
         not off
@@ -161,7 +167,7 @@ def test_prefill_is_marked_by_itself_and_full_capacity_is_no_fault():
     assert cell(table, "stt", "prefill tok/s ratio").endswith(" †")
     assert "†" not in cell(table, "stt", "decode tok/s")
     table = main_table(of([make_run("standard"), timed_at("stt", prefill=1.0, decode=1.0, target=1.0)]))
-    assert "†" not in "".join([*table.caption, *table.rows[1].cells])
+    assert "†" not in "".join([*table.warnings, *table.rows[1].cells])
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,7 @@ def test_one_layer_at_none_or_all_is_marked_although_the_mean_is_right(timed, sp
     assert cell(table, "stt", "decode tok/s").endswith(" †") == off
     which = "none" if timed == 0 else "all"
     told = f"† stt: timed decoding computed {which} of the tokens in routed layer 3, the test split {split}:"
-    assert any(sentence.startswith(told) for sentence in table.caption) == off
+    assert any(sentence.startswith(told) for sentence in table.warnings) == off
     assert "†" not in cell(table, "stt", "prefill tok/s ratio")
 
 
@@ -192,6 +198,6 @@ def test_a_rule_without_a_cache_has_no_timed_fraction_of_decoding():
 
 def test_runs_of_different_precision_are_told():
     runs = [make_run("standard"), make_run("mod")]
-    assert "precisions" not in " ".join(main_table(of(runs)).caption)
+    assert "precisions" not in said(of(runs))
     runs[1]["eval"]["dtype"] = "bf16"
-    assert "evaluated in different precisions (bf16, fp32)" in " ".join(main_table(of(runs)).caption)
+    assert "evaluated in different precisions (bf16, fp32)" in said(of(runs))

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from dynamic_transformers.comparison.plots import SMOOTHING
-from dynamic_transformers.comparison.realised import MARK, timing_warnings
+from dynamic_transformers.comparison.realised import MARK
 from dynamic_transformers.comparison.statistics import (
     EQUAL_WORK_TOLERANCE,
     NON_CAUSAL,
@@ -22,7 +22,6 @@ from dynamic_transformers.comparison.statistics import (
     difference_to,
     mean_interval,
     percent,
-    warnings,
 )
 from dynamic_transformers.comparison.tables import (
     ABSENT,
@@ -71,7 +70,6 @@ def render_report(
     return environment.get_template("report.html.j2").render(
         title=title,
         summary=summary(comparison),
-        warnings=[*warnings(comparison), *timing_warnings(groups)],
         table=main_table(comparison),
         bench_headers=bench_headers,
         bench_rows=bench_rows,
@@ -105,7 +103,7 @@ def summary(comparison: Comparison) -> list[str]:
     unigram = mean_interval([run["reference"]["unigram_loss"] for run in comparison.runs])
     assert unigram is not None
     sentences = [_of_group(comparison, group) for group in comparison.groups]
-    sentences.append(f"A unigram model has a test loss of {unigram.mean:.3f}.")
+    sentences.append(f"A unigram model, which knows no context, has {unigram.mean:.3f}.")
     if len(comparison.runs) > 1:
         spread = percent(comparison.flops_spread)
         sentences.append(
@@ -119,43 +117,42 @@ def summary(comparison: Comparison) -> list[str]:
 
 
 def _of_group(comparison: Comparison, group: Group) -> str:
-    loss = group.interval("eval.loss")
-    assert loss is not None
-    text = f"{group.label}: test loss {with_interval(loss, 3)} nats/token"
+    loss = with_interval(group.interval("eval.loss"), 3)
     if comparison.is_baseline(group):
-        return f"{text}; it is the baseline."
-    if baseline := comparison.baseline_of(group):
-        flops = f"{cost_ratio(group, baseline):.2f} times its forward FLOPs per token"
-        text += f", {_against(group, baseline)}, at {flops}"
-    text += "."
-    if dense := comparison.equal_cost_of(group):
-        ratio = cost_ratio(dense, group)
-        text += (
-            f" {dense.label}, the dense model of nearest cost ({ratio:.2f} times the forward FLOPs of "
-            f"{group.label}), has {_loss_of(dense)}: {group.label} is {_against(group, dense)}."
-        )
-    return text
-
-
-def _loss_of(group: Group) -> str:
-    return with_interval(group.interval("eval.loss"), 3)
+        return f"{group.label}, the baseline, has a test loss of {loss} nats per token."
+    baseline, dense = comparison.baseline_of(group), comparison.equal_cost_of(group)
+    if baseline is None:
+        text = f"{group.label} has a test loss of {loss} nats per token."
+    else:
+        cost = cost_ratio(group, baseline)
+        text = f"{group.label} takes {cost:.2f} times the forward FLOPs of {baseline.label}. {_against(group, baseline)}"
+    if dense is None:
+        return text
+    cost = cost_ratio(dense, group)
+    return (
+        f"{text} The dense model of nearest cost is {dense.label}, with {cost:.2f} times the FLOPs of "
+        f"{group.label}. "
+        f"{_against(group, dense)}"
+    )
 
 
 def _against(group: Group, other: Group) -> str:
-    """`0.012 below mod (95 % interval over 3 seeds 0.004 to 0.020)`, paired where seeds are shared."""
-    loss, reference = group.interval("eval.loss"), other.interval("eval.loss")
-    assert loss is not None and reference is not None
+    """A sentence: by how much the test loss differs, and whether the seeds tell that from nothing."""
     paired = difference_to(group, other, lambda run: run["eval"]["loss"])
-    difference = loss.mean - reference.mean if paired is None else paired.mean
-    if f"{abs(difference):.3f}" == "0.000":
-        text = f"equal to {other.label} to three decimals"
+    if paired is None:
+        return f"It shares no seed with {other.label}."
+    if f"{abs(paired.mean):.3f}" == "0.000":
+        text = f"Its test loss is that of {other.label}"
     else:
-        text = f"{abs(difference):.3f} {'below' if difference < 0 else 'above'} {other.label}"
-    if paired is not None and paired.half_width is not None:
-        low, high = paired.mean - paired.half_width, paired.mean + paired.half_width
-        verdict = "" if low * high > 0 else ", which includes 0"
-        text += f" (95 % interval of {paired.count} paired seeds {low:+.3f} to {high:+.3f}{verdict})"
-    return text
+        which = "lower" if paired.mean < 0 else "higher"
+        text = f"Its test loss is {abs(paired.mean):.3f} {which} than that of {other.label}"
+    if paired.half_width is None:
+        return f"{text}."
+    low, high = paired.mean - paired.half_width, paired.mean + paired.half_width
+    if low <= 0 <= high:
+        return f"{text}, which {paired.count} seeds do not tell from no difference."
+    low, high = sorted(map(abs, (low, high)))
+    return f"{text} (95 % interval over {paired.count} seeds: {low:.3f} to {high:.3f})."
 
 
 def _rule(group: Group) -> dict[str, str]:

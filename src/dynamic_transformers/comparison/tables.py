@@ -67,11 +67,17 @@ class Row:
 
 @dataclass(frozen=True)
 class MainTable:
-    """Headers (the label's first), rows, and the sentences that must be read with them."""
+    """Headers (the label's first), rows, and the sentences that must be read with them.
+
+    Attributes:
+        caption: what the figures are.
+        warnings: what limits them.
+    """
 
     headers: tuple[str, ...]
     rows: tuple[Row, ...]
     caption: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def si(value: float, unit: str = "") -> str:
@@ -141,14 +147,15 @@ def main_table(comparison: Comparison) -> MainTable:
     assert unigram is not None
     cells = dict.fromkeys(columns, ABSENT) | {LOSS_HEADER: f"{unigram.mean:.3f}"}
     rows.append(Row("unigram", tuple(cells.values()), reference=True))
-    return MainTable(("variant", *columns), tuple(rows), _caption(comparison))
+    limits = (*warnings(comparison), *timing_warnings(comparison.groups))
+    return MainTable(("variant", *columns), tuple(rows), _caption(comparison), limits)
 
 
 def render_table(comparison: Comparison) -> Table:
     """The main table for the terminal; it fits 80 columns."""
     content = main_table(comparison)
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")
-    table.caption = Text("\n".join(content.caption))
+    table.caption = Text("\n".join((*content.caption, *content.warnings)))
     table.add_column("", overflow="fold")
     for header in TERMINAL_HEADERS.values():
         table.add_column(header, justify="right", no_wrap=True)
@@ -290,7 +297,7 @@ def _caption(comparison: Comparison) -> tuple[str, ...]:
             sentences.append(
                 f"Bold: the interval of {group.label} lies below that of every other causal model."
             )
-    return (*sentences, *warnings(comparison), *timing_warnings(comparison.groups))
+    return tuple(sentences)
 
 
 def differences(comparison: Comparison) -> list[dict[str, Any]]:
