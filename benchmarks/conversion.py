@@ -18,8 +18,8 @@ from rich.table import Table
 
 from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.data.loading import batches_of, load_split
-from dynamic_transformers.models import RoutedForCausalLM
-from dynamic_transformers.settings import ARCHITECTURES
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.training.build import build_model
 
 BATCHES = 16

@@ -34,7 +34,7 @@ from dynamic_transformers.data.loading import batches_of, load_split, source_nam
 from dynamic_transformers.data.prepare import default_data_dir, prepare
 from dynamic_transformers.export import load_run
 from dynamic_transformers.manifest import read_manifest, revision
-from dynamic_transformers.models import RoutedForCausalLM
+from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.models.selection import select_top_k
 from dynamic_transformers.settings import CONTROLS, Settings
 from dynamic_transformers.training.calibration import calibrate, calibration_rows

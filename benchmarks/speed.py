@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, Qwen2Config
 from benchmarks.trainer_loop import loop_ratios
 from dynamic_transformers.data.loading import IGNORED
 from dynamic_transformers.evaluation.efficiency import timed
-from dynamic_transformers.models import MODEL_CLASSES, RoutedForCausalLM
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.settings import ModelSettings, OptimizerSettings
 from dynamic_transformers.training.build import model_config
 from dynamic_transformers.training.calibration import calibrate
@@ -71,7 +72,7 @@ def build(variant: str, size: str, device: str) -> PreTrainedModel:
     settings.size = size
     config = model_config(settings, VOCAB)
     config._attn_implementation = "sdpa"
-    model = MODEL_CLASSES[settings.type][1](config).to(device)
+    model = ARCHITECTURES[settings.type].model_class(config).to(device)  # type: ignore[arg-type]  # their decorator loses self
     if isinstance(model, RoutedForCausalLM):
         model.set_progress(1, 2)
     return model

@@ -17,7 +17,7 @@ from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.data.loading import collate, load_split
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.manifest import read_manifest
-from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.training import trainer
 from dynamic_transformers.training.build import model_config
 from dynamic_transformers.training.step import OptimizerStep
@@ -92,7 +92,7 @@ def loop_ratios(size: str, rows: int, length: int, steps: int, turns: int) -> li
 
         def huggingface(turn: int) -> float:
             torch.manual_seed(turn)
-            model = MODEL_CLASSES["standard"][1](model_config(settings.model, vocab))
+            model = ARCHITECTURES["standard"].model_class(model_config(settings.model, vocab))
             clock = Clock()
             theirs = Trainer(model, arguments, data_collator=collate, train_dataset=split, callbacks=[clock])
             with contextlib.redirect_stdout(io.StringIO()):

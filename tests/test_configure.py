@@ -6,7 +6,8 @@ import pytest
 
 from dynamic_transformers.checks import check
 from dynamic_transformers.configure import compose_settings, settings_from_dict, settings_from_json
-from dynamic_transformers.settings import ARCHITECTURES, CONTROLS, SELECTION_RULES, UserError
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.settings import CONTROLS, SELECTION_RULES, UserError
 from dynamic_transformers.training.build import model_config
 
 DEFAULT = compose_settings().to_dict()

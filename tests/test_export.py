@@ -24,7 +24,8 @@ from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.evaluation.results import add_results, identity, read_results
 from dynamic_transformers.export import export, load_run, save_tokenizer
 from dynamic_transformers.manifest import read_manifest
-from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
 from tests.models.tiny import tiny_model

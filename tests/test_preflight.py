@@ -142,7 +142,7 @@ def test_a_folder_that_may_not_be_written_is_refused(given):
 )
 def test_settings_of_routing_are_refused_for_a_model_that_routes_nothing(given, name, value):
     settings = given(model={name: value})
-    assert f"model.{name}={value}: the standard model routes nothing" in refusal(settings)
+    assert f"model.{name}={value}: a standard model routes nothing" in refusal(settings)
     variants = {name: [f"model.type={name}"] for name in ("standard", "mod", "sdt")}
     study = given(model={name: value}, study={"variants": variants})
     preflight(study, [run.settings for run in study_runs(study)])  # the others take it

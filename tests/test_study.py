@@ -3,7 +3,8 @@
 import pytest
 
 from dynamic_transformers.configure import compose_settings, settings_from_json
-from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.settings import UserError
 from dynamic_transformers.study import common, run_from_json, single_run, study_runs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from dynamic_transformers.constraints import first_violation
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import (
     CONTROLS,
     DataSettings,
@@ -41,26 +42,27 @@ def check(settings: Settings) -> None:
 def check_routing(model: ModelSettings) -> None:
     """Refuse a selection rule without what it selects by, and losses that nothing can learn."""
     rule = model.selection_rule or ""
-    predicts = model.predictor_weight or (model.type == "stt" and rule == "predictor")
+    predicts = model.predictor_weight or (model.architecture.predicts and rule == "predictor")
     if "predictor" in rule and not predicts:
         raise UserError(f"model.selection_rule={rule} needs model.predictor_weight > 0, usually 0.01")
-    if rule == "aux" and (model.type != "mod" or model.mod.aux_weight == 0):
-        raise UserError("model.selection_rule=aux needs model.type=mod and model.mod.aux_weight > 0")
+    for other in ARCHITECTURES.values():
+        if rule in other.own_rules and rule not in model.architecture.own_rules:
+            raise UserError(f"model.selection_rule={rule} needs model.type={other.name}")
     if rule in CONTROLS:
         check_control(model)
     if model.training_rule == "threshold":
         check_training_rule(model)
-    if model.type == "stt" and model.predictor_weight:
-        raise UserError("model.predictor_weight: STT's student is its predictor; leave it at 0")
+    try:
+        model.architecture.check(model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_control(model: ModelSettings) -> None:
     """Refuse what would learn or select beside a control."""
     control = f"model.selection_rule={model.selection_rule}"
-    for name, weight in (
-        ("predictor_weight", model.predictor_weight),
-        ("mod.aux_weight", model.mod.aux_weight if model.type == "mod" else 0),
-    ):
+    learned = {"predictor_weight": model.predictor_weight} | model.architecture.learned_weights(model)
+    for name, weight in learned.items():
         if weight:
             raise UserError(f"{control} needs model.{name}=0: what a control selects cannot be learnt")
     if model.training_rule != "topk":
@@ -68,13 +70,9 @@ def check_control(model: ModelSettings) -> None:
 
 
 def check_training_rule(model: ModelSettings) -> None:
-    """Refuse training by a threshold where evaluation has none, or a row's tokens no bound."""
+    """Refuse training by a threshold where evaluation has none."""
     if (rule := model.selection_rule) not in (None, "threshold"):
         raise UserError(f"model.training_rule=threshold needs model.selection_rule=threshold, not {rule}")
-    if model.type == "stt" and (model.stt.targets, model.stt.train_output) != ("topk", "sparse"):
-        raise UserError(
-            "model.training_rule=threshold needs model.stt.targets=topk and model.stt.train_output=sparse"
-        )
 
 
 def check_start(settings: Settings) -> None:
@@ -158,10 +156,11 @@ def check_dimensions(settings: Settings) -> None:
             f"model.dimensions: hidden_size / num_attention_heads = {backbone.hidden_size // heads} must be "
             "even (rotary embeddings)"
         )
-    if settings.model.type != "standard" and backbone.num_hidden_layers < 2:
+    least = settings.model.architecture.least_layers
+    if backbone.num_hidden_layers < least:
         raise UserError(
             f"model.dimensions.num_hidden_layers={backbone.num_hidden_layers}: "
-            f"model.type={settings.model.type} routes every second layer and needs at least 2"
+            f"model.type={settings.model.type} needs at least {least}"
         )
 
 

@@ -14,7 +14,7 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and temporary folders add to a name
 
@@ -44,6 +44,17 @@ class In:
         least = f"at least {low:.15g}" if self.interval[0] == "[" else f"above {low:.15g}"
         words = least if high == math.inf else f"in {self.interval}"
         return f"must be {words}" if math.isfinite(value) else f"must be finite and {words}"
+
+
+# The ranges that many settings share.
+SEED = In(f"[0, {2**32 - 1}]")  # what numpy's generators take
+Count = Annotated[int, In("[1, inf)")]
+Steps = Annotated[int, In("[0, inf)")]
+Positive = Annotated[float, In("(0, inf)")]
+Weight = Annotated[float, In("[0, inf)")]
+Fraction = Annotated[float, In("[0, 1]")]
+Scale = Annotated[float, In("(0, 64]")]
+Multiplier = Annotated[float, In("[0, 1e6]")]  # 0: these parameters stay as they are
 
 
 @dataclass(frozen=True, init=False)

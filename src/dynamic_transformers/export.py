@@ -28,7 +28,8 @@ from dynamic_transformers.manifest import (
     step_output,
     write_manifest,
 )
-from dynamic_transformers.models import MODEL_CLASSES, tokenization
+from dynamic_transformers.models import tokenization
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.heldout import fixed_randomness
 
@@ -151,8 +152,8 @@ def load_run(run_dir: Path) -> PreTrainedModel:
         UserError: the run is unfinished, or its weights were removed or damaged.
     """
     run = read_manifest(run_dir)
-    config_class, model_class = MODEL_CLASSES[run["architecture"]]
-    model = model_class(config_class.from_dict(run["model_config"]))
+    architecture = ARCHITECTURES[run["architecture"]]
+    model = architecture.model_class(architecture.config_class.from_dict(run["model_config"]))
     weights = run_dir / run["checkpoint"] / "model.safetensors"
     if not weights.is_file():
         raise UserError(

@@ -47,10 +47,10 @@ def check_standard(model: ModelSettings) -> None:
     defaults = ModelSettings()
     for name in ("capacity", "selection_rule", "training_rule", "predictor_weight"):
         value = getattr(model, name)
-        if model.type == "standard" and value != getattr(defaults, name):
+        if not model.architecture.routed and value != getattr(defaults, name):
             raise UserError(
-                f"model.{name}={value}: the standard model routes nothing; leave it out, or give another "
-                "model.type"
+                f"model.{name}={value}: a {model.type} model routes nothing; leave it out, or give "
+                "another model.type"
             )
 
 
@@ -115,11 +115,9 @@ def check_evaluation(settings: Settings) -> None:
 
 def check_device(settings: Settings) -> None:
     """Refuse CUDA where there is none, and `system.compile` where it cannot work."""
-    stt = settings.model.stt
-    if settings.system.compile and settings.model.type == "stt" and stt.targets == "threshold":
-        raise UserError(
-            "system.compile=true: not with model.stt.targets=threshold, whose number of targets varies"
-        )
+    reason = settings.model.architecture.why_not_compiled(settings.model)
+    if settings.system.compile and reason:
+        raise UserError(f"system.compile=true: {reason}")
     if settings.system.compile and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("system.compile=true: needs g++ or clang++, and finds neither; leave it at false")
     if settings.system.device != "cuda":

@@ -12,27 +12,34 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from dynamic_transformers.constraints import FolderName, In, OneOf, Place
+from dynamic_transformers.constraints import (
+    SEED,
+    Count,
+    FolderName,
+    Fraction,
+    In,
+    Multiplier,
+    OneOf,
+    Place,
+    Positive,
+    Scale,
+    Steps,
+    Weight,
+)
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.architectures.base import Architecture
+from dynamic_transformers.models.architectures.mod import MoDSettings
+from dynamic_transformers.models.architectures.stt import STTSettings
+from dynamic_transformers.models.architectures.surprise import SurpriseSettings
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
-ARCHITECTURES = ("standard", "mod", "sdt", "stt")
 ATTENTION = ("sdpa", "eager")
 PRECISIONS = ("fp32", "bf16")
 CONTROLS = ("random", "even")  # selection rules that need no learning, in training and evaluation
 SELECTION_RULES = ("threshold", "predictor", "calibrated_predictor", "aux", "topk", *CONTROLS)
 
 SEED_KEY = "run.seed"
-
-# The ranges that many settings share.
-SEED = In(f"[0, {2**32 - 1}]")  # what numpy's generators take
-Count = Annotated[int, In("[1, inf)")]
-Steps = Annotated[int, In("[0, inf)")]
-Positive = Annotated[float, In("(0, inf)")]
-Weight = Annotated[float, In("[0, inf)")]
-Fraction = Annotated[float, In("[0, 1]")]
-Scale = Annotated[float, In("(0, 64]")]
-Multiplier = Annotated[float, In("[0, 1e6]")]  # 0: these parameters stay as they are
 
 
 class UserError(ValueError):
@@ -101,43 +108,6 @@ class DimensionSettings:
 
 
 @dataclass
-class MoDSettings:
-    """Mixture-of-Depths options (docs/architectures.md)."""
-
-    gate: Annotated[str, OneOf("sigmoid", "raw")] = "sigmoid"  # raw: the paper's formula
-    aux_weight: Weight | None = None  # of the router's own membership loss; None: 0.01, of a control 0
-    z_loss_weight: Weight = 0.0
-
-
-@dataclass
-class SurpriseSettings:
-    """Surprise gate of SDT and STT (docs/architectures.md)."""
-
-    offset_ce_init: Positive = 1.025
-    multiplier_cu_init: Positive = 1.1
-    window: Count = 100
-    beta_start: Positive = 0.1
-    beta_end: Positive = 100.0
-    beta_warmup_steps: Steps = 100
-    beta_schedule: Annotated[str, OneOf("linear", "cosine")] = "linear"
-    normalize: Annotated[str, OneOf("none", "moving_average", "state")] = "none"
-    prior_factor: Annotated[float, In("(0, 8]")] = 0.0625  # of hidden_size: the width of the prior network
-    prior_loss_weight: Weight = 0.05
-
-
-@dataclass
-class STTSettings:
-    """Options of STT alone (docs/architectures.md)."""
-
-    targets: Annotated[str, OneOf("topk", "threshold")] = "topk"
-    target_threshold: Annotated[float, In("(0, 1)")] = 0.75  # of the gate
-    train_output: Annotated[str, OneOf("sparse", "dense")] = "sparse"
-    teacher_detach: bool = False
-    student_weight: Weight = 0.01
-    gate_mean_weight: Weight = 0.001  # only in threshold mode
-
-
-@dataclass
 class ModelSettings:
     """Which architecture, how large, and how it routes."""
 
@@ -160,6 +130,16 @@ class ModelSettings:
     pretrained: Annotated[str | None, Place()] = (
         None  # folder or hub name of a Qwen2 checkpoint (training.mode=pretrained)
     )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The record of `type`."""
+        return ARCHITECTURES[self.type]
+
+    @property
+    def is_control(self) -> bool:
+        """Whether tokens are selected without learning."""
+        return self.selection_rule in CONTROLS
 
     @property
     def backbone(self) -> Dimensions:

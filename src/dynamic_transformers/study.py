@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamic_transformers.configure import settings_from_dict, split_override
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.reading import flat
 from dynamic_transformers.settings import (
-    ARCHITECTURES,
     SEED_KEY,
     ModelSettings,
     Settings,
@@ -251,8 +251,8 @@ def matched_layers(settings: Settings, dense: Settings, match: str, point: dict[
     variants = variants_of(settings.study)
     if match not in variants:
         raise UserError(f"{MATCH}={match}: no such variant; there are {', '.join(variants)}")
-    if dense.model.type != "standard" or dense.model.pretrained:
-        raise UserError(f"{MATCH}={match} needs model.type=standard and training.mode=scratch")
+    if dense.model.architecture.routed or dense.model.pretrained:
+        raise UserError(f"{MATCH}={match} needs a model.type that routes nothing, and training.mode=scratch")
     if any(split_override(override)[0] == MATCH for override in variants[match]):
         raise UserError(f"{MATCH}={match}: that variant is matched itself")
     other = make_run(settings, match, variants[match], point).settings.model

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from dynamic_transformers.models import MODEL_CLASSES, mod, routing, sdt, stt
+from dynamic_transformers.models import mod, routing, sdt, stt
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.routing import Router, routed_update
 from dynamic_transformers.models.state import RoutingState
 from dynamic_transformers.settings import ModelSettings, UserError
@@ -153,9 +154,8 @@ def test_1_pretrained_weights_dropped(architecture, change, named, make_settings
         ]
 
     assert dropped() == []
-    config_class, model_class = MODEL_CLASSES[architecture]
 
-    class Changed(model_class):
+    class Changed(ARCHITECTURES[architecture].model_class):
         """Its routed layers have other names than the pretrained ones."""
 
         def __init__(self, config):
@@ -163,7 +163,7 @@ def test_1_pretrained_weights_dropped(architecture, change, named, make_settings
             for layer in config.routed_layers:
                 change(self.model, layer)
 
-    monkeypatch.setitem(MODEL_CLASSES, architecture, (config_class, Changed))
+    monkeypatch.setattr(ARCHITECTURES[architecture], "model_class", Changed)
     with pytest.raises(UserError, match=named):
         dropped()
 
@@ -228,7 +228,7 @@ WEIGHTS = [
 
 def undeclared(settings):
     """Options that the architecture's configuration takes without a word and never reads."""
-    config_class = MODEL_CLASSES[settings.model.type][0]
+    config_class = ARCHITECTURES[settings.model.type].config_class
     declared = set().union(*(vars(part).get("__annotations__", {}) for part in config_class.__mro__))
     return build.routing_options(settings.model).keys() - declared
 

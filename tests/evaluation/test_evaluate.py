@@ -15,7 +15,7 @@ from dynamic_transformers.evaluation import exported, harness
 from dynamic_transformers.evaluation.evaluate import evaluate
 from dynamic_transformers.evaluation.exported import load_model, trained_precision
 from dynamic_transformers.export import export
-from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
 
@@ -71,7 +71,7 @@ def test_what_was_computed_is_written_by_domain_and_task(evaluated, made, data_d
     ],
 )
 def test_the_training_rule_is_the_one_that_selected(architecture, options, expected):
-    assert step.training_rule(MODEL_CLASSES[architecture][0](**options)) == expected
+    assert step.training_rule(ARCHITECTURES[architecture].config_class(**options)) == expected
 
 
 def test_its_speed_is_measured_with_the_fraction(evaluated, made, tmp_path):

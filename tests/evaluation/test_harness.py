@@ -27,7 +27,7 @@ from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import render_table, run_benchmarks
 from dynamic_transformers.evaluation.suites import expand_tasks
 from dynamic_transformers.manifest import write_manifest
-from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 
 TEXTS = ["the cat sat on the mat. " * repeats for repeats in (1, 2, 3, 5, 40)] + ["π ≈ 3.14\n\n  né 1848"]
@@ -80,7 +80,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mod_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mod")
-    config_class, model_class = MODEL_CLASSES["mod"]
+    config_class, model_class = ARCHITECTURES["mod"].config_class, ARCHITECTURES["mod"].model_class
     torch.manual_seed(0)
     config = config_class(vocab_size=save_tokenizer(folder), capacity=0.5, **SIZE)
     model_class(config).save_pretrained(folder)

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dynamic_transformers.models import MODEL_CLASSES, RoutedConfig
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.configuration import RoutedConfig
 from dynamic_transformers.models.heads import Predictor, ScoreHead
 from dynamic_transformers.models.surprise import SurpriseGate
 from dynamic_transformers.training.huggingface import RoutingCallback
@@ -236,7 +237,7 @@ OTHER = {
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_a_configuration_survives_every_way_it_is_carried(architecture, tmp_path):
     given = SHARED | OTHER[architecture]
-    config_class = MODEL_CLASSES[architecture][0]
+    config_class = ARCHITECTURES[architecture].config_class
     added = {
         name
         for kind in config_class.__mro__

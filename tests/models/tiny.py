@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.models.architectures import ARCHITECTURES
 
 VOCAB = 97
 ROUTED = ("mod", "sdt", "stt")
@@ -53,7 +53,10 @@ def tiny_model(
         options: of its configuration.
     """
     torch.manual_seed(seed)
-    config_class, model_class = MODEL_CLASSES[architecture]
+    config_class, model_class = (
+        ARCHITECTURES[architecture].config_class,
+        ARCHITECTURES[architecture].model_class,
+    )
     if architecture != "standard":
         options.setdefault("capacity", 0.5)
     config = config_class(**BACKBONE | options)

@@ -10,9 +10,9 @@ from benchmarks import rules
 from dynamic_transformers.data.loading import batches_of, load_split
 from dynamic_transformers.export import load_run
 from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.selection import score_quantile
 from dynamic_transformers.models.state import KINDS
-from dynamic_transformers.settings import ARCHITECTURES
 from dynamic_transformers.training import calibration
 from dynamic_transformers.training.calibration import calibrate, calibration_rows
 from dynamic_transformers.training.flops import calibration_flops

@@ -7,9 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamic_transformers.configure import compose_settings
-from dynamic_transformers.models import MODEL_CLASSES
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.state import RoutingState
-from dynamic_transformers.settings import ARCHITECTURES
 from dynamic_transformers.training.budget import Budget, Horizon, Progress
 from dynamic_transformers.training.build import model_config
 from dynamic_transformers.training.calibration import calibrate
@@ -39,7 +38,10 @@ CASES = [
 
 def build(architecture, options):
     torch.manual_seed(0)
-    config_class, model_class = MODEL_CLASSES[architecture]
+    config_class, model_class = (
+        ARCHITECTURES[architecture].config_class,
+        ARCHITECTURES[architecture].model_class,
+    )
     config = config_class(
         vocab_size=VOCAB,
         hidden_size=96,
@@ -196,8 +198,8 @@ def test_flops_of_cached_steps_agree_within_one_percent(architecture):
 
 @pytest.mark.parametrize(("capacity", "linear", "scores"), [(0.5, 0.75, 0.625), (0.125, 0.5625, 0.508)])
 def test_ratios_of_the_specification(capacity, linear, scores):
-    config = MODEL_CLASSES["mod"][0](num_hidden_layers=24, capacity=capacity)
-    dense = MODEL_CLASSES["standard"][0](num_hidden_layers=24)
+    config = ARCHITECTURES["mod"].config_class(num_hidden_layers=24, capacity=capacity)
+    dense = ARCHITECTURES["standard"].config_class(num_hidden_layers=24)
     routed, full = forward_flops(config, 2048), forward_flops(dense, 2048)
     assert routed["mlp"] / full["mlp"] == pytest.approx(linear, abs=1e-3)
     assert routed["qkvo"] / full["qkvo"] == pytest.approx(linear, abs=1e-3)
@@ -232,14 +234,14 @@ def test_the_papers_configuration_gives_each_architecture_equal_flops(overrides)
 
 
 def test_stt_training_costs_more_than_dense():
-    config = MODEL_CLASSES["stt"][0](num_hidden_layers=24)
-    dense = MODEL_CLASSES["standard"][0](num_hidden_layers=24)
+    config = ARCHITECTURES["stt"].config_class(num_hidden_layers=24)
+    dense = ARCHITECTURES["standard"].config_class(num_hidden_layers=24)
     assert training_flops(config, 1024).total() > training_flops(dense, 1024).total()
     assert forward_flops(config, 1024).total() < forward_flops(dense, 1024).total()
 
 
 def test_a_layer_that_computes_nothing_costs_its_router_alone():
-    config = MODEL_CLASSES["mod"][0](num_hidden_layers=4)
+    config = ARCHITECTURES["mod"].config_class(num_hidden_layers=4)
     nothing, all_of_it = (calibration_flops(config, 128, {1: fraction, 3: 0.5}) for fraction in (0.0, 1.0))
     assert all_of_it.total() - nothing.total() == pytest.approx(block_flops(config, 128).total())
     assert nothing["router"] == all_of_it["router"]

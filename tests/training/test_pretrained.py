@@ -9,7 +9,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dynamic_transformers.data.loading import load_tokenizer
 from dynamic_transformers.export import export, load_run
-from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.build import NEW_PARTS, build_model
 from dynamic_transformers.training.trainer import train
 from tests.models.tiny import BACKBONE, ROUTED, logits, tokens

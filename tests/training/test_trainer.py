@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from dynamic_transformers.data.loading import collate, load_split, load_tokenizer
 from dynamic_transformers.export import load_run
 from dynamic_transformers.manifest import read_manifest
-from dynamic_transformers.settings import ARCHITECTURES, UserError
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.settings import UserError
 from dynamic_transformers.training import state, trainer
 from dynamic_transformers.training.batches import BlockOrder, MicroBatches
 from dynamic_transformers.training.budget import Budget

@@ -37,7 +37,8 @@ from dynamic_transformers.manifest import (
     write_json,
     write_manifest,
 )
-from dynamic_transformers.settings import ARCHITECTURES, SEED_KEY, Settings, UserError
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.settings import SEED_KEY, Settings, UserError
 
 NUMBERS = (
     "parameters",

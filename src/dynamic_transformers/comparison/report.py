@@ -32,6 +32,7 @@ from dynamic_transformers.comparison.tables import (
     realised_table,
     with_interval,
 )
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import CONTROLS
 
 TEMPLATE_DIR = Path(__file__).parent
@@ -84,7 +85,7 @@ def render_report(
         at_chance=AT_CHANCE,
         training=_training(groups),
         rules=[_rule(group) for group in groups],
-        has_stt=any(run["architecture"] == "stt" for run in runs),
+        training_notes=_training_notes(groups),
         baseline=comparison.baseline,
         non_causal=NON_CAUSAL,
         tolerance=f"{100 * EQUAL_WORK_TOLERANCE:.0f} %",
@@ -173,6 +174,12 @@ def _training(groups: Sequence[Group]) -> str:
         if group.training_rule is not None:
             by_rule.setdefault(group.training_rule, []).append(group.label)
     return "; ".join(f"{', '.join(labels)}: {TRAINING[rule]}" for rule, labels in by_rule.items())
+
+
+def _training_notes(groups: Sequence[Group]) -> str:
+    """What training costs beside the forward and backward of what a model computes."""
+    notes = {ARCHITECTURES[group.architecture].training_note: None for group in groups}
+    return "; ".join(filter(None, notes))
 
 
 def _prompts(groups: Sequence[Group]) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamic_transformers.data.loading import batches_of
 from dynamic_transformers.evaluation.exported import load_model
-from dynamic_transformers.models import RoutedForCausalLM
+from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.training.realised import selections
 
 PROMPTS = 64  # at most

@@ -24,7 +24,7 @@ from dynamic_transformers.manifest import (
     write_json,
     write_manifest,
 )
-from dynamic_transformers.models import RoutedConfig
+from dynamic_transformers.models.configuration import RoutedConfig
 from dynamic_transformers.settings import CONTROLS, SEED_KEY, Settings, UserError
 from dynamic_transformers.tracking import METRICS, RunTracker, reopened, send_rest
 from dynamic_transformers.training.flops import target_fraction

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-import dynamic_transformers.models  # noqa: F401  (registers the routed models)
+import dynamic_transformers.models.registration  # noqa: F401  (so that auto classes know our models)
 from dynamic_transformers.manifest import MANIFEST, file_digest, read_manifest
 from dynamic_transformers.settings import UserError
 

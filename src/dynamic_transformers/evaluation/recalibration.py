@@ -28,7 +28,8 @@ from dynamic_transformers.manifest import (
     write_json,
     write_manifest,
 )
-from dynamic_transformers.models import RoutedConfig, RoutedForCausalLM
+from dynamic_transformers.models.configuration import RoutedConfig
+from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.models.state import KINDS
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.calibration import (

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dynamic_transformers.models import RoutedConfig
+from dynamic_transformers.models.configuration import RoutedConfig
 from dynamic_transformers.settings import UserError
 
 PAGE, PICTURE = "routing.html", "routing.png"

@@ -1,4 +1,4 @@
-"""Settings → model: the one place where an architecture's options are read."""
+"""Settings → model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from dynamic_transformers.models import MODEL_CLASSES
-from dynamic_transformers.settings import CONTROLS, ModelSettings, Settings, UserError
+from dynamic_transformers.settings import ModelSettings, Settings, UserError
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -42,32 +41,7 @@ def model_config(
         eos_token_id=eos_token_id,
         pad_token_id=None,
     )
-    return MODEL_CLASSES[model.type][0](**backbone, **routing_options(model))
-
-
-def routing_options(model: ModelSettings) -> dict:
-    """Keyword arguments that the architecture's configuration has beyond Qwen2's."""
-    if model.type == "standard":
-        return {}
-    options: dict = {
-        "predictor_weight": model.predictor_weight,
-        "capacity_warmup_steps": model.capacity_warmup_steps,
-        "training_rule": model.training_rule,
-        "training_rule_warmup": model.training_rule_warmup,
-        "training_rule_bound": model.training_rule_bound,
-    }
-    if model.capacity is not None:
-        options["capacity"] = model.capacity
-    if model.selection_rule is not None:
-        options["selection_rule"] = model.selection_rule
-    if model.type == "mod":
-        default = 0.0 if model.selection_rule in CONTROLS else 0.01
-        given = model.mod.aux_weight
-        return options | vars(model.mod) | {"aux_weight": default if given is None else given}
-    surprise = dict(vars(model.surprise))
-    for name in ("window", "normalize"):
-        surprise[f"surprise_{name}"] = surprise.pop(name)
-    return options | surprise | (vars(model.stt) if model.type == "stt" else {})
+    return model.architecture.config_class(**backbone, **model.architecture.options(model))
 
 
 def build_model(
@@ -100,7 +74,7 @@ def build_model(
         return model
     config = model_config(settings.model, vocab_size, bos_token_id, eos_token_id)
     config._attn_implementation = settings.model.attention
-    model = MODEL_CLASSES[settings.model.type][1](config).train()
+    model = settings.model.architecture.model_class(config).train()
     model.generation_config.pad_token_id = pad_token_id
     return model
 
@@ -134,12 +108,12 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
             f"model.pretrained={source_name}: tensors missing, unknown or of another shape: "
             f"{', '.join(sorted(unfit))}"
         )
-    config_class, model_class = MODEL_CLASSES[settings.model.type]
+    architecture = settings.model.architecture
     backbone = source_config.to_dict()
     backbone.pop("model_type")
-    config = config_class(**backbone | routing_options(settings.model))
+    config = architecture.config_class(**backbone | architecture.options(settings.model))
     config._attn_implementation = settings.model.attention
-    model = model_class(config)
+    model = architecture.model_class(config)
     model.generation_config = source.generation_config
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
     dropped = [name for name in missing if not name.startswith(NEW_PARTS)] + list(unexpected)

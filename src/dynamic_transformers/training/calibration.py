@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config
 
-from dynamic_transformers.models import RoutedConfig, RoutedForCausalLM
+from dynamic_transformers.models.configuration import RoutedConfig
+from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.models.modeling import RoutedModel
 from dynamic_transformers.models.routing import Block, Router, RoutingContext
 from dynamic_transformers.models.selection import RoutingResult, score_quantile

@@ -4,8 +4,9 @@ Conventions: one multiply-add is 2 FLOPs; matrix products only (norms, activatio
 look-ups are not counted); attention scores are counted for all pairs of a row's computed tokens (T×T in a
 dense layer, k×k in a routed one that computes k of them), without a discount for causality or documents;
 recomputation under gradient checkpointing is not counted; work that a routed layer skips is not counted.
-Rows that differ in k enter with their own k²: `realised.py` sums them. Checked against
-`torch.utils.flop_counter.FlopCounterMode` on the real modules.
+What each architecture adds stands in its record (models/architectures/). Rows that differ in k enter with
+their own k²: `realised.py` sums them. Checked against `torch.utils.flop_counter.FlopCounterMode`
+on the real modules.
 """
 
 from __future__ import annotations
@@ -14,48 +15,10 @@ from collections.abc import Mapping
 
 from transformers import Qwen2Config
 
-from dynamic_transformers.models import RoutedConfig
-from dynamic_transformers.models.configuration import (
-    Qwen2MoDConfig,
-    Qwen2SDTConfig,
-    Qwen2STTConfig,
-    SurpriseConfig,
-)
-from dynamic_transformers.models.surprise import prior_width
-
-
-class FlopAccount(dict[str, float]):
-    """FLOPs by component; a component that was never entered costs 0."""
-
-    def __missing__(self, component: str) -> float:
-        return 0.0
-
-    def add(self, other: FlopAccount, factor: float = 1.0) -> None:
-        """Enter every component of `other`, multiplied by `factor`."""
-        for component, flops in other.items():
-            self[component] += factor * flops
-
-    def total(self) -> float:
-        """Sum over the components."""
-        return sum(self.values())
-
-
-def block_flops(
-    config: Qwen2Config, length: float, fraction: float = 1.0, keys: float | None = None
-) -> FlopAccount:
-    """Forward FLOPs of one decoder layer, per token of a row of `length` tokens with `fraction` computed.
-
-    Args:
-        keys: how many tokens a computed one is compared with, on average; None: those computed.
-    """
-    d, heads = config.hidden_size, config.num_attention_heads
-    kv_heads = config.num_key_value_heads or heads
-    head_dim = getattr(config, "head_dim", None) or d // heads
-    return FlopAccount(
-        qkvo=fraction * 2 * d * head_dim * (2 * heads + 2 * kv_heads),
-        scores=fraction * (fraction * length if keys is None else keys) * 4 * heads * head_dim,
-        mlp=fraction * 6 * d * config.intermediate_size,
-    )
+from dynamic_transformers.models.architectures import architecture_of
+from dynamic_transformers.models.architectures.accounts import FlopAccount, block_flops
+from dynamic_transformers.models.architectures.base import RoutedArchitecture
+from dynamic_transformers.models.configuration import RoutedConfig
 
 
 def forward_flops(
@@ -67,20 +30,19 @@ def forward_flops(
     """FLOPs per token of one forward in eval mode, by component.
 
     Args:
-        config: of any of the four architectures.
+        config: of any architecture.
         length: T, tokens of a row, on average over tokens; for a cached step the past ones and the present.
         fractions: measured routed fraction by layer; missing layers take the configured capacity.
         keys: by routed layer, how many tokens a computed one is compared with, on average over computed
             tokens: Σk²/Σk of rows that compute k tokens, or what the cache holds in a cached step. Missing
             layers take fraction·T, which is right where all rows compute the same fraction.
     """
+    architecture = architecture_of(config)
     account = FlopAccount(embeddings=0.0, lm_head=2.0 * config.hidden_size * config.vocab_size)
     for layer in range(config.num_hidden_layers):
         fraction = layer_fraction(config, layer, fractions)
         compared = (keys or {}).get(layer)
-        account.add(block_flops(config, length, 1.0 if fraction is None else fraction, compared))
-        if fraction is not None:
-            account.add(router_flops(config, training=False))
+        account.add(architecture.forward_layer(config, layer, length, fraction, compared))
     return account
 
 
@@ -98,7 +60,9 @@ def calibration_flops(
     Args:
         config, length, fractions, keys: as in `forward_flops`.
     """
-    account, router = FlopAccount(), router_flops(config, training=False)
+    architecture = architecture_of(config)
+    assert isinstance(architecture, RoutedArchitecture)
+    account, router = FlopAccount(), architecture.router_flops(config, training=False)
     if config.selection_rule == "calibrated_predictor":
         score = FlopAccount(predictor=router["predictor"])
     else:
@@ -118,46 +82,17 @@ def training_flops(
 ) -> FlopAccount:
     """FLOPs per token of one forward and backward in training mode, by component.
 
-    The backward of a matrix product costs twice its forward. STT is charged for its dense teacher.
+    The backward of a matrix product costs twice its forward.
 
     Args:
         config, length: as in `forward_flops`.
         fractions: places that each routed layer's block ran on ÷ all tokens; missing layers take the plan.
     """
+    architecture = architecture_of(config)
     account = FlopAccount(embeddings=0.0, lm_head=3 * 2.0 * config.hidden_size * config.vocab_size)
     for layer in range(config.num_hidden_layers):
         fraction = layer_fraction(config, layer, fractions, training=True)
-        if fraction is None:
-            account.add(block_flops(config, length), 3)
-            continue
-        account.add(router_flops(config, training=True))
-        if isinstance(config, Qwen2STTConfig):
-            detached = config.teacher_detach and config.train_output == "sparse"
-            account["teacher"] += (1 if detached else 3) * block_flops(config, length).total()
-            if config.train_output == "dense":
-                continue
-        account.add(block_flops(config, length, fraction), 3)
-    return account
-
-
-def router_flops(config: Qwen2Config, training: bool) -> FlopAccount:
-    """FLOPs per token of what one routed layer adds to its block."""
-    account = FlopAccount()
-    d = config.hidden_size
-    trained = 3 if training else 1
-    if isinstance(config, Qwen2MoDConfig):
-        account["router"] = trained * 2.0 * d
-    if isinstance(config, Qwen2STTConfig):
-        # The student's input is detached: its backward is the weights' gradient alone.
-        account["student"] = (2 if training else 1) * 4.0 * d
-    if isinstance(config, SurpriseConfig) and (training or isinstance(config, Qwen2SDTConfig)):
-        account["prior"] = trained * 6.0 * d * prior_width(config)
-    if isinstance(config, RoutedConfig) and config.predictor_weight:
-        up, down = 2.0 * d * (d // 2), 2.0 * (d // 2)
-        if training:
-            account["predictor"] = 2 * up + 3 * down
-        elif "predictor" in config.selection_rule:
-            account["predictor"] = up + down
+        account.add(architecture.training_layer(config, layer, length, fraction))
     return account
 
 

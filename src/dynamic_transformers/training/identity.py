@@ -38,7 +38,7 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
     training = values["training"]
     accumulation = training["gradient_accumulation_steps"]
     model = settings.model
-    split_counts = model.type != "standard" and (
+    split_counts = model.architecture.routed and (
         model.selection_rule == "random" or model.training_rule == "threshold"
     )
     return {

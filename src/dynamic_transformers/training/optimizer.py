@@ -6,26 +6,21 @@ import math
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from dynamic_transformers.models.architectures import architecture_of
 from dynamic_transformers.settings import OptimizerSettings
 
 GROUPS = ("base", "router", "prior", "surprise", "predictor")
 
 
-def parameter_kind(name: str) -> str:
-    """Which of `GROUPS` a parameter belongs to, from its name in the model."""
-    if ".routers." not in name:
-        return "base"
-    part = name.split(".routers.")[1].split(".")[1]
-    return {"student": "predictor"}.get(part, part)
-
-
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+def build_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW over all trainable parameters; no weight decay on norms, biases and scalars."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    architecture = architecture_of(model.config)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((parameter_kind(name), parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((architecture.parameter_kind(name), parameter.ndim >= 2), []).append(parameter)
     multipliers = {kind: getattr(settings, f"{kind}_lr_multiplier", 1.0) for kind in GROUPS}
     return torch.optim.AdamW(
         [

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from dynamic_transformers.models import RoutedForCausalLM
+from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.models.selection import RoutingResult
 from dynamic_transformers.settings import OptimizerSettings
 from dynamic_transformers.training.optimizer import learning_rate_factor, set_learning_rate

@@ -22,7 +22,7 @@ from safetensors.torch import save_model
 from dynamic_transformers.data.loading import batches_of, load_split, verify_split
 from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_manifest
-from dynamic_transformers.models import RoutedForCausalLM
+from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.settings import SEED_KEY, Settings, UserError
 from dynamic_transformers.tracking import RunTracker, description, send_rest
 from dynamic_transformers.training.batches import training_batches
