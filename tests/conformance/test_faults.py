@@ -228,9 +228,9 @@ WEIGHTS = [
 
 def undeclared(settings):
     """Options that the architecture's configuration takes without a word and never reads."""
-    config_class = ARCHITECTURES[settings.model.type].config_class
+    config_class = settings.model.architecture.config_class
     declared = set().union(*(vars(part).get("__annotations__", {}) for part in config_class.__mro__))
-    return build.routing_options(settings.model).keys() - declared
+    return settings.model.architecture.options(settings.model).keys() - declared
 
 
 @pytest.mark.parametrize(("architecture", "group", "option", "loss"), WEIGHTS)
@@ -253,12 +253,13 @@ def test_4_auxiliary_loss_names_that_match_no_config_key(
         return not value > 0.01 or differ(large.loss - small.loss, 1.5 * value)
 
     assert undeclared(with_weight(0.5)) == set() and not ignored()
-    honest = build.routing_options
+    record = ARCHITECTURES[architecture]
+    honest = record.options
 
     def renamed(model):
         return {{option: f"{option}_"}.get(name, name): value for name, value in honest(model).items()}
 
-    monkeypatch.setattr(build, "routing_options", renamed)
+    monkeypatch.setattr(record, "options", renamed)
     assert undeclared(with_weight(0.5)) == {f"{option}_"} and ignored()
 
 
