@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.evaluation.results import add_results, identity, read_results
 from dynamic_transformers.export import export, load_run, save_tokenizer
 from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.model_card import CARD
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.heldout import evaluate_heldout
@@ -255,3 +257,15 @@ def test_exported_code_says_which_transformers_it_needs(version, fits, tmp_path)
     if not fits:
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("ImportError")]
         assert "transformers>=5.13,<6 is required" in line and f"found transformers=={version}" in line
+
+
+def test_the_card_says_what_the_model_is_and_its_program_runs(exported):
+    _, folder = exported
+    card, manifest = (folder / CARD).read_text(), read_manifest(folder)
+    record = ARCHITECTURES[manifest["architecture"]]
+    for part in (record.description, manifest["digest"], f"{manifest['parameters']:,}"):
+        assert part in card
+    assert ("selection rule" in card) == record.routed
+    program = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("def "), result.stderr

@@ -28,9 +28,11 @@ from dynamic_transformers.manifest import (
     step_output,
     write_manifest,
 )
+from dynamic_transformers.model_card import write_card
 from dynamic_transformers.models import tokenization
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import UserError
+from dynamic_transformers.tracking import METRICS
 from dynamic_transformers.training.heldout import fixed_randomness
 
 logger = logging.getLogger("dynamic_transformers")
@@ -100,7 +102,7 @@ def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) ->
             "training_flops", "training_seconds", "train_routed_fraction", "mlflow_run_id",
         )
     }  # fmt: skip
-    write_manifest(
+    manifest = write_manifest(
         output,
         "export",
         config,
@@ -111,7 +113,16 @@ def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) ->
         data_dir=str(data_dir.resolve()),
         logits_difference=difference,
     )
+    sources = read_manifest(data_dir, "prepare_data")["sources"]
+    write_card(output, model.config, manifest, sources, last_validation_loss(run_dir))
     return difference
+
+
+def last_validation_loss(run_dir: Path) -> float | None:
+    """The last held-out loss of a run's metrics; None where it has none."""
+    lines = (json.loads(line) for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines())
+    losses = [line["eval/loss"] for line in lines if "eval/loss" in line]
+    return losses[-1] if losses else None
 
 
 def keep_what_was_added(old: Path, new: Path) -> None:

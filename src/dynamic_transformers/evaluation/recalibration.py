@@ -28,6 +28,7 @@ from dynamic_transformers.manifest import (
     write_json,
     write_manifest,
 )
+from dynamic_transformers.model_card import CARD
 from dynamic_transformers.models.configuration import RoutedConfig
 from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.models.state import KINDS
@@ -42,7 +43,7 @@ from dynamic_transformers.training.calibration import (
 logger = logging.getLogger("dynamic_transformers")
 
 STATE = "model.routing_state."  # in front of the names of its tensors
-LEFT = (MANIFEST, RESULTS, PAGE, PICTURE)  # of the model before; they are not true of the new one
+LEFT = (MANIFEST, RESULTS, PAGE, PICTURE, CARD)  # of the model before; they are not true of the new one
 # What each manifest says of its own folder, or of its own weights.
 OWN = ("schema_version", "step", "config", "config_digest", "inputs", "package_version", "git_revision")
 OWN += ("packages", "digest", "logits_difference", "calibrated_fraction")
