@@ -175,14 +175,14 @@ def test_all_steps_are_of_one_revision(finished):
     assert len(set(revisions.values())) == 1 and prepared not in revisions.values()
 
 
-def test_mlflow_has_the_run_under_its_parent(finished):
+def test_mlflow_has_the_run_and_its_report(finished):
     client = mlflow.MlflowClient(f"sqlite:///{finished[0]}/mlflow.db")
     experiment = client.get_experiment_by_name("dynamic-transformers")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"quickstart", "quickstart-sdt-seed1"}
+    assert set(runs) == {"quickstart report", "sdt"}
     assert all(run.info.status == "FINISHED" for run in runs.values())
-    parent, child = runs["quickstart"].info.run_id, runs["quickstart-sdt-seed1"]
-    assert child.data.tags["mlflow.parentRunId"] == parent
+    parent, child = runs["quickstart report"].info.run_id, runs["sdt"]
+    assert child.data.tags["report"] == parent
     wanted = {"train/loss", "eval/loss", "test/loss", "efficiency/forward_flops_per_token"}
     assert wanted <= set(child.data.metrics)
     artifacts = {artifact.path for artifact in client.list_artifacts(parent, "report")}
@@ -272,8 +272,8 @@ def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_override
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("dynamic-transformers")
     runs = {entry.info.run_name: entry for entry in client.search_runs([experiment.experiment_id])}
-    parent = runs["quickstart-unfinished"].info.run_id
-    assert runs["quickstart-mod-seed0"].data.tags["mlflow.parentRunId"] == parent
+    parent = runs["quickstart-unfinished report"].info.run_id
+    assert runs["mod"].data.tags["report"] == parent
     assert "report/report.html" in {artifact.path for artifact in client.list_artifacts(parent, "report")}
 
 

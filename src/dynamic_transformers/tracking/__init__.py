@@ -9,10 +9,13 @@ on where it stopped, and so does `dynamic-transformers sync`. Only rank 0 tracks
 - `store`: MLflow's client, and what its errors mean
 - `delivery`, `sender`: what brings the record to the store, and the thread that does it
 - `search`: what was tracked, found again
+- `compared`, `view`: a finished comparison, and the page that shows it
+- `ui`: MLflow's pages on this machine, opened at that one
 - `sync`: the command
 - `wandb_run`: Weights & Biases
 """
 
+from dynamic_transformers.tracking.compared import ComparedRun, track_comparison
 from dynamic_transformers.tracking.record import METRICS, STATE, forget_after, replace_run
 from dynamic_transformers.tracking.search import (
     COMPARISON_TAG,
@@ -20,7 +23,7 @@ from dynamic_transformers.tracking.search import (
     download,
     find_evaluated,
     report_of,
-    track_comparison,
+    view_of,
 )
 from dynamic_transformers.tracking.store import tracking_uri
 from dynamic_transformers.tracking.sync import reopened, send_rest
@@ -31,6 +34,7 @@ __all__ = [
     "METRICS",
     "REPORT_TAG",
     "STATE",
+    "ComparedRun",
     "RunTracker",
     "description",
     "download",
@@ -42,4 +46,5 @@ __all__ = [
     "send_rest",
     "track_comparison",
     "tracking_uri",
+    "view_of",
 ]
