@@ -1,5 +1,6 @@
 """The page that `make mlflow-ui` links to, as a browser draws it."""
 
+import json
 import os
 import re
 import shutil
@@ -7,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
 from synthetic_evaluations import make_run, write_run
@@ -42,7 +45,11 @@ def outputs(tmp_path_factory, module_settings):
             figures = {"test/loss": run["eval"]["loss"], "test/bits_per_byte": run["eval"]["bits_per_byte"]}
             for task, metrics in run["bench"].items():
                 figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
+            tracker.log_data(Path("data"), {"digest": run["reference"]["data_digest"], "splits": {}})
             tracker.log_final(run["training_tokens"], figures)
+            (run_dir / "model").mkdir()
+            (run_dir / "model" / "weights").write_text(variant)
+            tracker.log_artifacts(run_dir / "model", "model")
             assert tracker.close("FINISHED")
             evaluations.append(write_run(run_dir / "evaluation", run | {"mlflow_run_id": tracker.run_id}))
     with pytest.MonkeyPatch.context() as patch:
@@ -140,3 +147,35 @@ def test_the_link_is_that_of_the_report_and_no_idle_workers_run(outputs, page):
     assert view_of(TrackingSettings(), outputs) == f"#{fragment}"
     names = [" ".join(child.cmdline()) for child in psutil.Process(server.pid).children(recursive=True)]
     assert len(names) <= 4 and not any("huey" in name or "job" in name for name in names), names
+
+
+def test_models_are_registered_with_their_figures_and_the_best_is_called_so(outputs):
+    report = json.loads((outputs / "study" / "report" / "comparison.json").read_text())
+    best = min(report["runs"], key=lambda run: run["eval"]["loss"])
+    client = mlflow.MlflowClient(f"sqlite:///{outputs}/mlflow.db")
+    version = client.get_model_version_by_alias("study", "best")
+    assert version.run_id == best["mlflow_run_id"] and version.tags["digest"] == best["model_digest"]
+    assert version.tags["variant"] == best["variant"] and version.tags["seed"] == "0"
+    assert version.tags["point"] == f"max_flops {best['point']['training.max_flops']:g}"
+    files = mlflow.artifacts.download_artifacts(
+        client.get_model_version_download_uri("study", version.version)
+    )
+    assert (Path(files) / "weights").read_text() == best["variant"]
+    model = client.get_logged_model(version.tags["logged_model"])
+    assert str(model.status) == "READY" and model.source_run_id == version.run_id
+    figures = {metric.key: metric.value for metric in model.metrics}
+    assert figures["test/loss"] == best["eval"]["loss"]
+    assert figures["efficiency/kv_bytes_per_token"] == best["efficiency"]["kv_bytes_per_token"]
+    assert {metric.dataset_name for metric in model.metrics} == {"data"}
+    # Nothing twice: neither in the run, nor by a second comparison.
+    assert len(client.get_metric_history(version.run_id, "test/loss")) == 1
+    assert len(client.search_model_versions("name = 'study'")) == len(NAMES)
+
+
+def test_a_second_comparison_makes_no_model_again(outputs, module_settings):
+    client = mlflow.MlflowClient(f"sqlite:///{outputs}/mlflow.db")
+    track_report(module_settings, "study", outputs / "study" / "report")
+    models = client.search_logged_models(["1"])
+    assert len(models) == len(client.search_model_versions("name = 'study'")) == len(NAMES)
+    run = client.get_run(models[0].source_run_id)
+    assert [output.model_id for output in run.outputs.model_outputs] == [models[0].model_id]

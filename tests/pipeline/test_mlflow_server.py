@@ -25,7 +25,7 @@ from real_docker import client_with_images
 
 from components import image_of
 from dynamic_transformers.settings import PROJECT_ROOT, TrackingSettings
-from dynamic_transformers.tracking import ComparedRun, RunTracker, find_evaluated, track_comparison
+from dynamic_transformers.tracking import ComparedRun, RunTracker, find_evaluated, track_comparison, view_of
 from pipelines.images import SERVER
 
 MARK = "5gq7x2"  # found also in a password that was quoted for a URI
@@ -245,7 +245,7 @@ def run_id(server, tmp_path):
     found = find_evaluated(settings, tmp_path, tmp_path.name)
     assert found == {"mod-seed0": tracker.run_id}
     track_comparison(
-        settings, tmp_path, "comparison", [ComparedRun(tracker.run_id, "mod", "#0072b2")], report
+        settings, tmp_path, "comparison", [ComparedRun(tracker.run_id, "mod", "#0072b2", loss=0.25)], report
     )
     return tracker.run_id
 
@@ -260,7 +260,11 @@ def check_tracked(uri, run_id, tmp_path):
     weights = client.download_artifacts(run_id, "model/weights.bin", str(tmp_path))
     assert Path(weights).read_bytes() == WEIGHTS
     parent = client.get_run(run.data.tags["report"])
-    assert parent.info.status == "FINISHED"
+    assert parent.info.status == "FINISHED" and parent.data.tags["view"] == view_of(
+        TrackingSettings(mlflow_uri=uri), tmp_path
+    )
+    best = client.get_model_version_by_alias("comparison", "best")
+    assert best.run_id == run_id and best.source.startswith("mlflow-artifacts:/")
     reports = client.list_artifacts(parent.info.run_id, "report")
     assert [entry.path for entry in reports] == ["report/report.html"]
 

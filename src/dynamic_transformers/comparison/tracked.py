@@ -7,7 +7,7 @@ from typing import Any
 
 from dynamic_transformers.comparison.compare import read_comparison
 from dynamic_transformers.comparison.plots import colour_of
-from dynamic_transformers.comparison.statistics import Comparison, Group
+from dynamic_transformers.comparison.statistics import Comparison, Group, point_text
 from dynamic_transformers.comparison.tables import bench_tasks, headline_metric
 from dynamic_transformers.settings import Settings
 from dynamic_transformers.tracking import ComparedRun, track_comparison
@@ -38,6 +38,13 @@ def compared_runs(comparison: Comparison) -> list[ComparedRun]:
             figures={
                 f"efficiency/{key}": value for key in EFFICIENCY if (value := run["efficiency"].get(key))
             },
+            tags={
+                "variant": group.variant,
+                "point": point_text(group.point),
+                "seed": str(run["seed"]),
+                "digest": run["model_digest"],
+            },
+            loss=run["eval"]["loss"] if group.causal else None,
         )
         for group in comparison.groups
         for run in group.runs

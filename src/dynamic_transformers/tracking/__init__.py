@@ -10,13 +10,15 @@ on where it stopped, and so does `dynamic-transformers sync`. Only rank 0 tracks
 - `delivery`, `sender`: what brings the record to the store, and the thread that does it
 - `search`: what was tracked, found again
 - `compared`, `view`: a finished comparison, and the page that shows it
+- `registry`: the compared models
 - `ui`: MLflow's pages on this machine, opened at that one
 - `sync`: the command
 - `wandb_run`: Weights & Biases
 """
 
-from dynamic_transformers.tracking.compared import ComparedRun, track_comparison
+from dynamic_transformers.tracking.compared import track_comparison
 from dynamic_transformers.tracking.record import METRICS, STATE, forget_after, replace_run
+from dynamic_transformers.tracking.registry import ComparedRun
 from dynamic_transformers.tracking.search import (
     COMPARISON_TAG,
     REPORT_TAG,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamic_transformers.settings import TrackingSettings
 from dynamic_transformers.tracking.record import FAILED, FINISHED
+from dynamic_transformers.tracking.registry import ComparedRun, register
 from dynamic_transformers.tracking.search import REPORT_TAG
 from dynamic_transformers.tracking.store import (
     experiment_id,
@@ -31,25 +31,6 @@ COLOUR_TAG = "mlflow.runColor"
 KIND_TAG = "kind"  # of the run that holds a report: the others are models
 
 
-@dataclass(frozen=True)
-class ComparedRun:
-    """A run as the pages of MLflow show it.
-
-    Attributes:
-        run_id: MLflow's.
-        name: of the run in charts.
-        colour: `#rrggbb`.
-        axis: its training tokens.
-        figures: what was measured when the runs were compared, by metric.
-    """
-
-    run_id: str
-    name: str
-    colour: str
-    axis: int = 0
-    figures: dict[str, float] = field(default_factory=dict)
-
-
 def track_comparison(
     settings: TrackingSettings,
     output_dir: str | Path,
@@ -58,7 +39,7 @@ def track_comparison(
     report: Path,
     bars: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Log a comparison's report folder to a run of its own, and save a view of all its runs in charts.
+    """Log a comparison's report to a run of its own, save a view of all its runs, register their models.
 
     In a task that has been given an MLflow run (MLFLOW_RUN_ID) that one takes the report. Either way the tag
     `report` of the compared runs names it. No run hangs under another: the pages fold such runs away.
@@ -79,6 +60,9 @@ def track_comparison(
                 client.log_artifacts(run_id, str(report), "report")
             link = _save_view(client, name, runs, bars or {}, run_id)
             for run in runs:
+                _add_figures(client, run)
+            register(client, name, runs, [metric for metrics in (bars or {}).values() for metric in metrics])
+            for run in runs:
                 _show(client, run, run_id)
             arrived = True
         finally:
@@ -95,13 +79,15 @@ def _report_run(client: MlflowClient, settings: TrackingSettings, output_dir: st
     return client.create_run(experiment, run_name=f"{name} report", tags={KIND_TAG: "report"}).info.run_id
 
 
-def _show(client: MlflowClient, run: ComparedRun, report: str) -> None:
-    """Name and colour a run. Its last tag, by which it is found, says that all arrived."""
+def _add_figures(client: MlflowClient, run: ComparedRun) -> None:
     from mlflow.entities import Metric
 
     stamp = int(time.time() * 1000)
-    figures = [Metric(key, value, stamp, run.axis) for key, value in run.figures.items()]
-    client.log_batch(run.run_id, metrics=figures)
+    client.log_batch(run.run_id, metrics=[Metric(*item, stamp, run.axis) for item in run.figures.items()])
+
+
+def _show(client: MlflowClient, run: ComparedRun, report: str) -> None:
+    """Name and colour a run. Its last tag, by which it is found, says that all arrived."""
     client.update_run(run.run_id, name=run.name)
     client.set_tag(run.run_id, COLOUR_TAG, run.colour)
     client.set_tag(run.run_id, REPORT_TAG, report)
