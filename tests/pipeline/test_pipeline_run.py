@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 
-from dynamic_transformers.settings import PROJECT_ROOT
+from dynamic_transformers.settings import PROJECT_ROOT, TrackingSettings
+from dynamic_transformers.tracking import view_of
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
 from pipelines.run import execution_identity, execution_of, main
 
@@ -137,11 +138,13 @@ def test_begun_again_it_goes_on_from_what_has_finished_and_from_the_checkpoint(e
     assert "going on from" in (logs / "train-sdt-seed1.log").read_text()
 
 
-def test_it_prints_table_report_and_mlflow_command(finished):
+def test_it_prints_table_report_and_the_link_to_all_charts(finished):
     output_dir, stdout = finished
-    assert "SDT" in stdout and "unigram" in stdout
+    assert "sdt" in stdout and "unigram" in stdout
     assert str(output_dir / "quickstart" / "report" / "report.html") in stdout
-    assert f"mlflow ui --backend-store-uri sqlite:///{output_dir}/mlflow.db" in stdout
+    link = view_of(TrackingSettings(mlflow_uri=f"sqlite:///{output_dir}/mlflow.db"), output_dir)
+    command = f"MLFLOW_TRACKING_URI=sqlite:///{output_dir}/mlflow.db make mlflow-ui"
+    assert f"MLflow: {command}, then http://127.0.0.1:5000/{link}\n" in stdout
 
 
 def test_comparison_json_keeps_its_contract(finished):
