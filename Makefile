@@ -48,8 +48,8 @@ run-docker: $(INSTALLED)  ## the pipeline of `quickstart`, each step in its cont
 submit: $(INSTALLED)  ## submit the pipeline to Kubeflow Pipelines; KFP_HOST=https://... CLUSTER= ARGS="--wait key=value ..."
 	$(BIN)/python -m pipelines.submit --host "$(KFP_HOST)" --cluster "$(CLUSTER)" $(ARGS)
 
-mlflow-ui: $(INSTALLED)  ## the MLflow pages of the runs on this machine
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --port $(or $(PORT),5000)
+mlflow-ui: $(INSTALLED)  ## the newest comparison in MLflow, every variant in its charts; PORT=
+	$(BIN)/python -m dynamic_transformers.tracking.ui --port $(or $(PORT),5000)
 
 speed: $(INSTALLED)  ## time of each architecture beside its FLOPs, measured side by side
 	$(BIN)/python -m benchmarks.speed

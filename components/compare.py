@@ -16,7 +16,7 @@ def compare(
     page: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Write `comparison.json`, `report.html` and plots, and hang the runs under one in MLflow.
+    """Write `comparison.json`, `report.html` and plots, and let MLflow show all runs in charts.
 
     Args:
         settings: all settings, as JSON.
@@ -32,10 +32,11 @@ def compare(
 
     from dynamic_transformers.comparison.compare import compare as compare_step
     from dynamic_transformers.comparison.compare import shown_figures, tracked_runs
+    from dynamic_transformers.comparison.tracked import track_report
     from dynamic_transformers.configure import settings_from_json
     from dynamic_transformers.settings import UserError
     from dynamic_transformers.step_log import step_log
-    from dynamic_transformers.tracking import report_of, track_comparison
+    from dynamic_transformers.tracking import report_of
 
     output = Path(report.path)
     again = (output / "comparison.json").is_file()
@@ -51,8 +52,7 @@ def compare(
         shutil.copy(output / "report.html", page.path)
         for name, value in shown_figures(output).items():
             metrics.log_metric(name, value)
-        place = (values.tracking, values.run.output_dir)
-        with suppress(UserError):  # nobody answers, which track_comparison takes as it does
-            if again and report_of(*place, tracked_runs(output)):
+        with suppress(UserError):  # nobody answers, which track_report takes as it does
+            if again and report_of(values.tracking, values.run.output_dir, tracked_runs(output)):
                 return
-        track_comparison(*place, values.run.name, tracked_runs(output), output)
+        track_report(values, values.run.name, output)

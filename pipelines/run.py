@@ -30,8 +30,10 @@ from dynamic_transformers.command_line import run_command
 from dynamic_transformers.folders import set_aside, sole_writer
 from dynamic_transformers.manifest import digest, fresh_folder, revision, write_json
 from dynamic_transformers.reading import flat
-from dynamic_transformers.settings import Settings, UserError
-from dynamic_transformers.tracking import tracking_uri
+from dynamic_transformers.settings import Settings, TrackingSettings, UserError
+from dynamic_transformers.tracking import report_of, tracking_uri, view_of
+from dynamic_transformers.tracking.store import store_name
+from dynamic_transformers.tracking.view import LOCAL_SERVER, full_link
 from dynamic_transformers.training.identity import settings_identity
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
 from pipelines.cluster import LOCAL
@@ -212,17 +214,32 @@ def collect_logs(execution: Path, runs: list[str], logs: Path) -> None:
 
 
 def show(settings: Settings, seconds: float) -> None:
-    """Print the table, the report's place and the MLflow command."""
-    from dynamic_transformers.comparison.compare import print_comparison
+    """Print the table, the report's place and the link to the charts."""
+    from dynamic_transformers.comparison.compare import print_comparison, tracked_runs
 
     folder = settings.run_dir
     print_comparison(folder / "report")
     print(f"logs:   {folder / 'logs'}")
-    if uri := settings.tracking.mlflow_uri:
-        print(f"MLflow: make mlflow-ui   (mlflow ui --backend-store-uri {uri})")
-    else:
-        print("MLflow: at MLFLOW_TRACKING_URI")
+    print(f"MLflow: {charts(settings, tracked_runs(folder / 'report'))}")
     print(f"time:   {seconds:.0f} s")
+
+
+def charts(settings: Settings, runs: list[str]) -> str:
+    """Where MLflow shows a comparison of these runs."""
+    store = (settings.tracking, settings.run.output_dir)
+    uri = tracking_uri(*store)
+    try:
+        report = report_of(*store, runs)
+        link = view_of(*store, report) if report else None
+    except UserError as error:
+        return str(error)
+    if link is None:
+        return "has no report of these runs"
+    if uri.startswith("http"):
+        return full_link(uri, link)
+    ours = uri == tracking_uri(TrackingSettings(), "outputs")
+    command = "make mlflow-ui" if ours else f"MLFLOW_TRACKING_URI={store_name(uri)} make mlflow-ui"
+    return f"{command}, then {full_link(LOCAL_SERVER, link)}"
 
 
 def main() -> None:

@@ -14,10 +14,11 @@ from synthetic_evaluations import make_run, write_run
 
 from components.compare import compare as compare_component
 from components.report_finished import report_finished
-from dynamic_transformers.comparison.compare import compare, tracked_runs
+from dynamic_transformers.comparison.compare import compare
+from dynamic_transformers.comparison.tracked import track_report
 from dynamic_transformers.evaluation.evaluate import comparison_of
 from dynamic_transformers.settings import TrackingSettings
-from dynamic_transformers.tracking import RunTracker, track_comparison
+from dynamic_transformers.tracking import RunTracker
 
 RUNS = ("mod-seed0", "stt-seed0")
 
@@ -62,7 +63,7 @@ class Pipeline:
     def compare(self):
         report = self.folder / "compare" / "report"
         compare([self.folder / run.split("-")[0] / "evaluation" for run in RUNS], report)
-        track_comparison(self.settings.tracking, self.folder, "pipeline", tracked_runs(report), report)
+        track_report(self.settings, "pipeline", report)
 
     def end(self, state):
         """The report of the exit handler's step."""
@@ -81,10 +82,10 @@ class Pipeline:
         )
         return report
 
-    def parents(self):
+    def reports(self):
         experiment = self.client.get_experiment_by_name(self.settings.tracking.experiment)
         runs = self.client.search_runs([experiment.experiment_id])
-        return {run.info.run_name: run.data.tags.get("mlflow.parentRunId") for run in runs}
+        return {run.info.run_name: run.data.tags.get("report") for run in runs}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def told(report):
 def test_after_a_success_nothing_is_done(pipeline, state):
     pipeline.evaluate("mod-seed0")
     assert told(pipeline.end(state)) == "All runs have finished: the report is the output of compare."
-    assert pipeline.parents() == {"mod-seed0": None}
+    assert pipeline.reports() == {"mod-seed0": None}
 
 
 @pytest.mark.parametrize("state", ["FAILED", "RUNNING"])
@@ -128,8 +129,8 @@ def test_what_finished_is_compared_whatever_the_failure_is_called(pipeline, stat
     report = pipeline.end(state)
     assert compared(report) == ["mod"]
     assert "(without stt-seed0)" in (report / "report.html").read_text()
-    assert set(pipeline.parents()) == {"mod-seed0", "pipeline-unfinished"}
-    parent = pipeline.parents()["mod-seed0"]
+    assert set(pipeline.reports()) == {"mod", "pipeline-unfinished report"}
+    parent = pipeline.reports()["mod"]
     assert pipeline.client.get_run(run_id).data.tags["report"] == parent
     assert pipeline.client.list_artifacts(parent, "report")
 
@@ -144,9 +145,9 @@ def test_a_success_that_is_not_told_changes_nothing(pipeline, monkeypatch, given
         monkeypatch.setenv("MLFLOW_TRACKING_URI", pipeline.settings.tracking.mlflow_uri)
         monkeypatch.setenv("MLFLOW_RUN_ID", task)
     pipeline.compare()
-    before = pipeline.parents()
+    before = pipeline.reports()
     assert told(pipeline.end("RUNNING")).startswith("No comparison: ")
-    assert pipeline.parents() == before
+    assert pipeline.reports() == before
 
 
 def test_when_only_the_comparison_failed_its_report_has_all_runs(pipeline):
@@ -194,7 +195,7 @@ def test_a_comparison_that_is_made_again_is_tracked_once(pipeline):
             **shown_in(pipeline.folder),
         )
         runs = pipeline.client.search_runs([experiment.experiment_id])
-        assert sorted(run.info.run_name for run in runs) == ["mod-seed0", "pipeline", "stt-seed0"]
+        assert sorted(run.info.run_name for run in runs) == ["mod", "pipeline report", "stt"]
 
 
 def test_compare_opens_no_store_where_tracking_is_off(pipeline, monkeypatch):

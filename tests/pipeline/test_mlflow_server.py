@@ -25,7 +25,7 @@ from real_docker import client_with_images
 
 from components import image_of
 from dynamic_transformers.settings import PROJECT_ROOT, TrackingSettings
-from dynamic_transformers.tracking import RunTracker, find_evaluated, track_comparison
+from dynamic_transformers.tracking import ComparedRun, RunTracker, find_evaluated, track_comparison, view_of
 from pipelines.images import SERVER
 
 MARK = "5gq7x2"  # found also in a password that was quoted for a URI
@@ -226,7 +226,7 @@ def server(request, database, objects, tmp_path_factory):
 
 @pytest.fixture
 def run_id(server, tmp_path):
-    """A model's run, tracked as the pipeline does it, with a comparison's run above it."""
+    """A model's run, tracked as the pipeline does it, with a comparison's report."""
     settings = TrackingSettings(experiment="cluster", mlflow_uri=server.uri)
     tags = {"run": "mod-seed0"}
     tracker = RunTracker(tmp_path, settings, tmp_path, "mod-seed0", {"model": {"type": "mod"}}, tags)
@@ -244,7 +244,9 @@ def run_id(server, tmp_path):
     (report / "report.html").write_text("<p>equal work</p>")
     found = find_evaluated(settings, tmp_path, tmp_path.name)
     assert found == {"mod-seed0": tracker.run_id}
-    track_comparison(settings, tmp_path, "comparison", list(found.values()), report)
+    track_comparison(
+        settings, tmp_path, "comparison", [ComparedRun(tracker.run_id, "mod", "#0072b2", loss=0.25)], report
+    )
     return tracker.run_id
 
 
@@ -257,8 +259,12 @@ def check_tracked(uri, run_id, tmp_path):
     assert [(metric.step, metric.value) for metric in losses] == [(100, 1.0), (200, 0.5)]
     weights = client.download_artifacts(run_id, "model/weights.bin", str(tmp_path))
     assert Path(weights).read_bytes() == WEIGHTS
-    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
-    assert parent.info.status == "FINISHED"
+    parent = client.get_run(run.data.tags["report"])
+    assert parent.info.status == "FINISHED" and parent.data.tags["view"] == view_of(
+        TrackingSettings(mlflow_uri=uri), tmp_path
+    )
+    best = client.get_model_version_by_alias("comparison", "best")
+    assert best.run_id == run_id and best.source.startswith("mlflow-artifacts:/")
     reports = client.list_artifacts(parent.info.run_id, "report")
     assert [entry.path for entry in reports] == ["report/report.html"]
 
@@ -268,7 +274,7 @@ def test_runs_lie_in_postgresql_and_artifacts_in_the_bucket(server, run_id, tmp_
     with contextlib.closing(connect(server.database)) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT name, status, artifact_uri FROM runs WHERE run_uuid = %s", [run_id])
         ((name, status, artifacts),) = cursor.fetchall()
-        assert (name, status) == ("mod-seed0", "FINISHED")
+        assert (name, status) == ("mod", "FINISHED")
         # Through the server: a client needs no access to the bucket.
         assert artifacts.startswith("mlflow-artifacts:/")
         cursor.execute("SELECT value FROM metrics WHERE run_uuid = %s AND key = 'test/loss'", [run_id])

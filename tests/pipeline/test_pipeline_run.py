@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 
-from dynamic_transformers.settings import PROJECT_ROOT
+from dynamic_transformers.settings import PROJECT_ROOT, TrackingSettings
+from dynamic_transformers.tracking import view_of
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
 from pipelines.run import execution_identity, execution_of, main
 
@@ -137,11 +138,13 @@ def test_begun_again_it_goes_on_from_what_has_finished_and_from_the_checkpoint(e
     assert "going on from" in (logs / "train-sdt-seed1.log").read_text()
 
 
-def test_it_prints_table_report_and_mlflow_command(finished):
+def test_it_prints_table_report_and_the_link_to_all_charts(finished):
     output_dir, stdout = finished
-    assert "SDT" in stdout and "unigram" in stdout
+    assert "sdt" in stdout and "unigram" in stdout
     assert str(output_dir / "quickstart" / "report" / "report.html") in stdout
-    assert f"mlflow ui --backend-store-uri sqlite:///{output_dir}/mlflow.db" in stdout
+    link = view_of(TrackingSettings(mlflow_uri=f"sqlite:///{output_dir}/mlflow.db"), output_dir)
+    command = f"MLFLOW_TRACKING_URI=sqlite:///{output_dir}/mlflow.db make mlflow-ui"
+    assert f"MLflow: {command}, then http://127.0.0.1:5000/{link}\n" in stdout
 
 
 def test_comparison_json_keeps_its_contract(finished):
@@ -175,14 +178,14 @@ def test_all_steps_are_of_one_revision(finished):
     assert len(set(revisions.values())) == 1 and prepared not in revisions.values()
 
 
-def test_mlflow_has_the_run_under_its_parent(finished):
+def test_mlflow_has_the_run_and_its_report(finished):
     client = mlflow.MlflowClient(f"sqlite:///{finished[0]}/mlflow.db")
     experiment = client.get_experiment_by_name("dynamic-transformers")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"quickstart", "quickstart-sdt-seed1"}
+    assert set(runs) == {"quickstart report", "sdt"}
     assert all(run.info.status == "FINISHED" for run in runs.values())
-    parent, child = runs["quickstart"].info.run_id, runs["quickstart-sdt-seed1"]
-    assert child.data.tags["mlflow.parentRunId"] == parent
+    parent, child = runs["quickstart report"].info.run_id, runs["sdt"]
+    assert child.data.tags["report"] == parent
     wanted = {"train/loss", "eval/loss", "test/loss", "efficiency/forward_flops_per_token"}
     assert wanted <= set(child.data.metrics)
     artifacts = {artifact.path for artifact in client.list_artifacts(parent, "report")}
@@ -272,8 +275,8 @@ def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_override
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("dynamic-transformers")
     runs = {entry.info.run_name: entry for entry in client.search_runs([experiment.experiment_id])}
-    parent = runs["quickstart-unfinished"].info.run_id
-    assert runs["quickstart-mod-seed0"].data.tags["mlflow.parentRunId"] == parent
+    parent = runs["quickstart-unfinished report"].info.run_id
+    assert runs["mod"].data.tags["report"] == parent
     assert "report/report.html" in {artifact.path for artifact in client.list_artifacts(parent, "report")}
 
 

@@ -13,6 +13,7 @@ from dynamic_transformers.evaluation.evaluate import track
 from dynamic_transformers.settings import TrackingSettings, UserError
 from dynamic_transformers.step_log import step_log
 from dynamic_transformers.tracking import (
+    ComparedRun,
     RunTracker,
     download,
     find_evaluated,
@@ -20,6 +21,7 @@ from dynamic_transformers.tracking import (
     replace_run,
     track_comparison,
     tracking_uri,
+    view_of,
 )
 
 MANIFEST = {"digest": "d" * 64, "splits": {"train": {"tokens": 9}}}
@@ -35,13 +37,17 @@ def report_in(folder):
     return folder / "report"
 
 
+def shown(run_id):
+    return ComparedRun(run_id, "mod", "#0072b2", 500, {"efficiency/kv_bytes_per_token": 64})
+
+
 def write_metrics(tracker, steps):
     for step in steps:
         done = {"tokens": step * 100, "training_flops": step * 1e6}
         tracker.log(step, done | {"train/loss": 1.0 / step})
 
 
-def test_a_run_hangs_under_its_parent_with_both_axes(store, tmp_path):
+def test_a_run_has_both_axes_and_is_shown_in_the_view_of_its_report(store, tmp_path):
     settings, output_dir = store
     params = {"model": {"type": "mod"}, "data": {"long": "x" * 9000}}
     tracker = RunTracker(tmp_path, settings, output_dir, "mod-seed0", params, {"seed": "0"})
@@ -54,10 +60,20 @@ def test_a_run_hangs_under_its_parent_with_both_axes(store, tmp_path):
     assert [(m.step, m.value) for m in history] == [(s * 100, 1 / s) for s in range(1, 6)]
     flops = client(*store).get_metric_history(tracker.run_id, "progress/training_flops")
     assert [m.value for m in flops] == [s * 1e6 for s in range(1, 6)]
-    track_comparison(settings, output_dir, "comparison", [tracker.run_id], report_in(tmp_path))
-    parent = client(*store).get_run(tracker.run_id).data.tags["mlflow.parentRunId"]
-    assert client(*store).get_run(parent).info.status == "FINISHED"
-    assert [a.path for a in client(*store).list_artifacts(parent, "report")] == ["report/report.html"]
+    track_comparison(settings, output_dir, "comparison", [shown(tracker.run_id)], report_in(tmp_path))
+    run = client(*store).get_run(tracker.run_id)
+    assert (run.info.run_name, run.data.tags["mlflow.runColor"]) == ("mod", "#0072b2")
+    assert run.data.metrics["efficiency/kv_bytes_per_token"] == 64
+    assert "mlflow.parentRunId" not in run.data.tags  # the pages fold away what hangs under another
+    report = client(*store).get_run(run.data.tags["report"])
+    assert report.info.status == "FINISHED" and report.data.tags["kind"] == "report"
+    assert [a.path for a in client(*store).list_artifacts(report.info.run_id, "report")] == [
+        "report/report.html"
+    ]
+    link = f"#/experiments/{run.info.experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey="
+    assert view_of(*store) == view_of(*store, report.info.run_id) == link + report.info.run_id
+    experiment = client(*store).get_experiment(run.info.experiment_id)
+    assert json.loads(experiment.tags[f"mlflow.sharedViewState.{report.info.run_id}"])["name"] == "comparison"
 
 
 def test_a_run_that_a_task_was_given_is_used(store, tmp_path, monkeypatch):
@@ -76,7 +92,7 @@ def test_a_run_that_a_task_was_given_is_used(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", given[1])
     assert RunTracker(tmp_path, settings, output_dir).run_id == given[0]  # a later step stays with the run
     assert find_evaluated(settings, output_dir, "this") == {"mod-seed0": given[0]}
-    track_comparison(settings, output_dir, "comparison", [given[0]], report_in(tmp_path))
+    track_comparison(settings, output_dir, "comparison", [shown(given[0])], report_in(tmp_path))
     assert [a.path for a in client(*store).list_artifacts(given[1], "report")] == ["report/report.html"]
     assert client(*store).get_run(given[1]).info.status == "RUNNING"  # its owner ends it
     assert "mlflow.parentRunId" not in client(*store).get_run(given[0]).data.tags
@@ -98,9 +114,9 @@ def test_a_run_that_another_server_gave_is_not_used(store, tmp_path, monkeypatch
     assert tracker.close("FINISHED")
     assert tracker.run_id not in (None, given)
     assert find_evaluated(settings, output_dir, "this") == {"mod-seed0": tracker.run_id}
-    track_comparison(settings, output_dir, "comparison", [tracker.run_id], report_in(tmp_path))
-    parent = client(*store).get_run(tracker.run_id).data.tags["mlflow.parentRunId"]
-    assert [a.path for a in client(*store).list_artifacts(parent, "report")] == ["report/report.html"]
+    track_comparison(settings, output_dir, "comparison", [shown(tracker.run_id)], report_in(tmp_path))
+    report = client(*store).get_run(tracker.run_id).data.tags["report"]
+    assert [a.path for a in client(*store).list_artifacts(report, "report")] == ["report/report.html"]
 
 
 def runs_of(store):

@@ -111,6 +111,14 @@ def test_token_budget(make_settings, data_dir, tmp_path):
     assert read_manifest(train(settings, data_dir, tmp_path / "run"))["training_tokens"] == 1024
 
 
+@pytest.mark.parametrize("long", [0.0, 600.0])
+def test_a_long_run_logs_what_it_takes_of_the_machine(make_settings, data_dir, tmp_path, monkeypatch, long):
+    monkeypatch.setattr("dynamic_transformers.training.observers.LONG", long)
+    run_dir = train(make_settings(training={"max_steps": 2, "log_every": 1}), data_dir, tmp_path / "run")
+    memory = [line.get("system/system_memory_usage_percentage") for line in metrics(run_dir)]
+    assert any(value and 0 < value < 100 for value in memory) == (long == 0)
+
+
 def test_a_finished_run_is_returned(make_settings, data_dir, tmp_path):
     run_dir = train(make_settings("mod"), data_dir, tmp_path / "run")
     before = (run_dir / "manifest.json").stat().st_mtime_ns

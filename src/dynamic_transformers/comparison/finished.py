@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamic_transformers.comparison.compare import compare, tracked_runs
+from dynamic_transformers.comparison.compare import compare
+from dynamic_transformers.comparison.tracked import track_report
 from dynamic_transformers.evaluation.evaluate import comparison_of
 from dynamic_transformers.settings import Settings, UserError
-from dynamic_transformers.tracking import download, find_evaluated, report_of, track_comparison
+from dynamic_transformers.tracking import download, find_evaluated, report_of
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -65,7 +66,5 @@ def compare_finished(settings: Settings, runs: Sequence[str], output_dir: Path) 
             settings=settings,
             title=f"Dynamic Transformers: what finished of a pipeline that failed ({which})",
         )
-    track_comparison(
-        tracking, outputs, f"{settings.run.name}-unfinished", tracked_runs(output_dir), output_dir
-    )
+    track_report(settings, f"{settings.run.name}-unfinished", output_dir)
     return list(copies)

@@ -22,6 +22,7 @@ from dynamic_transformers.comparison.statistics import (
     difference_to,
     mean_interval,
     percent,
+    point_text,
 )
 from dynamic_transformers.comparison.tables import (
     ABSENT,
@@ -214,8 +215,7 @@ def _lineage(run: Run, manifest: dict[str, Any]) -> dict[str, str]:
 
 def name_of(run: Run) -> str:
     """Variant and point of a run."""
-    point = [f"{key.rpartition('.')[2]} {value}" for key, value in run["point"].items()]
-    return ", ".join([run["variant"], *point])
+    return ", ".join(filter(None, [run["variant"], point_text(run["point"])]))
 
 
 def _packages(runs: Sequence[Run], manifests: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -175,7 +175,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for (variant, point), of_group in members.items():
         first = of_group[0]
         evaluation = first["eval"]
-        place = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in first["point"].items())
+        place = point_text(first["point"])
         label = f"{variant}, {place}" if place and len(points) > 1 else variant
         groups.append(
             Group(
@@ -192,6 +192,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             )
         )
     return groups
+
+
+def point_text(point: dict[str, Any]) -> str:
+    """A point of the grid for people: `max_flops 1e+13`."""
+    return ", ".join(
+        f"{key.rpartition('.')[2]} {f'{value:g}' if isinstance(value, float) else value}"
+        for key, value in point.items()
+    )
 
 
 def ratio_to(group: Group, baseline: Group | None, key: str, inverse: bool = False) -> Interval | None:

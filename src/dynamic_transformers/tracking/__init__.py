@@ -9,18 +9,23 @@ on where it stopped, and so does `dynamic-transformers sync`. Only rank 0 tracks
 - `store`: MLflow's client, and what its errors mean
 - `delivery`, `sender`: what brings the record to the store, and the thread that does it
 - `search`: what was tracked, found again
+- `compared`, `view`: a finished comparison, and the page that shows it
+- `registry`: the compared models
+- `ui`: MLflow's pages on this machine, opened at that one
 - `sync`: the command
 - `wandb_run`: Weights & Biases
 """
 
+from dynamic_transformers.tracking.compared import track_comparison
 from dynamic_transformers.tracking.record import METRICS, STATE, forget_after, replace_run
+from dynamic_transformers.tracking.registry import ComparedRun
 from dynamic_transformers.tracking.search import (
     COMPARISON_TAG,
     REPORT_TAG,
     download,
     find_evaluated,
     report_of,
-    track_comparison,
+    view_of,
 )
 from dynamic_transformers.tracking.store import tracking_uri
 from dynamic_transformers.tracking.sync import reopened, send_rest
@@ -31,6 +36,7 @@ __all__ = [
     "METRICS",
     "REPORT_TAG",
     "STATE",
+    "ComparedRun",
     "RunTracker",
     "description",
     "download",
@@ -42,4 +48,5 @@ __all__ = [
     "send_rest",
     "track_comparison",
     "tracking_uri",
+    "view_of",
 ]

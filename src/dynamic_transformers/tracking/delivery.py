@@ -32,6 +32,7 @@ REQUEST_METRICS, REQUEST_PARAMS = 1000, 100  # MLflow's limits of one request
 KEY_TAG = "dynamic_transformers.key"
 REPLACED_TAG = "replaced_by"
 CHANGED_TAG = "changed."  # before the name of a parameter
+EVAL_FLOPS = "eval/training_flops"
 WORK = ("step", "tokens", "training_flops")  # of a line: shown below `progress/`
 
 
@@ -154,12 +155,16 @@ class Delivery:
 
     def _send_lines(self, run_id: str) -> None:
         for lines, end in self._unsent_lines():
-            metrics = [metric for line in lines for metric in self._metrics(json.loads(line))]
+            metrics: list[Metric] = []
+            done = self.record.sent_work
+            for values in map(json.loads, lines):
+                metrics += self._metrics(values, with_work=values["step"] > done)
+                done = max(done, values["step"])
             for some in batched(metrics, REQUEST_METRICS):
                 self.client.log_batch(run_id, metrics=list(some))
                 self.answered()
             with self.file.changing() as record:
-                record.sent_bytes = end
+                record.sent_bytes, record.sent_work = end, done
 
     def _unsent_lines(self) -> Iterator[tuple[list[bytes], int]]:
         """Whole lines, CHUNK at a time, each with the place of their end in the file."""
@@ -174,18 +179,25 @@ class Delivery:
                 if whole:
                     yield whole, end
 
-    def _metrics(self, line: dict[str, Any]) -> list[Metric]:
-        """Of one line, without what was sent before the line was cut off and came again."""
+    def _metrics(self, line: dict[str, Any], with_work: bool) -> list[Metric]:
+        """Of one line, without what was sent before the line was cut off and came again.
+
+        MLflow draws one metric over another as long as each has one value at a step: the work is sent once,
+        and once more for evaluations, which may be few among many steps.
+        """
         from mlflow.entities import Metric
 
         step, stamp = line["step"], int(line["time"] * 1000)
         # The step axis is tokens; steps and training FLOPs are metrics to choose as the x axis.
         axis = int(line.get("tokens", step))
-        return [
-            Metric(f"progress/{key}" if key in WORK else key, float(value), stamp, axis)
+        named = {
+            f"progress/{key}" if key in WORK else key: value
             for key, value in line.items()
-            if key != "time" and step > self.record.sent_steps.get(key, -1)
-        ]
+            if key != "time" and step > self.record.sent_steps.get(key, -1) and (with_work or key not in WORK)
+        }
+        if "eval/loss" in named and "training_flops" in line:
+            named[EVAL_FLOPS] = line["training_flops"]
+        return [Metric(name, float(value), stamp, axis) for name, value in named.items()]
 
     def _send_status(self, run_id: str, status: str) -> None:
         if status == RUNNING:

@@ -40,6 +40,7 @@ class Record:
     sent_steps: dict[str, int] = field(
         default_factory=dict
     )  # of lines that were sent, and cut off afterwards
+    sent_work: int = -1  # last step whose work was sent: a step that is evaluated has two lines
     attachments: list[dict[str, Any]] = field(
         default_factory=list
     )  # data, figures, files: sent in this order
@@ -52,7 +53,7 @@ class Record:
         """Nothing has been sent: the server does not know the run."""
         self.run_id, self.described, self.sent_status = None, False, None
         self.sent_bytes = self.sent_attachments = self.sent_replaced = 0
-        self.sent_steps = {}
+        self.sent_steps, self.sent_work = {}, -1
 
 
 class RecordFile:

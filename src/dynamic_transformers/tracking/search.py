@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamic_transformers.settings import TrackingSettings, UserError
-from dynamic_transformers.tracking.record import FAILED, FINISHED
 from dynamic_transformers.tracking.store import (
-    experiment_id,
     explained,
     given_run,
     open_store,
     time_for_files,
     tracking_uri,
 )
+from dynamic_transformers.tracking.view import VIEW_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,49 +26,6 @@ logger = logging.getLogger("dynamic_transformers")
 COMPARISON_TAG = "comparison"  # what an evaluated run shares with those it is compared to
 RUN_TAG = "run"  # `run.name`, whatever MLflow calls the run
 REPORT_TAG = "report"  # of a compared run: id of the run that holds the report
-PARENT_NOTE = (
-    "One comparison: its runs hang below, one for each variant, point and seed. Select them and compare "
-    "`test/loss`, `bench/…` and `efficiency/…`; the step axis of the curves is training tokens, and "
-    "`progress/training_flops` is the x axis for equal work. The report is among the artifacts."
-)
-
-
-def track_comparison(
-    settings: TrackingSettings, output_dir: str | Path, name: str, run_ids: Sequence[str], report: Path
-) -> None:
-    """Log a comparison's report folder to a run of its own, under which the compared runs then hang.
-
-    In a task that has been given an MLflow run (MLFLOW_RUN_ID) that one takes the report, and the compared
-    runs stay where whoever gave it has hung them. Either way their tag `report` names that run.
-    """
-    if not settings.mlflow:
-        return
-    uri = tracking_uri(settings, output_dir)
-    try:
-        client = open_store(uri)
-        given = given_run(settings)
-        run_id = given or _comparison_run(client, settings, output_dir, name)
-        arrived = False
-        try:
-            with time_for_files():
-                client.log_artifacts(run_id, str(report), "report")
-            for child in run_ids:
-                for tag in [REPORT_TAG] if given else [REPORT_TAG, "mlflow.parentRunId"]:
-                    client.set_tag(child, tag, run_id)
-            arrived = True
-        finally:
-            if not given:
-                client.set_terminated(run_id, FINISHED if arrived else FAILED)
-    except Exception as error:
-        logger.warning("MLflow: the report was not logged (%s)", explained(error, uri)[0])
-
-
-def _comparison_run(
-    client: MlflowClient, settings: TrackingSettings, output_dir: str | Path, name: str
-) -> str:
-    experiment = experiment_id(client, settings.experiment, output_dir)
-    note = {"mlflow.note.content": PARENT_NOTE}
-    return client.create_run(experiment, run_name=name, tags=note).info.run_id
 
 
 def find_evaluated(settings: TrackingSettings, output_dir: str | Path, comparison: str) -> dict[str, str]:
@@ -109,6 +65,25 @@ def report_of(settings: TrackingSettings, output_dir: str | Path, run_ids: Seque
     with _told(tracking_uri(settings, output_dir)) as client:
         reports = {client.get_run(run_id).data.tags.get(REPORT_TAG) for run_id in run_ids}
     return reports.pop() if len(reports) == 1 else None
+
+
+def view_of(settings: TrackingSettings, output_dir: str | Path, run_id: str | None = None) -> str | None:
+    """The link to the charts of the comparison whose report a run holds, behind the server's address.
+
+    Args:
+        run_id: without it, the newest comparison of the whole store.
+
+    Raises:
+        UserError: the server cannot be reached.
+    """
+    with _told(tracking_uri(settings, output_dir)) as client:
+        if run_id:
+            return client.get_run(run_id).data.tags.get(VIEW_TAG)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        newest = client.search_runs(
+            experiments, f"tags.{VIEW_TAG} LIKE '#%'", order_by=["start_time DESC"], max_results=1
+        )
+        return newest[0].data.tags[VIEW_TAG] if newest else None
 
 
 def download(settings: TrackingSettings, output_dir: str | Path, run_id: str, path: str, to: Path) -> Path:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -19,6 +21,8 @@ from dynamic_transformers.training.heldout import HeldoutResult
 from dynamic_transformers.training.step import StepResult
 
 logger = logging.getLogger("dynamic_transformers")
+
+LONG = 600  # seconds after which a run also logs what it takes of the machine
 
 Write = Callable[[Progress, dict[str, float]], None]
 
@@ -70,6 +74,7 @@ class Log(Observer):
 
     def __init__(self, write: Write, every: int):
         self.write, self.every = write, every
+        self.started = time.monotonic()
 
     def after_step(self, moment: Moment) -> None:
         """Add to the sums; write a line when it is due."""
@@ -87,9 +92,23 @@ class Log(Observer):
             line["train/skipped_steps"] = progress.skipped
         for layer, measured in result.routing.items() if result.updated else ():
             line |= {f"routing/layer_{layer}/{key}": value for key, value in measured.items()}
+        if time.monotonic() - self.started > LONG:
+            line |= machine_figures()
         sums.clear()
         self.write(progress, line)
         moment.line = line
+
+
+def machine_figures() -> dict[str, float]:
+    """How busy this machine is, in percent, by the names that MLflow has for it."""
+    figures = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),  # since the last call
+        "system/system_memory_usage_percentage": psutil.virtual_memory().percent,
+    }
+    for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        free, total = torch.cuda.mem_get_info(device)
+        figures[f"system/gpu_{device}_memory_usage_percentage"] = 100 * (1 - free / total)
+    return figures
 
 
 class Display(Observer):
