@@ -44,6 +44,7 @@ def test_k_is_the_floor_and_at_least_one(capacity, n, k):
 
 
 def test_mask_and_selection_are_inverse():
+    torch.manual_seed(0)  # rows of different numbers
     mask = torch.rand(4, 13) > 0.6
     mask[2] = False
     assert torch.equal(select_mask(mask).mask, mask)

@@ -150,7 +150,7 @@ def test_it_prints_table_report_and_the_link_to_all_charts(finished):
 def test_comparison_json_keeps_its_contract(finished):
     report = finished[0] / "quickstart" / "report"
     comparison = json.loads((report / "comparison.json").read_text())
-    assert comparison["schema_version"] == 1
+    assert comparison["schema_version"] == 2
     (run,) = comparison["runs"]
     assert (run["architecture"], run["seed"]) == ("sdt", 1)
     assert run["training_flops"] == pytest.approx(1e10, rel=0.05)
@@ -198,7 +198,7 @@ def identity_of(output_dir, *arguments):
     parser = argparse.ArgumentParser()
     add_pipeline_arguments(parser)
     asked = parser.parse_intermixed_args(pipeline_command(output_dir, *arguments)[3:])
-    return execution_identity(*pipeline_arguments(asked))
+    return execution_identity(pipeline_arguments(asked)[0])
 
 
 FREE = (
