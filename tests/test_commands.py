@@ -75,7 +75,7 @@ CLI = "src/dynamic_transformers/cli.py"
         (
             ["train.py", "model.capacity=0.5"],
             2,
-            "error: model.capacity=0.5: the standard model routes nothing",
+            "error: model.capacity=0.5: a standard model routes nothing",
         ),
         ([CLI, "prepare", "run.seed=-1"], 2, "error: run.seed=-1: must be in [0, 4294967295]"),
         ([CLI, "prepare", "run.output_dir=/etc/passwd"], 2, "error: run.output_dir: /etc/passwd is a file"),

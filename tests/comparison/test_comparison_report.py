@@ -82,7 +82,7 @@ def test_non_causal_is_labelled_wherever_it_appears(four):
 def test_report_says_how_and_from_what(four):
     html = (four / "report.html").read_text()
     run = make_run("mod")
-    for part in ("How these numbers were made", "multiply-add is 2 FLOPs", "dense\nteacher", "test split"):
+    for part in ("How these numbers were made", "multiply-add is 2 FLOPs", "dense teacher", "test split"):
         assert part in html
     for part in (run["model_dir"], digest(run["settings"]), run["mlflow_run_id"], "transformers 5"):
         assert part in html
