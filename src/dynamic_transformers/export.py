@@ -87,7 +87,8 @@ def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) ->
         UserError, RuntimeError: as `export`.
     """
     run = read_manifest(run_dir, "train")
-    block_size = read_manifest(data_dir, "prepare_data")["block_size"]
+    data = read_manifest(data_dir, "prepare_data")
+    block_size = data["block_size"]
     model, tokenizer = load_run(run_dir), load_tokenizer(data_dir)
     model.config.max_position_embeddings = trained_context(model.config, run["config"], block_size)
     model.save_pretrained(output)
@@ -113,8 +114,7 @@ def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) ->
         data_dir=str(data_dir.resolve()),
         logits_difference=difference,
     )
-    sources = read_manifest(data_dir, "prepare_data")["sources"]
-    write_card(output, model.config, manifest, sources, last_validation_loss(run_dir))
+    write_card(output, model.config, manifest, data["sources"], last_validation_loss(run_dir))
     return difference
 
 

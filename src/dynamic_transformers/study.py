@@ -207,9 +207,10 @@ def single_run(settings: Settings) -> Settings:
     Raises:
         UserError: no such variant, or as `make_run`.
     """
-    label, point, variants = settings.study.variant, settings.study.point, variants_of(settings.study)
+    label, point = settings.study.variant, settings.study.point
     if label is None:
         return settings
+    variants = variants_of(settings.study)
     if label not in variants:
         raise UserError(f"study.variant={label}: must be one of {', '.join(variants)}")
     return make_run(settings, label, resolved(settings, label, point), point).settings

@@ -6,8 +6,9 @@ A record is imported by the settings: no torch and no transformers before its cl
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynamic_transformers.models.architectures.accounts import FlopAccount, block_flops
 
@@ -47,7 +48,7 @@ class Architecture:
     least_layers = 1
     own_rules: tuple[str, ...] = ()
     predicts = False
-    parts: dict[str, str] = {}  # noqa: RUF012  (a record's, never changed)
+    parts: ClassVar[dict[str, str]] = {}
     training_note = ""
 
     @cached_property
@@ -115,7 +116,7 @@ class Architecture:
         return account
 
 
-class RoutedArchitecture(Architecture):
+class RoutedArchitecture(Architecture, ABC):
     """One whose odd layers compute only selected tokens."""
 
     routed = True
@@ -136,9 +137,9 @@ class RoutedArchitecture(Architecture):
             options["selection_rule"] = model.selection_rule
         return options
 
+    @abstractmethod
     def score_flops(self, config: Any, training: bool) -> FlopAccount:
         """FLOPs per token of a routed layer's scores; with `training` forward and backward."""
-        raise NotImplementedError
 
     def router_flops(self, config: Any, training: bool) -> FlopAccount:
         """FLOPs per token of all that a routed layer adds to its block."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from dynamic_transformers.constraints import OneOf, Weight
 from dynamic_transformers.models.architectures.accounts import FlopAccount
@@ -32,7 +32,7 @@ class MoD(RoutedArchitecture):
     description = "Mixture-of-Depths: every other layer computes only the tokens that a router selects"
     model_type, module, classes = "qwen2_mod", "mod", "Qwen2MoD"
     own_rules = ("aux",)
-    parts = {"router": "router", "predictor": "predictor"}  # noqa: RUF012
+    parts: ClassVar[dict[str, str]] = {"router": "router", "predictor": "predictor"}
 
     def options(self, model: ModelSettings) -> dict[str, Any]:
         """Gate and losses of the router."""

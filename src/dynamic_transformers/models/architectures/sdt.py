@@ -5,7 +5,7 @@ Its model: models/sdt.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dynamic_transformers.models.architectures.accounts import FlopAccount
 from dynamic_transformers.models.architectures.surprise import SurpriseArchitecture
@@ -22,7 +22,7 @@ class SDT(SurpriseArchitecture):
         "Sparse Dynamic Transformer: a dense layer's surprise decides which tokens the next layer computes"
     )
     model_type, module, classes = "qwen2_sdt", "sdt", "Qwen2SDT"
-    parts = {"prior": "prior", "surprise": "surprise", "predictor": "predictor"}  # noqa: RUF012
+    parts: ClassVar[dict[str, str]] = {"prior": "prior", "surprise": "surprise", "predictor": "predictor"}
 
     def score_flops(self, config: Qwen2SDTConfig, training: bool) -> FlopAccount:
         """The prior network, in evaluation too."""

@@ -6,7 +6,7 @@ Its model: models/stt.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from dynamic_transformers.constraints import In, OneOf, Weight
 from dynamic_transformers.models.architectures.accounts import FlopAccount, block_flops
@@ -39,7 +39,7 @@ class STT(SurpriseArchitecture):
     )
     model_type, module, classes = "qwen2_stt", "stt", "Qwen2STT"
     predicts = True
-    parts = {"prior": "prior", "surprise": "surprise", "student": "predictor"}  # noqa: RUF012
+    parts: ClassVar[dict[str, str]] = {"prior": "prior", "surprise": "surprise", "student": "predictor"}
     training_note = (
         "STT's training cost includes the dense teacher, so it sees fewer tokens for the same FLOPs"
     )
