@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
+import dynamic_transformers.models.registration  # noqa: F401  (so that auto classes know our models)
 from dynamic_transformers.models.architectures import ARCHITECTURES
 
 VOCAB = 97
