@@ -165,12 +165,10 @@ def routing_command(args: argparse.Namespace) -> None:
     if not (args.model_path / "config.json").is_file():
         raise UserError(f"{args.model_path}: no exported model (it has no config.json)")
     text = read_text(args.file) if args.file else args.text
-    from transformers import AutoTokenizer
-
-    from dynamic_transformers.evaluation.exported import load_model
+    from dynamic_transformers.evaluation.exported import load_model, tokenizer_of
     from dynamic_transformers.evaluation.routing_page import PAGE, PICTURE, trace_routing, write_routing
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+    tokenizer = tokenizer_of(args.model_path)
     routing = trace_routing(load_model(args.model_path), tokenizer, tokenizer(text)["input_ids"])
     folder = args.output_dir or args.model_path
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,10 @@
 import torch
 from transformers import PreTrainedModel
 
-import dynamic_transformers.models.registration  # noqa: F401  (so that auto classes know our models)
 from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.registration import register_models
+
+register_models()  # for the tests of auto classes
 
 VOCAB = 97
 ROUTED = ("mod", "sdt", "stt")

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from dynamic_transformers.comparison.labels import label_runs
 from dynamic_transformers.comparison.plots import write_plots
@@ -27,7 +26,7 @@ from dynamic_transformers.evaluation.efficiency import (
     measure_side_by_side,
 )
 from dynamic_transformers.evaluation.evaluate import PROMPTS, SCHEMA_VERSION
-from dynamic_transformers.evaluation.exported import tokenizer_digest
+from dynamic_transformers.evaluation.exported import tokenizer_digest, tokenizer_of
 from dynamic_transformers.evaluation.routing_page import PICTURE
 from dynamic_transformers.folders import write_whole
 from dynamic_transformers.manifest import (
@@ -200,7 +199,7 @@ def measure(
         model = by_digest[run["model_digest"]]
         given = prompts
         if tokenizer_digest(model) != own_tokenizer:
-            given = in_tokens_of(AutoTokenizer.from_pretrained(model, trust_remote_code=False), prompts)
+            given = in_tokens_of(tokenizer_of(model), prompts)
         subjects.append(Subject(model, run["eval"]["dtype"], given))
     for (_, run), speed in zip(order, measure_side_by_side(subjects[0], subjects[1:]), strict=True):
         run["efficiency"] |= json.loads(json.dumps(dataclasses.asdict(speed)))  # layers become text

@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-import dynamic_transformers.models.registration  # noqa: F401  (so that auto classes know our models)
 from dynamic_transformers.manifest import MANIFEST, file_digest, read_manifest
+from dynamic_transformers.models.registration import register_models
 from dynamic_transformers.settings import UserError
 
 NAMES_SHOWN = 3
@@ -29,7 +35,7 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
     """
     if not (model_dir / "config.json").is_file():
         raise UserError(f"{model_dir}: no exported model (it has no config.json)")
-    # The routed models are registered by this package: the code beside the weights is never run.
+    register_models()  # so that the code beside the weights is never run
     try:
         return AutoConfig.from_pretrained(model_dir)
     except (OSError, ValueError) as error:
@@ -53,6 +59,12 @@ def tokenizer_digest(model_dir: Path) -> str:
     if not file.is_file():
         raise UserError(f"{model_dir}: has no {TOKENIZER}; export the model again")
     return file_digest(file)
+
+
+def tokenizer_of(model_dir: Path) -> Any:
+    """The tokenizer of an exported model."""
+    register_models()  # AutoTokenizer reads config.json
+    return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
 
 def load_model(

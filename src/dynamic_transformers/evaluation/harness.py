@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2Config
+from transformers import Qwen2Config
 
-from dynamic_transformers.evaluation.exported import load_config, load_model, log_level
+from dynamic_transformers.evaluation.exported import load_config, load_model, log_level, tokenizer_of
 from dynamic_transformers.evaluation.recalibration import refuse_an_unset_threshold
 from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
 from dynamic_transformers.evaluation.task_index import check_tasks, task_manager
@@ -86,7 +86,7 @@ def run_benchmarks(
         model = load_model(model_dir, config, device, dtype)
         # A pretrained model's own length would go before the task's.
         model.generation_config.max_new_tokens = None
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = tokenizer_of(model_dir)
         # HFLM warns that it did not load the model itself, which is meant.
         with log_level("lm_eval.models.huggingface", logging.ERROR):
             context = max(model.config.max_position_embeddings, SHORTEST_CONTEXT)

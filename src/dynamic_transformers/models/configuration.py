@@ -69,17 +69,6 @@ class RoutedConfig(Qwen2Config):
         predictor = ["predictor", "calibrated_predictor"] if self.predictor_weight else []
         return ["threshold", *predictor, "topk"]
 
-    @property
-    def auto_classes(self) -> dict[str, str]:
-        """Auto class of transformers → file and class beside the weights, as config.json says it."""
-        name, file = type(self).__name__.removesuffix("Config"), self.model_type.removeprefix("qwen2_")
-        return {
-            "AutoConfig": f"configuration.{name}Config",
-            "AutoModel": f"{file}.{name}Model",
-            "AutoModelForCausalLM": f"{file}.{name}ForCausalLM",
-            "AutoModelForSequenceClassification": f"{file}.{name}ForSequenceClassification",
-        }
-
 
 class Qwen2MoDConfig(RoutedConfig):
     """Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258).

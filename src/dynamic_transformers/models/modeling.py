@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .adapters import WithAdapters
 from .cache import CACHE_NAME, RoutedCache, row_segments
+from .carried import CarriedCode
 from .configuration import RoutedConfig
 from .heads import ScoreHead, ScoreMap
 from .routing import Block, Router, RoutingContext, causal_mask
@@ -42,7 +43,7 @@ class RoutedModelOutput(BaseModelOutputWithPast):
     routing: dict[int, RoutingResult] | None = None
 
 
-class RoutedPreTrainedModel(WithAdapters, Qwen2PreTrainedModel):
+class RoutedPreTrainedModel(CarriedCode, WithAdapters, Qwen2PreTrainedModel):
     """What transformers must know of every routed model."""
 
     # Flash kernels read positions with gaps, as selected tokens have, as the start of documents.
@@ -74,11 +75,6 @@ class RoutedPreTrainedModel(WithAdapters, Qwen2PreTrainedModel):
             # By vars, as transformers' flags are no tensors and no modules.
             vars(router)["gradient_checkpointing"] = block.gradient_checkpointing
             vars(block)["gradient_checkpointing"] = False
-
-    def save_pretrained(self, *arguments, **options) -> None:
-        """As every model of transformers; config.json names the classes of all auto classes."""
-        self.config.auto_map = self.config.auto_classes
-        super().save_pretrained(*arguments, **options)
 
 
 class RoutedModel(RoutedPreTrainedModel, Qwen2Model):

@@ -1,17 +1,20 @@
-"""The routed models, made known to transformers' auto classes."""
+"""Our models, made known to transformers' auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from contextlib import suppress
+
+import transformers
 
 from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.carried import KINDS
 
-HEADS = {
-    "Model": AutoModel,
-    "ForCausalLM": AutoModelForCausalLM,
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-}
 
-for _record in ARCHITECTURES.values():
-    if _record.routed:
-        AutoConfig.register(_record.model_type, _record.config_class)
-        for _kind, _auto_class in HEADS.items():
-            _auto_class.register(_record.config_class, _record.class_of(_kind))
+def register_models() -> None:
+    """Let `AutoConfig`, `AutoModelForCausalLM` and their like know each architecture."""
+    for record in ARCHITECTURES.values():
+        if record.module:
+            transformers.AutoConfig.register(record.model_type, record.config_class, exist_ok=True)
+            for auto, kind in KINDS.items():
+                with suppress(AttributeError):  # a plugin need not have all
+                    getattr(transformers, auto).register(
+                        record.config_class, record.class_of(kind), exist_ok=True
+                    )

@@ -1,1 +1,1 @@
-"""Training: one loop for the four architectures, with an account of the work done."""
+"""Training: one loop for all architectures, with an account of the work done."""

@@ -41,7 +41,7 @@ def model_config(
         eos_token_id=eos_token_id,
         pad_token_id=None,
     )
-    return model.architecture.config_class(**backbone, **model.architecture.options(model))
+    return model.architecture.configuration(backbone, model)
 
 
 def build_model(
@@ -53,7 +53,7 @@ def build_model(
 ) -> PreTrainedModel:
     """A new model in training mode, initialised from `run.seed` or from a pretrained Qwen2.
 
-    The four architectures of one seed share the backbone's initial weights (with tied embeddings).
+    All architectures of one seed share the backbone's initial weights (with tied embeddings).
 
     Args:
         vocab_size: rows of the embedding, which is the tokenizer's length.
@@ -111,7 +111,7 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     architecture = settings.model.architecture
     backbone = source_config.to_dict()
     backbone.pop("model_type")
-    config = architecture.config_class(**backbone | architecture.options(settings.model))
+    config = architecture.configuration(backbone, settings.model)
     config._attn_implementation = settings.model.attention
     model = architecture.model_class(config)
     model.generation_config = source.generation_config

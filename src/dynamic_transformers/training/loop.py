@@ -1,4 +1,4 @@
-"""The one training loop, for all four architectures, on one process or many."""
+"""The one training loop, for all architectures, on one process or many."""
 
 from __future__ import annotations
 

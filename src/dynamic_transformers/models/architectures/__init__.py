@@ -1,4 +1,4 @@
-"""The architectures, one record a file. A further one: its file, and a line here.
+"""The architectures, one record a file. A further one: its file, and its name here.
 
 A record says all that the rest of the program asks of an architecture: its settings, classes, FLOPs, kinds of
 parameters, name and description. The modules themselves are the files of models/, which an export carries.
@@ -6,18 +6,23 @@ parameters, name and description. The modules themselves are the files of models
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
-
-from dynamic_transformers.models.architectures.base import Architecture
-from dynamic_transformers.models.architectures.mod import MoD
-from dynamic_transformers.models.architectures.sdt import SDT
-from dynamic_transformers.models.architectures.standard import Standard
-from dynamic_transformers.models.architectures.stt import STT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ARCHITECTURES: dict[str, Architecture] = {record.name: record for record in (Standard(), MoD(), SDT(), STT())}
+    from dynamic_transformers.models.architectures.base import Architecture
+
+FILES = (
+    "standard",
+    "mod",
+    "sdt",
+    "stt",
+)
+ARCHITECTURES: dict[str, Architecture] = {
+    file: importlib.import_module(f"{__name__}.{file}").ARCHITECTURE for file in FILES
+}
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:

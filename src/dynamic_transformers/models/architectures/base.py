@@ -28,8 +28,8 @@ class Architecture:
         title: for people.
         description: one line.
         model_type: of its configuration.
-        module: file in models/ that holds its language model.
         classes: what the names of its classes begin with: `Qwen2MoD`.
+        module: file in models/ that holds them; '' where they are transformers' own.
         routed: whether some layers compute only some tokens.
         least_layers: that it needs.
         own_rules: selection rules that no other architecture has.
@@ -42,8 +42,8 @@ class Architecture:
     title: str
     description: str
     model_type: str
-    module: str
     classes: str
+    module = ""
     routed = False
     least_layers = 1
     own_rules: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class Architecture:
     @cached_property
     def config_class(self) -> type[Qwen2Config]:
         """Its configuration."""
-        return getattr(importlib.import_module(f"{MODELS}.configuration"), f"{self.classes}Config")
+        return self.class_of("Config")
 
     @cached_property
     def model_class(self) -> type[PreTrainedModel]:
@@ -62,12 +62,21 @@ class Architecture:
         return self.class_of("ForCausalLM")
 
     def class_of(self, kind: str) -> Any:
-        """`Model`, `ForCausalLM` or `ForSequenceClassification`."""
-        return getattr(importlib.import_module(f"{MODELS}.{self.module}"), f"{self.classes}{kind}")
+        """`Config`, `Model`, `ForCausalLM` or `ForSequenceClassification`."""
+        file = f"{MODELS}.{self.module}" if self.module else "transformers"
+        return getattr(importlib.import_module(file), f"{self.classes}{kind}")
 
     def options(self, model: ModelSettings) -> dict[str, Any]:
         """What its configuration has beyond Qwen2's."""
         return {}
+
+    def configuration(self, backbone: dict[str, Any], model: ModelSettings) -> Qwen2Config:
+        """The configuration of a model.
+
+        Args:
+            backbone: what Qwen2's configuration has, of a size or of a pretrained model.
+        """
+        return self.config_class(**backbone | self.options(model))
 
     def check(self, model: ModelSettings) -> None:
         """Refuse settings that are each in their range and yet cannot be meant for it.

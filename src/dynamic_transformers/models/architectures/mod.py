@@ -53,3 +53,6 @@ class MoD(RoutedArchitecture):
     def score_flops(self, config: Qwen2MoDConfig, training: bool) -> FlopAccount:
         """r = w·x."""
         return FlopAccount(router=(3 if training else 1) * 2.0 * config.hidden_size)
+
+
+ARCHITECTURE = MoD()

@@ -27,3 +27,6 @@ class SDT(SurpriseArchitecture):
     def score_flops(self, config: Qwen2SDTConfig, training: bool) -> FlopAccount:
         """The prior network, in evaluation too."""
         return FlopAccount(prior=self.prior_flops(config, training))
+
+
+ARCHITECTURE = SDT()

@@ -82,3 +82,6 @@ class STT(SurpriseArchitecture):
         else:
             account.add(super().training_layer(config, layer, length, fraction))
         return account
+
+
+ARCHITECTURE = STT()
