@@ -247,13 +247,14 @@ def matched_layers(settings: Settings, dense: Settings, match: str, point: dict[
         match: the other variant.
 
     Raises:
-        UserError: no such variant, one that is matched itself, or a model that routes or was trained before.
+        UserError: no such variant, one that is matched itself, or a model that is
+            not standard, or was trained before.
     """
     variants = variants_of(settings.study)
     if match not in variants:
         raise UserError(f"{MATCH}={match}: no such variant; there are {', '.join(variants)}")
-    if dense.model.architecture.routed or dense.model.pretrained:
-        raise UserError(f"{MATCH}={match} needs a model.type that routes nothing, and training.mode=scratch")
+    if dense.model.type != "standard" or dense.model.pretrained:
+        raise UserError(f"{MATCH}={match} needs model.type=standard and training.mode=scratch")
     if any(split_override(override)[0] == MATCH for override in variants[match]):
         raise UserError(f"{MATCH}={match}: that variant is matched itself")
     other = make_run(settings, match, variants[match], point).settings.model

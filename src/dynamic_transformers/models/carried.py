@@ -17,6 +17,11 @@ class CarriedCode(PreTrainedModel):
     The names of its classes begin as that of its configuration: `Qwen2MoDConfig`, `Qwen2MoDForCausalLM`.
     """
 
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        # What transformers asks before it copies the file of a model's class, and those that it imports.
+        cls._auto_class = next((auto for auto, kind in KINDS.items() if cls.__name__.endswith(kind)), None)
+
     def save_pretrained(self, *arguments, **options) -> None:
         """As every model of transformers; config.json names the class and file of each auto class."""
         self.config.auto_map = self.auto_map()

@@ -141,6 +141,3 @@ def last_tokens(
     elif attention_mask is None and batch > 1:
         raise ValueError("give attention_mask, or set config.pad_token_id: which tokens pad is not known")
     return (token * torch.arange(length, device=device)).argmax(1)
-
-
-RoutedForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

@@ -134,6 +134,3 @@ class RoutedForCausalLM(RoutedModelWithHead, Qwen2ForCausalLM):
             routing=outputs.routing,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
-
-
-RoutedForCausalLM.register_for_auto_class("AutoModelForCausalLM")

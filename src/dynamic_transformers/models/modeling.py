@@ -324,6 +324,3 @@ def initialize_router_part(module: nn.Module, config: RoutedConfig) -> None:
         init.zeros_(module.thresholds)
         init.zeros_(module.weights)
         init.constant_(module.beta, beta_at(module.config, 0, 1))
-
-
-RoutedModel.register_for_auto_class("AutoModel")

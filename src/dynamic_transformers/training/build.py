@@ -111,7 +111,10 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     architecture = settings.model.architecture
     backbone = source_config.to_dict()
     backbone.pop("model_type")
-    config = architecture.configuration(backbone, settings.model)
+    try:
+        config = architecture.configuration(backbone, settings.model)
+    except ValueError as error:
+        raise UserError(f"model.pretrained={source_name}: {error}") from error
     config._attn_implementation = settings.model.attention
     model = architecture.model_class(config)
     model.generation_config = source.generation_config
