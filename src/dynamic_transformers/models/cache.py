@@ -10,15 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 from .configuration import RoutedConfig
 
 EMPTY = -1  # slot of a place that holds no token
 NO_SEGMENT = -1  # document number of padding
-CACHE_NAME = ALL_CACHE_NAMES[
-    0
-]  # of arguments and outputs: `past_key_values`, `cache` from transformers 5.24 on
 
 
 class RoutedCacheLayer(CacheLayerMixin):

@@ -3,10 +3,13 @@
 from typing import ClassVar
 
 from transformers import Qwen2Config
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils.versions import require_version
 
 # What an exported model's files were tried with; they load this file first.
 require_version("transformers>=5.13,<6")
+# Of a cache among arguments and outputs: `past_key_values`, `cache` from transformers 5.24 on.
+CACHE_NAME = ALL_CACHE_NAMES[0]
 
 CONTROLS = ("random", "even")  # selection rules that nothing was learned for
 

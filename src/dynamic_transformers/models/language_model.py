@@ -8,8 +8,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .cache import CACHE_NAME, RoutedCache
-from .configuration import RoutedConfig
+from .cache import RoutedCache
+from .configuration import CACHE_NAME, RoutedConfig
 from .modeling import RoutedModelWithHead, combine_losses, row_shares
 from .selection import RoutingResult
 

@@ -15,9 +15,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .adapters import WithAdapters
-from .cache import CACHE_NAME, RoutedCache, row_segments
+from .cache import RoutedCache, row_segments
 from .carried import CarriedCode
-from .configuration import RoutedConfig
+from .configuration import CACHE_NAME, RoutedConfig
 from .heads import ScoreHead, ScoreMap
 from .routing import Block, Router, RoutingContext, causal_mask
 from .selection import RoutingResult

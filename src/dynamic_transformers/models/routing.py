@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache import CACHE_NAME, EMPTY, NO_SEGMENT, RoutedCache
-from .configuration import RoutedConfig
+from .cache import EMPTY, NO_SEGMENT, RoutedCache
+from .configuration import CACHE_NAME, RoutedConfig
 from .heads import Predictor
 from .rules import evenly_spaced, select_first
 from .selection import Selection, score_quantile, select_mask, select_top_k
