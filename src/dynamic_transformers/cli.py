@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from dynamic_transformers.command_line import flag_of, path, run_command
+from dynamic_transformers.command_line import add_plugin_argument, flag_of, path, run_command
 from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
 from dynamic_transformers.manifest import input_folder, read_manifest
@@ -213,6 +213,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir", type=path, help="default: MODEL_PATH-DATA-capacity-G beside the model"
     )
+    add_plugin_argument(parser)
 
 
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,6 +223,7 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", help="what the model reads")
     source.add_argument("--file", type=path, help="a text file that the model reads")
     parser.add_argument("--output_dir", type=path, help="default: the model's folder")
+    add_plugin_argument(parser)
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,6 +243,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("outputs/report"),
         help="a report that is there is replaced (default: outputs/report)",
     )
+    add_plugin_argument(parser)
 
 
 COMMANDS = {

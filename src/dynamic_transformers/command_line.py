@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_transformers.constraints import constraints_of, hints_of, violation
+from dynamic_transformers.models.plugin import read_plugin
 from dynamic_transformers.reading import read
 from dynamic_transformers.settings import UserError
 
@@ -26,6 +27,23 @@ MACHINE = [
 def path(text: str) -> Path:
     """A path of the command line; a shell leaves the ~ of `--option=~/x` to us."""
     return Path(text).expanduser()
+
+
+def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
+    """`--plugin`, which makes an own architecture known: code beside weights is never run unasked."""
+
+    def read_flag(text: str) -> dict[str, str]:
+        try:
+            return read_plugin(path(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    parser.add_argument(
+        "--plugin",
+        type=read_flag,
+        metavar="FILE",
+        help="of an own architecture, whose code is run; an export has a copy beside the weights",
+    )
 
 
 def flag_of(settings: type, name: str) -> Callable[[str], Any]:

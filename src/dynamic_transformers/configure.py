@@ -15,9 +15,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dynamic_transformers.checks import check
+from dynamic_transformers.constraints import first_violation
 from dynamic_transformers.hydra_files import compose_files, parse
-from dynamic_transformers.reading import MisfitError, hint_at, plain_type, read
-from dynamic_transformers.settings import Settings, UserError
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.plugin import add_plugin, read_plugin
+from dynamic_transformers.reading import MisfitError, at_home, hint_at, plain_type, read
+from dynamic_transformers.settings import ModelSettings, Settings, UserError
 
 CONFIG_DIR = Path(__file__).parent / "config"  # package data; in a checkout a link to config/
 NULL = ("null", "Null", "NULL", "~")
@@ -90,14 +93,54 @@ def settings_from_dict(*values: dict[str, Any], overrides: Sequence[str] = ()) -
     merged: Any = functools.reduce(laid_over, values, {})
     for override in overrides:
         merged = apply(merged, override)
+    merged, plugin = without_plugin(merged)  # before interpolations: its text is not ours to change
     if "${" in json.dumps(merged, default=str):
         try:
             merged = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
         except OmegaConfBaseException as error:
             raise UserError(omegaconf_line(error)) from error
     settings = read(Settings, merged)
+    settings.model.plugin = plugin
+    settings.model.options = read_options(settings.model)
     check(settings)
     return settings
+
+
+def without_plugin(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """The settings without `model.plugin`, and the files of the plugin, whose architecture is known then.
+
+    Raises:
+        UserError: there is no such file, or no architecture in it.
+    """
+    model = values.get("model")
+    if not isinstance(model, dict) or model.get("plugin") is None:
+        return values, None
+    plugin = model["plugin"]
+    try:
+        if isinstance(plugin, dict):
+            add_plugin(plugin)
+        else:
+            plugin = read_plugin(Path(at_home(str(plugin))))
+    except ValueError as error:
+        raise UserError(f"model.plugin: {error}") from error
+    return values | {"model": model | {"plugin": None}}, plugin
+
+
+def read_options(model: ModelSettings) -> dict[str, Any]:
+    """`model.options` as the settings of the plugin's record say, defaults included.
+
+    Raises:
+        UserError: there is no plugin, or it has not these options, or not such values.
+    """
+    record = ARCHITECTURES.get(model.type)  # `check` refuses one that is not known
+    if record is None or record.settings is None:  # of another variant, where there is a plugin
+        if model.options and not model.plugin:
+            raise UserError("model.options are those of a model.plugin, and there is none")
+        return model.options
+    options = read(record.settings, model.options, ("model", "options"))
+    if refused := first_violation(options):
+        raise UserError(f"model.options.{refused}")
+    return dataclasses.asdict(options)
 
 
 def laid_over(values: Any, over: Any) -> Any:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -73,6 +73,21 @@ class OneOf:
     def refusal(self, value: str) -> str:
         """Which words there are."""
         return f"must be one of {', '.join(self.words)}"
+
+
+@dataclass(frozen=True)
+class KeyOf:
+    """A key of a table, which may grow."""
+
+    table: Mapping[str, Any]
+
+    def allows(self, value: str) -> bool:
+        """Whether the table has it."""
+        return value in self.table
+
+    def refusal(self, value: str) -> str:
+        """Which keys there are."""
+        return f"must be one of {', '.join(self.table)}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -31,9 +32,11 @@ from dynamic_transformers.manifest import (
 from dynamic_transformers.model_card import write_card
 from dynamic_transformers.models import tokenization
 from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.plugin import add_plugin
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.tracking import METRICS
 from dynamic_transformers.training.heldout import fixed_randomness
+from dynamic_transformers.training.run_folder import CONFIG
 
 logger = logging.getLogger("dynamic_transformers")
 
@@ -87,11 +90,14 @@ def fill(output: Path, run_dir: Path, data_dir: Path, config: dict[str, Any]) ->
         UserError, RuntimeError: as `export`.
     """
     run = read_manifest(run_dir, "train")
+    plugin = plugin_of(run_dir)
     data = read_manifest(data_dir, "prepare_data")
     block_size = data["block_size"]
     model, tokenizer = load_run(run_dir), load_tokenizer(data_dir)
     model.config.max_position_embeddings = trained_context(model.config, run["config"], block_size)
     model.save_pretrained(output)
+    for name, text in plugin.items():
+        (output / name).write_text(text, encoding="utf-8")
     save_tokenizer(tokenizer, output, stock=model.config.model_type == "qwen2")
     difference = reload_difference(model, tokenizer, output)
     if not difference <= TOLERANCE:  # NaN must not pass
@@ -154,6 +160,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, stock: bool
         tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": [None, "tokenization.ExactTokenizer"]}
         shutil.copyfile(tokenization.__file__, folder / "tokenization.py")
     tokenizer.save_pretrained(folder)
+
+
+def plugin_of(run_dir: Path) -> dict[str, str]:
+    """The files of the plugin that a run was trained with, whose architecture is known then."""
+    settings = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
+    plugin = settings["model"]["plugin"] or {}
+    if plugin:
+        add_plugin(plugin)
+    return plugin
 
 
 def load_run(run_dir: Path) -> PreTrainedModel:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from dynamic_transformers.constraints import (
     FolderName,
     Fraction,
     In,
+    KeyOf,
     Multiplier,
     OneOf,
     Place,
@@ -111,7 +113,9 @@ class DimensionSettings:
 class ModelSettings:
     """Which architecture, how large, and how it routes."""
 
-    type: Annotated[str, OneOf(*ARCHITECTURES)] = "standard"
+    type: Annotated[str, KeyOf(ARCHITECTURES)] = "standard"
+    plugin: Annotated[Any, Place()] = None  # file of an own architecture; then name → text of its files
+    options: dict[str, Any] = field(default_factory=dict)  # of a plugin: what its configuration has
     size: Annotated[str | None, OneOf(*SIZES)] = None  # None: DEFAULT_SIZE, or that of `pretrained`
     dimensions: DimensionSettings = field(default_factory=DimensionSettings)
     depth_factor: Scale = 1.0  # times the layers of the size: a dense model of another cost
@@ -304,6 +308,15 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as written into manifests."""
         return dataclasses.asdict(self)
+
+    def to_record(self) -> dict[str, Any]:
+        """The same for records and pages: of a plugin's files their SHA-256."""
+        values = self.to_dict()
+        if plugin := self.model.plugin:
+            values["model"]["plugin"] = {
+                name: hashlib.sha256(text.encode()).hexdigest() for name, text in plugin.items()
+            }
+        return values
 
     def to_json(self) -> str:
         """One JSON string: how settings travel through pipeline parameters."""

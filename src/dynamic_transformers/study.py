@@ -32,7 +32,7 @@ from dynamic_transformers.settings import (
 )
 
 # What runs that are compared have in common, whatever else they differ in.
-COMMON = ("run", "data", "evaluation", "tracking", "study")
+COMMON = ("run", "data", "evaluation", "tracking", "study", "model.plugin")
 OWN = (SEED_KEY, "data.batch_size")  # of these groups, what a run may have of its own
 LONGEST_LABEL = 60  # characters
 MATCH = (
@@ -155,7 +155,7 @@ def check_override(where: str, key: str, grid: Sequence[str] | dict[str, Any] = 
     Raises:
         UserError: names the key.
     """
-    if key.split(".")[0] in COMMON and key not in OWN:
+    if {key, key.split(".")[0]} & set(COMMON) and key not in OWN:
         raise UserError(
             f"{where}: {key} is the same for all runs; of these groups only {', '.join(OWN)} may differ"
         )

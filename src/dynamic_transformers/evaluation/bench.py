@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dynamic_transformers.command_line import flag_of, path
+from dynamic_transformers.command_line import add_plugin_argument, flag_of, path
 from dynamic_transformers.evaluation.results import add_results, identity, read_results, results_path
 from dynamic_transformers.evaluation.task_index import check_tasks
 from dynamic_transformers.settings import PRECISIONS, EvaluationSettings, RunSettings
@@ -47,6 +47,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="allow tasks that run code which the model writes",
     )
+    add_plugin_argument(parser)
 
 
 def bench_command(args: argparse.Namespace) -> None:

@@ -39,7 +39,8 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model_dir)
     except (OSError, ValueError) as error:
-        raise UserError(f"{model_dir}: {str(error).splitlines()[0]}") from error
+        hint = "; --plugin names the file of an own architecture" if "custom code" in str(error) else ""
+        raise UserError(f"{model_dir}: {str(error).splitlines()[0]}{hint}") from error
 
 
 def trained_precision(model_dir: Path) -> str:

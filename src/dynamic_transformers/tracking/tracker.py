@@ -25,7 +25,7 @@ def description(settings: Settings) -> dict[str, Any]:
         "variant": settings.study.variant or settings.model.type,
         "seed": str(settings.run.seed),
     }
-    return {"name": settings.run.name, "params": settings.to_dict(), "tags": tags}
+    return {"name": settings.run.name, "params": settings.to_record(), "tags": tags}
 
 
 class RunTracker:

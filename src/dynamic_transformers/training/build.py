@@ -12,8 +12,6 @@ from dynamic_transformers.settings import ModelSettings, Settings, UserError
 
 logger = logging.getLogger("dynamic_transformers")
 
-NEW_PARTS = ("model.routers.", "model.routing_state.")  # of a routed model, which a Qwen2 does not have
-
 
 def model_config(
     model: ModelSettings, vocab_size: int, bos_token_id: int | None = None, eos_token_id: int | None = None
@@ -119,9 +117,8 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     model = architecture.model_class(config)
     model.generation_config = source.generation_config
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
-    dropped = [name for name in missing if not name.startswith(NEW_PARTS)] + list(unexpected)
-    if dropped:
-        raise UserError(f"model.pretrained={source_name}: tensors that do not map: {', '.join(dropped)}")
+    if unexpected:
+        raise UserError(f"model.pretrained={source_name}: tensors that do not map: {', '.join(unexpected)}")
     logger.info("%s: %d tensors mapped, %d new", source_name, len(source.state_dict()), len(missing))
     for name in missing:
         logger.debug("new: %s", name)

@@ -34,7 +34,7 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
     Args:
         processes: that train it, over all nodes; how the batch is split over them does not count.
     """
-    values = settings.to_dict()
+    values = settings.to_record()
     training = values["training"]
     accumulation = training["gradient_accumulation_steps"]
     model = settings.model

@@ -35,6 +35,7 @@ class Architecture:
         own_rules: selection rules that no other architecture has.
         predicts: whether `predictor` needs no predictor, since the scores themselves can be cut at 0.
         parts: part of a router → kind of its parameters, which decides their learning rate.
+        settings: dataclass that `model.options` is checked by; None: there are none.
         training_note: what its training does beside the forward and backward of what it computes; ''.
     """
 
@@ -49,6 +50,7 @@ class Architecture:
     own_rules: tuple[str, ...] = ()
     predicts = False
     parts: ClassVar[dict[str, str]] = {}
+    settings: type | None = None
     training_note = ""
 
     @cached_property
@@ -68,7 +70,7 @@ class Architecture:
 
     def options(self, model: ModelSettings) -> dict[str, Any]:
         """What its configuration has beyond Qwen2's."""
-        return {}
+        return model.options if self.settings else {}
 
     def configuration(self, backbone: dict[str, Any], model: ModelSettings) -> Qwen2Config:
         """The configuration of a model.
@@ -133,7 +135,7 @@ class RoutedArchitecture(Architecture, ABC):
 
     def options(self, model: ModelSettings) -> dict[str, Any]:
         """Capacity, selection and training rule, predictor."""
-        options: dict[str, Any] = {
+        options: dict[str, Any] = super().options(model) | {
             "predictor_weight": model.predictor_weight,
             "capacity_warmup_steps": model.capacity_warmup_steps,
             "training_rule": model.training_rule,

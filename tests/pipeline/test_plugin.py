@@ -1,0 +1,219 @@
+"""An architecture from outside (`model.plugin`): trained, exported, evaluated, compared and benchmarked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynamic_transformers.configure import settings_from_dict
+from dynamic_transformers.models import plugin
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.settings import PROJECT_ROOT, UserError
+from dynamic_transformers.study import study_runs
+from dynamic_transformers.training.identity import settings_identity
+
+RECORD = """
+from dataclasses import dataclass
+from typing import Annotated
+
+from dynamic_transformers.constraints import In
+
+from .base import Architecture
+
+
+@dataclass
+class LouderSettings:
+    gain: Annotated[float, In("(0, 10]")] = 1.0
+
+
+class Louder(Architecture):
+    name, title, description = "louder", "Louder", "a Qwen2 whose last norm has one more learned factor"
+    model_type, module, classes = "qwen2_louder", "modeling_louder", "Qwen2Louder"
+    settings = LouderSettings
+
+
+ARCHITECTURE = Louder()
+"""
+MODEL = """
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
+
+from .carried import CarriedCode
+
+TEMPLATE = "${not an interpolation}"
+
+
+class Qwen2LouderConfig(Qwen2Config):
+    model_type = "qwen2_louder"
+    gain: float = 1.0
+
+
+class Louder(nn.Module):
+    def __init__(self, norm, gain):
+        super().__init__()
+        self.norm, self.gain = norm, nn.Parameter(torch.tensor([gain]))
+
+    def forward(self, hidden_states):
+        return self.gain * self.norm(hidden_states)
+
+
+class Qwen2LouderModel(CarriedCode, Qwen2Model):
+    config: Qwen2LouderConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = Louder(self.norm, config.gain)
+
+
+class Qwen2LouderForCausalLM(CarriedCode, Qwen2ForCausalLM):
+    config: Qwen2LouderConfig
+
+    def __init__(self, config):
+        Qwen2PreTrainedModel.__init__(self, config)
+        self.model = Qwen2LouderModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+"""
+DATA = {"dataset_configs": [{"name": "math", "type": "embedded"}]}
+BUDGET = {"training": {"max_steps": 1}, "data": DATA}
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What a test loads is not there for the next one."""
+    known = dict(ARCHITECTURES)
+    yield
+    ARCHITECTURES.clear()
+    ARCHITECTURES.update(known)
+    for name in plugin._staged:
+        sys.modules.pop(f"dynamic_transformers.models.architectures.{Path(name).stem}", None)
+    plugin._staged.clear()
+
+
+def write_plugin(folder):
+    """The two files; returns that of the record."""
+    (folder / "modeling_louder.py").write_text(MODEL)
+    (folder / "louder.py").write_text(RECORD)
+    return folder / "louder.py"
+
+
+def run(folder, *command):
+    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "MLFLOW_TRACKING_URI": ""}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory, micro_overrides):
+    """The folder of a pipeline that trained a plugin beside the standard model, and what it printed."""
+    folder = tmp_path_factory.mktemp("study")
+    write_plugin(folder)
+    study = {"loud": ["model.type=louder", "model.options.gain=2"]}
+    ended = run(
+        folder, "-m", "pipelines.run", "--variants", "standard,loud", f"study.variants={json.dumps(study)}",
+        "model.plugin=louder.py", "run.output_dir=outputs", "training.max_flops=2.0e9", *micro_overrides,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder, ended.stdout
+
+
+def test_a_plugin_goes_through_the_whole_pipeline(pipeline):
+    folder, printed = pipeline
+    assert "loud" in printed
+    (report,) = folder.glob("outputs/*/report/comparison.json")
+    runs = {run["variant"]: run for run in json.loads(report.read_text())["runs"]}
+    assert set(runs) >= {"standard", "loud"} and runs["loud"]["architecture"] == "louder"
+    assert runs["loud"]["parameters"] == runs["standard"]["parameters"] + 1
+
+
+def exported(folder):
+    configs = folder.glob("outputs/quickstart/**/model/config.json")
+    (config,) = [path for path in configs if "qwen2_louder" in path.read_text()]
+    return config.parent
+
+
+def test_its_files_lie_beside_the_weights_and_load_without_this_package(pipeline):
+    model = exported(pipeline[0])
+    assert (model / "louder.py").read_text() == RECORD and (model / "modeling_louder.py").read_text() == MODEL
+    config = json.loads((model / "config.json").read_text())
+    assert config["gain"] == 2
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_louder.Qwen2LouderForCausalLM"
+    assert "trust_remote_code=True" in (model / "README.md").read_text()
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M\n"
+        "model = M.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert 'dynamic_transformers' not in sys.modules; print(model.model.norm.gain.item())"
+    )
+    ended = run(model, "-c", code, str(model))
+    assert ended.returncode == 0 and float(ended.stdout) != 2, ended.stderr
+
+
+def test_bench_runs_its_code_only_where_it_is_named(pipeline):
+    model = exported(pipeline[0])
+    bench = (str(PROJECT_ROOT / "bench.py"), "--model_path", str(model), "--limit", "2")
+    refused = run(pipeline[0], *bench)
+    assert refused.returncode == 2 and "--plugin" in refused.stderr.splitlines()[-1]
+    done = run(pipeline[0], *bench, "--plugin", str(model / "louder.py"))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_options_are_those_of_the_record(tmp_path):
+    model = {"plugin": str(write_plugin(tmp_path)), "type": "louder"}
+    settings = settings_from_dict(BUDGET, {"model": model})
+    assert settings.model.options == {"gain": 1.0}
+    assert list(settings.model.plugin) == ["louder.py", "modeling_louder.py"]
+    assert settings_from_dict(settings.to_dict()) == settings
+    with pytest.raises(UserError, match=r"model.options.gain=11.0: must be in \(0, 10\]"):
+        settings_from_dict(BUDGET, {"model": model | {"options": {"gain": 11}}})
+    with pytest.raises(
+        UserError, match=r"model.options.gian: no such key; did you mean model.options.gain\?"
+    ):
+        settings_from_dict(BUDGET, {"model": model | {"options": {"gian": 2}}})
+    with pytest.raises(UserError, match=r"model\.options are those of a model.plugin"):
+        settings_from_dict(BUDGET, {"model": {"options": {"gain": 2}}})
+
+
+def test_a_run_is_another_with_another_text(tmp_path):
+    settings = settings_from_dict(BUDGET, {"model": {"plugin": str(write_plugin(tmp_path))}})
+    before = settings_identity(settings)
+    assert "Qwen2Louder" not in json.dumps(before) and "model.plugin.louder.py" in before
+    settings.model.plugin |= {"modeling_louder.py": "# changed"}
+    assert settings_identity(settings) != before
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_text("1 +"), "SyntaxError"),
+        (lambda path: path.write_text("ARCHITECTURE = 3"), "must be an Architecture with name"),
+        (lambda path: path.write_text(RECORD.replace('"louder"', '"mod"')), "an architecture mod already"),
+        (lambda path: path.with_name("modeling_louder.py").unlink(), "modeling_louder.py: No such file"),
+        (lambda path: path.write_text(RECORD + "#" * 100_000), "more than 100,000 characters"),
+        (lambda path: path.write_text(RECORD.replace("modeling_louder", "mod")), "mod.py: No such file"),
+    ],
+)
+def test_what_is_no_plugin_is_refused_in_one_line(change, told, tmp_path):
+    path = write_plugin(tmp_path)
+    change(path)
+    with pytest.raises(UserError, match=told) as refused:
+        settings_from_dict(BUDGET, {"model": {"plugin": str(path)}})
+    assert str(refused.value).startswith("model.plugin: ") and "\n" not in str(refused.value)
+
+
+def test_a_file_does_not_take_the_name_of_one_of_ours(tmp_path):
+    path = write_plugin(tmp_path).rename(tmp_path / "mod.py")
+    with pytest.raises(UserError, match=r"mod.py: is the name of a file of ours; choose another"):
+        settings_from_dict(BUDGET, {"model": {"plugin": str(path)}})
+
+
+def test_no_run_of_a_study_has_a_plugin_of_its_own():
+    study = {"baseline": None, "variants": {"mine": ["model.plugin=mine.py"]}}
+    with pytest.raises(UserError, match=r"model\.plugin is the same for all runs"):
+        study_runs(settings_from_dict(BUDGET, {"study": study}))
