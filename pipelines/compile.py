@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from pipelines.images import warn_of_revision_mismatch
 DEFAULT_PACKAGE = Path("build/pipeline.yaml")
 
 
-def compile_pipeline(cluster: ClusterSettings, path: Path = DEFAULT_PACKAGE) -> Path:
+def compile_pipeline(cluster: ClusterSettings, path: Path = DEFAULT_PACKAGE, data_uri: str = "") -> Path:
     """Write the pipeline's YAML to `path` and return it.
+
+    Args:
+        data_uri: where prepared data lie, which come in instead of being prepared.
 
     Raises:
         UserError: `path` does not end in .yaml, or cannot be written.
@@ -27,7 +31,7 @@ def compile_pipeline(cluster: ClusterSettings, path: Path = DEFAULT_PACKAGE) -> 
         raise UserError(f"{path}: must end in .yaml")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        compiler.Compiler().compile(comparison_pipeline(cluster), str(path))  # type: ignore[arg-type]
+        compiler.Compiler().compile(comparison_pipeline(cluster, data_uri), str(path))  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return path
@@ -49,9 +53,33 @@ def cluster_of(args: argparse.Namespace) -> ClusterSettings:
     return read_cluster(Path(args.cluster)) if args.cluster else ClusterSettings()
 
 
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    """Where prepared data lie that the cluster's steps can read."""
+    parser.add_argument(
+        "--data-uri",
+        default="",
+        metavar="URI",
+        help="prepared data (s3://bucket/folder, gs://, minio://) that are taken instead of preparing them",
+    )
+
+
+def data_uri_of(args: argparse.Namespace) -> str:
+    """Address of `--data-uri`; empty where data are to be prepared.
+
+    Raises:
+        UserError: an address that KFP does not fetch into a step's pod.
+    """
+    if args.data_uri and not re.fullmatch(r"(s3|gs|minio)://[^/\s]+/\S+", args.data_uri):
+        raise UserError(
+            f"--data-uri {args.data_uri}: must be like s3://bucket/folder (or gs://, minio://), where a"
+            " cluster's steps can read"
+        )
+    return args.data_uri
+
+
 def compile_command(args: argparse.Namespace) -> None:
     """Compile as asked, and print where to."""
-    print(compile_pipeline(cluster_of(args), args.output))
+    print(compile_pipeline(cluster_of(args), args.output, data_uri_of(args)))
     warn_of_revision_mismatch()
 
 
@@ -60,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="pipelines.compile", description=__doc__)
     parser.add_argument("output", nargs="?", type=Path, default=DEFAULT_PACKAGE)
     add_cluster_argument(parser)
+    add_data_argument(parser)
     run_command(compile_command, parser, arguments)
 
 

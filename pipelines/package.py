@@ -22,7 +22,7 @@ class Package:
 
     Attributes:
         version: the name of the version that holds its content.
-        steps: tasks that run a container, and whether they are in a loop.
+        steps: tasks that are no graph of others, and whether they are in a loop.
         cached: whether any of them takes a result of the server's cache.
     """
 

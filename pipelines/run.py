@@ -26,9 +26,9 @@ from kfp import local
 from kfp.components import load_component_from_file
 
 from components import image_of
-from dynamic_transformers.command_line import run_command
+from dynamic_transformers.command_line import path, run_command
 from dynamic_transformers.folders import set_aside, sole_writer
-from dynamic_transformers.manifest import digest, fresh_folder, revision, write_json
+from dynamic_transformers.manifest import digest, fresh_folder, read_manifest, revision, write_json
 from dynamic_transformers.reading import flat
 from dynamic_transformers.settings import Settings, TrackingSettings, UserError
 from dynamic_transformers.tracking import report_of, tracking_uri, view_of
@@ -54,6 +54,7 @@ PASSED_ON = re.compile(
 def run(args: argparse.Namespace) -> None:
     """Compile, run, and show where the results are."""
     settings, study = pipeline_arguments(args, here=True)
+    data = prepared_data(settings, args.data_uri) if args.data_uri else None
     runs = [run.name for run in study]
     # Steps run in folders of their own: places must not depend on where they are.
     settings.run.output_dir = str(Path(settings.run.output_dir).resolve())
@@ -67,16 +68,36 @@ def run(args: argparse.Namespace) -> None:
         settings.tracking.mlflow_uri = tracking_uri(settings.tracking, settings.run.output_dir)
     os.environ.pop("MLFLOW_RUN_ID", None)  # it would be that of every step here
     os.environ["DYNAMIC_TRANSFORMERS_REVISION"] = revision()  # that of all steps, however long they take
-    runner = docker_runner(settings) if args.docker else local.SubprocessRunner(use_venv=False)
+    runner = docker_runner(settings, data) if args.docker else local.SubprocessRunner(use_venv=False)
     with sole_writer(folder):
         check_report(folder / "report")
-        execution = execution_of(root, execution_identity(settings), args.force)
+        execution = execution_of(root, execution_identity(settings, data), args.force)
         tell_program(execution, ", ".join(map(image_of, STEPS)) if args.docker else revision())
-        run_here(settings, runs, runner, execution)
+        run_here(settings, runs, runner, execution, data)
 
 
-def run_here(settings: Settings, runs: list[str], runner: Any, execution: Path) -> None:
+def prepared_data(settings: Settings, folder: Path) -> Path:
+    """The folder of `--data-uri`, which holds data of these settings.
+
+    Raises:
+        UserError: it holds nothing of the kind.
+    """
+    # Not above: it takes seconds, and the steps alone need it otherwise.
+    from dynamic_transformers.data.prepare import check_prepared
+
+    folder = folder.resolve()
+    try:
+        check_prepared(settings, folder)
+    except UserError as error:
+        raise UserError(f"--data-uri: {error}") from error
+    return folder
+
+
+def run_here(settings: Settings, runs: list[str], runner: Any, execution: Path, data: Path | None) -> None:
     """Run the pipeline, its outputs in `execution`, where what has finished of it is found.
+
+    Args:
+        data: prepared before; None: they are prepared now.
 
     Raises:
         UserError: it failed, or ended without a comparison.
@@ -85,7 +106,7 @@ def run_here(settings: Settings, runs: list[str], runner: Any, execution: Path) 
     start = time.time()
     folder, failure = settings.run_dir, None
     logs = folder / "logs"
-    package = compile_pipeline(LOCAL, execution.with_suffix(".yaml"))
+    package = compile_pipeline(LOCAL, execution.with_suffix(".yaml"), str(data or ""))
     # What an earlier try's last step said of it.
     shutil.rmtree(execution / "report-finished", ignore_errors=True)
     local.init(runner, pipeline_root=str(execution.parent))
@@ -114,17 +135,18 @@ def run_here(settings: Settings, runs: list[str], runner: Any, execution: Path) 
         raise UserError(f"the pipeline failed ({failure}); its logs are in {logs}")
 
 
-def execution_identity(settings: Settings) -> dict[str, Any]:
+def execution_identity(settings: Settings, data: Path | None = None) -> dict[str, Any]:
     """What two calls must have in common to be one execution, by key: all that decides what it computes.
 
-    Of the training that is its identity and its budget, as for a run folder; where anything is tracked or
-    kept does not count.
+    Of the training that is its identity and its budget, as for a run folder; of data that were prepared
+    before, what they hold. Where anything is tracked or kept does not count.
     """
     values = settings.to_dict()
     del values["data"]["batch_size"]  # in the identity's `global_batch`
     budget = {key: values["training"][key] for key in ("max_steps", "max_tokens", "max_flops")}
     rest = {key: values[key] for key in ("data", "evaluation", "study")} | {"training": budget}
-    return {**settings_identity(settings), **flat(rest), "run.name": settings.run.name}
+    imported = {"--data-uri": read_manifest(data)["content_digest"]} if data else {}
+    return {**settings_identity(settings), **flat(rest), "run.name": settings.run.name, **imported}
 
 
 def execution_of(root: Path, identity: dict[str, Any], force: bool) -> Path:
@@ -175,8 +197,8 @@ def check_report(report: Path) -> None:
         )
 
 
-def docker_runner(settings: Settings) -> local.DockerRunner:
-    """Containers that see `run.output_dir` and the host's network, and whose files belong to the caller.
+def docker_runner(settings: Settings, data: Path | None = None) -> local.DockerRunner:
+    """Containers that see `run.output_dir`, `data` and the host's network; their files belong to the caller.
 
     Raises:
         UserError: Docker cannot be used, or an image of the pipeline is missing.
@@ -193,8 +215,11 @@ def docker_runner(settings: Settings) -> local.DockerRunner:
         raise UserError(f"Docker cannot be used ({reason}): is it running, and may you use it?") from error
     warn_of_revision_mismatch()
     output_dir = settings.run.output_dir
+    mounts = [Mount(target=output_dir, source=output_dir, type="bind")]
+    if data:
+        mounts.append(Mount(target=str(data), source=str(data), type="bind", read_only=True))
     return local.DockerRunner(
-        mounts=[Mount(target=output_dir, source=output_dir, type="bind")],
+        mounts=mounts,
         user=f"{os.getuid()}:{os.getgid()}",
         network_mode="host",  # a tracking server on localhost is the same for steps as for people
         shm_size="2g",  # Docker's 64 MB are too few for data loaders and gloo
@@ -205,12 +230,12 @@ def docker_runner(settings: Settings) -> local.DockerRunner:
 def collect_logs(execution: Path, runs: list[str], logs: Path) -> None:
     """Copy every step's log to `logs`, named after step and run."""
     logs.mkdir(parents=True, exist_ok=True)
-    for path in sorted(execution.rglob("*.log")):
-        parts = path.relative_to(execution).parts
+    for log in sorted(execution.rglob("*.log")):
+        parts = log.relative_to(execution).parts
         run_name = ""
         if parts[0].startswith("for-loop"):
             run_name = "-" + runs[int(parts[0].rpartition("-")[2])]
-        shutil.copy(path, logs / f"{path.parent.name}{run_name}.log")
+        shutil.copy(log, logs / f"{log.parent.name}{run_name}.log")
 
 
 def show(settings: Settings, seconds: float) -> None:
@@ -247,6 +272,12 @@ def main() -> None:
     logging.getLogger("kfp").setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(prog="pipelines.run", description=__doc__)
     add_pipeline_arguments(parser)
+    parser.add_argument(
+        "--data-uri",
+        type=path,
+        metavar="FOLDER",
+        help="prepared data, such as outputs/data/..., that are taken instead of preparing them",
+    )
     parser.add_argument(
         "--docker", action="store_true", help="run each step in its image (`make build-images`)"
     )

@@ -27,7 +27,13 @@ from kfp_server_api import V2beta1PipelineVersion
 from dynamic_transformers.command_line import run_command
 from dynamic_transformers.settings import UserError
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
-from pipelines.compile import add_cluster_argument, cluster_of, compile_pipeline
+from pipelines.compile import (
+    add_cluster_argument,
+    add_data_argument,
+    cluster_of,
+    compile_pipeline,
+    data_uri_of,
+)
 from pipelines.images import warn_of_revision_mismatch
 from pipelines.package import Package, check_pushed, read_package, without_cache
 from pipelines.progress import Watch
@@ -98,8 +104,10 @@ def check_options(args: argparse.Namespace) -> None:
     """
     if args.timeout < math.inf and not args.wait:
         raise UserError("--timeout needs --wait")
-    if args.package and args.cluster:
-        raise UserError("--cluster is for a pipeline that is compiled now; --package has its own")
+    for option, given in (("--cluster", args.cluster), ("--data-uri", args.data_uri)):
+        if args.package and given:
+            raise UserError(f"{option} is for a pipeline that is compiled now; --package has its own")
+    data_uri_of(args)
     if args.resubmit < 0:
         raise UserError(f"--resubmit {args.resubmit}: must be at least 0")
     if args.resubmit and not args.wait:
@@ -116,7 +124,7 @@ def package_of(args: argparse.Namespace, folder: Path) -> Package:
     Raises:
         UserError: no pipeline, images that no cluster can pull, or --resubmit without a cache.
     """
-    path = args.package or compile_pipeline(cluster_of(args), folder / "compiled.yaml")
+    path = args.package or compile_pipeline(cluster_of(args), folder / "compiled.yaml", data_uri_of(args))
     package = read_package(path)
     if not args.local_images:
         check_pushed(package)
@@ -179,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="take images that were not pushed: the cluster has this machine's (kind load docker-image)",
     )
     add_cluster_argument(parser)
+    add_data_argument(parser)
     add_pipeline_arguments(parser)
     run_command(submit, parser, arguments)
 

@@ -1,10 +1,12 @@
 """Variants × grid → runs, and what cannot be meant."""
 
+import re
+
 import pytest
 
 from dynamic_transformers.configure import compose_settings, settings_from_json
 from dynamic_transformers.models.architectures import ARCHITECTURES
-from dynamic_transformers.settings import UserError
+from dynamic_transformers.settings import PROJECT_ROOT, UserError
 from dynamic_transformers.study import common, run_from_json, single_run, study_runs
 
 
@@ -56,7 +58,7 @@ def test_settings_that_travelled_as_json_give_the_same_runs():
 
 def test_a_step_is_told_its_run_and_nothing_of_the_others():
     settings = compose_settings(
-        "quickstart", ["study.grid.run.seed=[0,1]", variants("like mod: [model.match=mod]")]
+        "quickstart", ["study.grid.run.seed=[0,1]", variants("like stt: [model.match=stt]")]
     )
     shared = settings_from_json(common(settings).to_json())
     assert "shallow" not in shared.to_json()
@@ -64,6 +66,14 @@ def test_a_step_is_told_its_run_and_nothing_of_the_others():
         assert run_from_json(shared, run.to_json()) == run
     more = compose_settings("quickstart", ["study.grid.run.seed=[0,1,2]"])
     assert common(more) == shared  # what has finished is found again when a study grows
+
+
+def test_the_study_of_the_readme_is_one(tmp_path):
+    readme = (PROJECT_ROOT / "README.md").read_text()
+    (study,) = re.findall(r"```yaml\n(defaults: .*?study:\n.*?)```", readme, re.DOTALL)
+    (tmp_path / "my_study.yaml").write_text(study)
+    runs = study_runs(compose_settings("my_study", config_dir=tmp_path))
+    assert len(runs) == 5 * 3 * 2 and {"tight mod", "like tight mod"} < {run.variant for run in runs}
 
 
 def test_labels_are_free_text_and_become_names_of_files():
@@ -91,6 +101,14 @@ def test_train_py_is_one_point_of_the_study():
         (variants('"": [model.type=mod]'), "cannot be a label"),
         (variants("twin: [model.type=mod]"), "mod {} and twin {} have the same settings"),
         (variants("twin: [model.type=mod, model.capacity=null]"), "have the same settings"),
+        (
+            variants(
+                "twin: [model.dimensions.num_hidden_layers=3]"
+            ),  # the same size, asked for in other words
+            "shallow {} and twin {} have the same settings",
+        ),
+        (variants("twin: [model.type=mod, model.size=tiny]"), "mod {} and twin {} have the same settings"),
+        (variants("twin: [model.type=standard, model.match=mod]"), "have the same settings"),
         (
             variants('"a b": [model.capacity=0.3], a-b: [model.capacity=0.4]'),
             "a b {} and a-b {} have the same name",
@@ -150,10 +168,9 @@ def test_match_finds_the_depth_of_equal_cost():
     from dynamic_transformers.training.flops import forward_flops
 
     text = "like {0}: [model.type=standard, model.match={0}]"
-    runs = {
-        run.variant: run.settings
-        for run in runs_of(variants(", ".join(map(text.format, ("mod", "stt", "standard")))))
-    }
+    matched = variants(", ".join(map(text.format, ("mod", "stt"))))
+    # Without the shallow model, which has as many layers as `like mod`.
+    runs = {run.variant: run.settings for run in runs_of(matched, "study.variants.shallow=null")}
 
     def cost(settings):
         return forward_flops(model_config(settings.model, 2048), settings.data.block_size).total()

@@ -30,6 +30,7 @@ from dynamic_transformers.settings import (
     StudySettings,
     UserError,
 )
+from dynamic_transformers.training.identity import resolved_model
 
 # What runs that are compared have in common, whatever else they differ in.
 COMMON = ("run", "data", "evaluation", "tracking", "study", "model.plugin")
@@ -288,7 +289,7 @@ def refuse_equals(runs: Sequence[StudyRun]) -> None:
     names: dict[str, StudyRun] = {}
     contents: dict[str, StudyRun] = {}
     for run in runs:
-        values = run.settings.to_dict()
+        values = run.settings.to_dict() | {"model": resolved_model(run.settings)}
         del values["study"], values["run"]["name"]
         content = json.dumps(values, sort_keys=True)
         for known, key, what in ((contents, content, "settings"), (names, run.name, "name")):

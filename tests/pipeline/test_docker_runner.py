@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import docker
@@ -76,6 +77,13 @@ def test_containers_get_what_steps_read_of_the_callers_environment(engine, make_
     }
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]} | passed_on | kept)
     assert docker_runner(make_settings()).container_run_args["environment"] == passed_on
+
+
+def test_containers_see_prepared_data_and_cannot_change_them(engine, make_settings):
+    settings = make_settings()
+    *_, results, data = docker_runner(settings, Path("/data")).container_run_args["mounts"]
+    assert (results["Target"], results["ReadOnly"]) == (settings.run.output_dir, False)
+    assert (data["Target"], data["Source"], data["ReadOnly"]) == ("/data", "/data", True)
 
 
 def test_images_of_another_program_are_told(engine, make_settings, capsys, monkeypatch):

@@ -17,8 +17,9 @@ from dynamic_transformers import __version__
 from dynamic_transformers.launch.settings import Launch
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 from pipelines.cluster import ClusterSettings, StepSettings, read_cluster
-from pipelines.compile import compile_pipeline
+from pipelines.compile import compile_pipeline, main
 from pipelines.images import default_tag
+from pipelines.package import read_package
 
 GOLDEN = PROJECT_ROOT / "tests" / "pipeline" / "golden" / "pipeline.yaml"
 
@@ -124,6 +125,40 @@ def test_runs_are_looped_over_and_whatever_happens_something_is_reported(package
     assert not any(entry["cachingOptions"].get("enableCache") for entry in anew)
     kept = (handled["prepare-data"], *loop.values())
     assert all(entry["cachingOptions"]["enableCache"] for entry in kept)
+
+
+def test_prepared_data_come_in_by_an_importer(tmp_path):
+    with pytest.raises(SystemExit, match="0"):
+        main([str(tmp_path / "pipeline.yaml"), "--data-uri", "s3://bucket/data"])
+    spec = yaml.safe_load((tmp_path / "pipeline.yaml").read_text().split("\n---\n")[0])
+    json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
+    root, handled, loop, _ = inner_tasks(spec)
+    assert executors(spec)["exec-importer"] == {
+        "importer": {
+            "artifactUri": {"constant": "s3://bucket/data"},
+            "typeSchema": {"schemaTitle": "system.Dataset", "schemaVersion": "0.0.1"},
+        }
+    }
+    assert "prepare-data" not in handled and "exec-prepare-data" not in executors(spec)
+    imported = {"taskOutputArtifact": {"outputArtifactKey": "artifact", "producerTask": "importer"}}
+    assert root["configure"]["inputs"]["artifacts"]["data"] == imported  # which refuses data of others
+    assert {task["inputs"]["artifacts"]["data"]["componentInputArtifact"] for task in loop.values()} == {
+        "pipelinechannel--importer-artifact"
+    }
+    # For `submit`: the importer's image is the server's, and its state is shown.
+    package = read_package(tmp_path / "pipeline.yaml")
+    assert package.steps["importer"] is False and len(package.images) == len(IMAGES) - 1
+
+
+@pytest.mark.parametrize(
+    "uri", ["outputs/data/abc", "/data", "file:///data", "s3://bucket", "https://a/b", "s3://b/c d"]
+)
+def test_an_address_that_no_step_on_a_cluster_can_read_is_refused(uri, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "pipeline.yaml"), "--data-uri", uri])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --data-uri {uri}: must be like s3://bucket/folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_cache_key_holds_version_and_revision():

@@ -1,9 +1,11 @@
 """The pipeline's parameters, as `configure` takes them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from components.configure import configure
 from dynamic_transformers.configure import settings_from_parameters
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.study import study_runs
@@ -87,3 +89,18 @@ def test_a_study_in_the_form_takes_the_place_of_that_of_the_settings():
     assert list(
         merged(settings=settings, dataset_configs='[{"name": "math", "type": "embedded"}]').study.variants
     ) == ["old"]
+
+
+def test_data_of_other_settings_are_refused_before_a_run_is_begun(data_dir, make_settings, tmp_path):
+    def configured(**groups):
+        outputs = {name: str(tmp_path / name) for name in ("merged", "runs")}
+        settings = make_settings(**groups).to_json()
+        data = SimpleNamespace(path=str(data_dir))
+        configure.python_func(**QUICK | {"settings": settings}, **outputs, data=data)
+
+    configured()
+    with pytest.raises(SystemExit, match="2"):
+        configured(data={"block_size": 64})
+    log = (tmp_path / "merged.log").read_text()
+    assert f"{data_dir}: holds data of other settings: data.block_size=64 (there 32); give" in log
+    assert "Traceback" not in log

@@ -16,6 +16,9 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 
+from dynamic_transformers.configure import compose_settings
+from dynamic_transformers.data.prepare import prepare
+from dynamic_transformers.manifest import read_manifest, write_manifest
 from dynamic_transformers.settings import PROJECT_ROOT, TrackingSettings
 from dynamic_transformers.tracking import view_of
 from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
@@ -251,6 +254,54 @@ def test_a_failing_step_fails_the_run_and_shows_why(tmp_path, micro_overrides):
     assert "/nowhere/gone.jsonl" in result.stdout
     assert "prepare-data" in result.stderr and "Traceback" not in result.stdout + result.stderr
     assert "gone.jsonl" in (tmp_path / "quickstart" / "logs" / "prepare-data.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, micro_overrides):
+    """A folder of prepared data, an empty one and one of another step."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(compose_settings("quickstart", micro_overrides), folder / "data")
+    (folder / "empty").mkdir()
+    (folder / "run").mkdir()
+    write_manifest(folder / "run", "train", {}, {})
+    return folder
+
+
+def test_data_that_were_prepared_before_come_in(prepared, tmp_path, micro_overrides):
+    result = run_pipeline(tmp_path, "standard", *micro_overrides, "--data-uri", str(prepared / "data"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "'importer'" in result.stdout and not list(tmp_path.rglob("prepare-data*"))
+    there = read_manifest(prepared / "data")
+    manifests = [read_manifest(path.parent) for path in tmp_path.rglob("manifest.json")]
+    used = {made["step"]: made["inputs"]["data"] for made in manifests if "data" in made["inputs"]}
+    assert used.keys() == {"train", "export", "evaluate"}
+    assert all(data["digest"] == there["digest"] for data in used.values())
+    # Other data would be another execution.
+    (record,) = tmp_path.glob("quickstart/pipeline/*.identity.json")
+    assert json.loads(record.read_text())["--data-uri"] == there["content_digest"]
+
+
+@pytest.mark.parametrize(
+    ("place", "overrides", "reason"),
+    [
+        ("nowhere", (), "no such folder"),
+        ("empty", (), "unfinished: it has no manifest.json"),
+        ("run", (), "is the output of train, not of prepare_data"),
+        (
+            "data",
+            ("data.block_size=64", "run.seed=3"),
+            "holds data of other settings: data.block_size=64 (there 32), run.seed=3 (there 0); "
+            "give the settings that they were prepared with",
+        ),
+    ],
+)
+def test_what_are_no_data_of_these_settings_do_not_come_in(
+    place, overrides, reason, prepared, tmp_path, micro_overrides, call
+):
+    folder = prepared / place
+    refusal = call(tmp_path, "standard", *micro_overrides, "--data-uri", str(folder), *overrides)
+    assert refusal == f"error: --data-uri: {folder}: {reason}\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_overrides):

@@ -79,6 +79,16 @@ def find_content(settings: Settings, content_digest: str) -> Path | None:
     return None
 
 
+def check_prepared(settings: Settings, folder: Path) -> None:
+    """Refuse to take a folder in the place of data that would be prepared.
+
+    Raises:
+        UserError: it is no finished data folder, or holds data of other settings.
+    """
+    made = read_manifest(folder, STEP)["config"]
+    _refuse_others(folder, data_config(settings), made, "give the settings that they were prepared with")
+
+
 def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
     """Write the data folder, or find it finished for the same settings and source files.
 
@@ -115,20 +125,22 @@ def _serves(folder: Path, config: dict[str, Any]) -> bool:
     if manifest["step"] != STEP:
         return False  # fresh_folder refuses it
     made = manifest["config"]
-    differing = [
-        f"data.{key}={value} (there {made.get(key)})"
-        for key, value in config.items()
-        if key != "fingerprints" and value != made.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"{folder}: holds data of other settings: {', '.join(differing)}; "
-            "name another data.output_dir, or replace them with --force"
-        )
+    _refuse_others(folder, config, made, "name another data.output_dir, or replace them with --force")
     change = first_change(made["fingerprints"], config["fingerprints"])
     if change:
         logger.info("data: %s since %s was made: prepared anew", change, folder)
     return change is None
+
+
+def _refuse_others(folder: Path, asked: dict[str, Any], made: dict[str, Any], remedy: str) -> None:
+    """Refuse data of other settings; what has become of their sources does not count."""
+    differing = [
+        f"{'run' if key == 'seed' else 'data'}.{key}={value} (there {made.get(key)})"
+        for key, value in asked.items()
+        if key != "fingerprints" and value != made.get(key)
+    ]
+    if differing:
+        raise UserError(f"{folder}: holds data of other settings: {', '.join(differing)}; {remedy}")
 
 
 def _parent(settings: Settings) -> Path:

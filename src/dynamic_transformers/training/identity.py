@@ -28,6 +28,12 @@ FREE = (
 SIZE_AS_DIMENSIONS = {"size": None, "depth_factor": None, "width_factor": None}
 
 
+def resolved_model(settings: Settings) -> dict[str, Any]:
+    """The settings of the model, each size in one form only: as the dimensions that it comes to."""
+    model = settings.to_dict()["model"]
+    return {**model, **SIZE_AS_DIMENSIONS, "dimensions": vars(settings.model.backbone)}
+
+
 def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
     """The settings of model and training that decide a run's numbers, by key; but for its budget and data.
 
@@ -42,7 +48,7 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
         model.selection_rule == "random" or model.training_rule == "threshold"
     )
     return {
-        **flat({"model": values["model"] | SIZE_AS_DIMENSIONS | {"dimensions": vars(model.backbone)}}),
+        **flat({"model": resolved_model(settings)}),
         **flat({"training": {key: value for key, value in training.items() if key not in FREE}}),
         "run.seed": settings.run.seed,
         "system.precision": settings.system.precision,

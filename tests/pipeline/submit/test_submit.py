@@ -42,6 +42,18 @@ def test_our_own_pipeline_is_compiled_for_the_cluster_and_accepted(fake, refused
     assert refused(fake.url, "--cluster", cluster).startswith("--cluster is for a pipeline that is compiled")
 
 
+def test_prepared_data_of_the_clusters_storage_come_in(fake, refused, tmp_path):
+    record = write_record(tmp_path / "images.json")
+    arguments = ("--host", fake.url, "--data-uri", "s3://bucket/data")
+    result = command(*arguments, DYNAMIC_TRANSFORMERS_IMAGES=record)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "s3://bucket/data" in json.dumps(fake.versions[0]["pipeline_spec"])
+    assert refused(*arguments[1:]).startswith("--data-uri is for a pipeline that is compiled")
+    result = command("--host", fake.url, "--data-uri", "outputs/data/a", DYNAMIC_TRANSFORMERS_IMAGES=record)
+    assert result.returncode == 2 and len(fake.runs) == 1
+    assert result.stderr.startswith("error: --data-uri outputs/data/a: must be like s3://bucket/folder")
+
+
 def test_images_of_another_program_are_told(fake, tmp_path):
     record = write_record(tmp_path / "images.json", revision="0123abc")
     result = command("--host", fake.url, DYNAMIC_TRANSFORMERS_IMAGES=record)
