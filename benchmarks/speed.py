@@ -36,12 +36,12 @@ from dynamic_transformers.training.optimizer import build_optimizer
 
 VOCAB = 8192
 LONG = 4096  # tokens of a row from which memory is not measured
-VARIANTS = {
-    "standard": ModelSettings("standard"),
-    "mod 0.125": ModelSettings("mod"),
-    "mod 0.5": ModelSettings("mod", capacity=0.5),
-    "sdt 0.5": ModelSettings("sdt"),
-    "stt 0.5": ModelSettings("stt"),
+# Each architecture; where some layers are routed, at its own capacity and at 0.5.
+VARIANTS = {name: ModelSettings(name) for name, record in ARCHITECTURES.items() if not record.routed} | {
+    f"{name} {capacity:g}": ModelSettings(name, capacity=capacity)
+    for name, record in ARCHITECTURES.items()
+    if record.routed
+    for capacity in sorted({record.config_class().capacity, 0.5})  # type: ignore[attr-defined]  # of a routed one
 }
 
 

@@ -6,13 +6,17 @@ from transformers import DynamicCache, Qwen2Config, StaticCache
 
 from dynamic_transformers.models.cache import EMPTY, RoutedCache, RoutedCacheLayer
 from tests.models.tiny import (
+    ALL,
     BACKBONE,
     CASES,
     ROUTED,
     ROUTED_STAGES,
+    STAGES,
+    SURPRISE,
     calibrated,
     calibrated_case,
     logits,
+    short_window,
     tokens,
 )
 
@@ -54,9 +58,9 @@ def test_cached_equals_uncached_wherever_the_prefill_is_cut(case, attention):
     close(cached_logits(model, ids, [5, 6, 13])[0], expected)
 
 
-@pytest.mark.parametrize("stage", ROUTED_STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_cached_batches_with_left_padding_equal_single_rows(stage):
-    model = calibrated_case(stage) if stage == "mod" else calibrated_case(stage, surprise_window=6)
+    model = calibrated_case(stage, **short_window(stage, 6))
     lengths, prompt = (10, 4, 7), 10
     rows = [tokens(1, n + 8, seed=n) for n in lengths]
     ids, mask = torch.full((3, prompt + 8), 5), torch.zeros(3, prompt + 8, dtype=torch.long)
@@ -67,9 +71,9 @@ def test_cached_batches_with_left_padding_equal_single_rows(stage):
         close(got[row][mask[row] == 1], logits(model, values)[0])
 
 
-@pytest.mark.parametrize("stage", ROUTED_STAGES)
+@pytest.mark.parametrize("stage", ROUTED_STAGES)  # transformers' own forgets in the cache where one begins
 def test_packed_documents_stay_apart_in_the_cache(stage):
-    model = calibrated_case(stage) if stage == "mod" else calibrated_case(stage, surprise_window=6)
+    model = calibrated_case(stage, **short_window(stage, 6))
     documents = [tokens(2, length, seed=length) for length in (9, 5, 10)]
     ids = torch.cat(documents, dim=1)
     positions = torch.cat([torch.arange(document.shape[1]) for document in documents]).expand(2, -1)
@@ -146,7 +150,7 @@ def test_a_cache_made_in_inference_mode_goes_on_without_it():
     close(model(input_ids=ids[:, 10:11], past_key_values=cache).logits, logits(model, ids)[:, 10:11])
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("architecture", ALL)
 @pytest.mark.parametrize("change", ["reorder", "select", "mask", "repeat", "row 0", "row 1", "row 2"])
 def test_rows_of_the_cache_can_be_reordered_selected_and_repeated(architecture, change):
     model = calibrated(architecture)
@@ -236,7 +240,7 @@ def test_a_model_of_one_layer_routes_nothing_and_can_be_cropped():
     assert cache.get_seq_length() == LENGTH - 1
 
 
-@pytest.mark.parametrize("architecture", ["sdt", "stt"])
+@pytest.mark.parametrize("architecture", SURPRISE)
 def test_router_state_holds_no_more_memory_than_it_needs(architecture):
     model = calibrated(architecture)
     _, cache = cached_logits(model, tokens(1, LENGTH), range(10, LENGTH))
@@ -278,7 +282,7 @@ def test_tokens_of_ragged_rows_come_back_in_the_order_of_their_rows():
 
 
 @pytest.mark.parametrize("make", [DynamicCache, lambda: DynamicCache(config=Qwen2Config(**BACKBONE))])
-@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("architecture", ALL)
 def test_an_empty_dynamic_cache_is_as_good_as_a_routed_one(architecture, make):
     """It is filled itself: a caller who goes on with it, and not with the output's, has the past."""
     model, ids = calibrated(architecture), tokens(2, 16)
@@ -287,7 +291,7 @@ def test_an_empty_dynamic_cache_is_as_good_as_a_routed_one(architecture, make):
         with torch.no_grad():
             found = model(input_ids=ids[:, first:last], past_key_values=cache).logits
         torch.testing.assert_close(found, expected[:, first:last], atol=1e-5, rtol=1e-4)
-    assert isinstance(cache, RoutedCache) and cache.get_seq_length() == 16
+    assert isinstance(cache, RoutedCache) == (architecture in ROUTED) and cache.get_seq_length() == 16
     options = {"max_new_tokens": 4, "do_sample": False}
     expected, cache = model.generate(ids, **options), make()
     assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)

@@ -5,9 +5,17 @@ import random
 import pytest
 import torch
 
-from tests.models.tiny import CASES, calibrated_case, tokens
+from tests.models.tiny import CASES, ROUTED, calibrated_case, tokens
 
 WALKS = 6
+KINDS = ("plain", "padded", "packed")
+# Of packed documents transformers' own cache does not know where one begins.
+READ = [
+    (case, kind)
+    for case, (architecture, _) in CASES.items()
+    for kind in KINDS
+    if kind != "packed" or architecture in ROUTED
+]
 
 
 def rows_of(kind: str, batch: int, length: int, draw: random.Random) -> dict[str, torch.Tensor]:
@@ -61,8 +69,7 @@ def walk(model, kind: str, seed: int) -> None:
             rows = rows.repeat_interleave(2)
 
 
-@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
-@pytest.mark.parametrize("case", [case for case in CASES if case != "standard"])
+@pytest.mark.parametrize(("case", "kind"), READ)
 def test_a_walk_over_the_cache_agrees_with_the_uncached_forward(case, kind):
     model = calibrated_case(case, attention="eager" if "window" in case else "sdpa")
     for seed in range(WALKS):

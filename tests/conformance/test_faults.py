@@ -22,10 +22,12 @@ from tests.models.tiny import (
     BACKBONE,
     ROUTED,
     ROUTED_STAGES,
+    SURPRISE,
     VOCAB,
     calibrated,
     calibrated_case,
     logits,
+    loss_weights,
     tiny_model,
     tokens,
 )
@@ -213,16 +215,19 @@ def test_3_rows_packed_into_one_sequence(architecture, monkeypatch):
     assert rows_leak(model)
 
 
-# Every weight of an auxiliary loss in the settings: its place, and the name of its loss.
+# The settings of the model, by groups; None: those that are in no group.
+GROUPS = {None: ModelSettings} | {
+    field.name: field.default_factory
+    for field in dataclasses.fields(ModelSettings)
+    if field.default_factory is not dataclasses.MISSING
+}
+# Every weight of an auxiliary loss: its place in the settings, and the name of its loss.
 WEIGHTS = [
-    ("mod", None, "predictor_weight", "predictor"),
-    ("mod", "mod", "aux_weight", "aux"),
-    ("mod", "mod", "z_loss_weight", "z"),
-    ("sdt", None, "predictor_weight", "predictor"),
-    ("sdt", "surprise", "prior_loss_weight", "prior"),
-    ("stt", "surprise", "prior_loss_weight", "prior"),
-    ("stt", "stt", "gate_mean_weight", "gate_mean"),
-    ("stt", "stt", "student_weight", "student"),
+    (architecture, group, option, option.removesuffix("_weight").removesuffix("_loss"))
+    for architecture in ROUTED
+    for option in loss_weights(architecture)
+    for group, settings in GROUPS.items()
+    if option in (field.name for field in dataclasses.fields(settings))
 ]
 
 
@@ -264,28 +269,25 @@ def test_4_auxiliary_loss_names_that_match_no_config_key(
 
 
 def test_4_every_weight_of_the_settings_is_tried():
-    groups = {None: ModelSettings} | {
-        field.name: field.default_factory
-        for field in dataclasses.fields(ModelSettings)
-        if field.default_factory is not dataclasses.MISSING
-    }
     weights = {
         (group, field.name)
-        for group, settings in groups.items()
+        for group, settings in GROUPS.items()
         for field in dataclasses.fields(settings)
         if field.name.endswith("_weight")
     }
     assert weights == {(group, option) for _, group, option, _ in WEIGHTS}
+    assert len(WEIGHTS) == sum(len(loss_weights(architecture)) for architecture in ROUTED)
 
 
-@pytest.mark.parametrize("architecture", ["sdt", "stt"])
+@pytest.mark.parametrize("architecture", SURPRISE)
 def test_5_evaluation_at_the_first_beta(architecture, monkeypatch, tmp_path):
     ids = tokens(2, LENGTH)
 
     def gate(model):
         """g as evaluation computes it, or in training where evaluation has the student's (STT)."""
-        result = model.train(architecture == "stt")(input_ids=ids, use_cache=False).routing[1]
-        return result.gate if architecture == "sdt" else result.surprise_gate
+        student = ARCHITECTURES[architecture].predicts
+        result = model.train(student)(input_ids=ids, use_cache=False).routing[1]
+        return result.surprise_gate if student else result.gate
 
     def reloaded_gate():
         model = tiny_model(architecture, at_end=True)

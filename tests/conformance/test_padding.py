@@ -3,18 +3,14 @@
 import pytest
 import torch
 
-from tests.models.tiny import tiny_model, tokens
+from tests.models.tiny import DENSE, ROUTED, loss_weights, tiny_model, tokens
 
 LENGTH = 24
 # Weights of 1, so that a loss which is wrong shows in the sum.
-MODELS = {
-    "mod": ("mod", {"predictor_weight": 1.0, "aux_weight": 1.0, "z_loss_weight": 1.0}),
-    "sdt": ("sdt", {"predictor_weight": 1.0, "prior_loss_weight": 1.0}),
-    "stt": ("stt", {"prior_loss_weight": 1.0, "student_weight": 1.0}),
-    "stt threshold targets": (
-        "stt",
-        {"prior_loss_weight": 1.0, "student_weight": 1.0, "targets": "threshold", "gate_mean_weight": 1.0},
-    ),
+WEIGHTS = {name: dict.fromkeys(loss_weights(name), 1.0) for name in ROUTED}
+MODELS = {name: (name, weights) for name, weights in WEIGHTS.items()} | {
+    "stt": ("stt", {**WEIGHTS["stt"], "gate_mean_weight": 0.0}),  # only with threshold targets
+    "stt threshold targets": ("stt", {**WEIGHTS["stt"], "targets": "threshold"}),
 }
 
 
@@ -50,7 +46,7 @@ def test_auxiliary_losses_and_thresholds_are_those_of_the_valid_tokens(name, sid
     alone = [single(input_ids=row, labels=row) for row in rows]
     counts = torch.tensor([row.shape[1] for row in rows])
     batch = model(input_ids=ids, attention_mask=mask, labels=labels)
-    assert len(batch.auxiliary_losses) == sum(option.endswith("_weight") for option in options)
+    assert len(batch.auxiliary_losses) == sum(value == 1.0 for value in options.values()) > 0
     for loss, value in batch.auxiliary_losses.items():
         targets = (labels[:3, 1:] != -100).sum(1)  # a left-padded row has one more: its first token
         expected = (torch.stack([output.auxiliary_losses[loss] for output in alone]) * targets).sum()
@@ -70,13 +66,14 @@ def test_auxiliary_losses_and_thresholds_are_those_of_the_valid_tokens(name, sid
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*DENSE, *MODELS])
 def test_losses_of_micro_batches_sum_to_the_loss_of_the_batch(name, side):
-    architecture, options = MODELS[name]
+    architecture, options = MODELS.get(name, (name, {}))
     _, ids, mask, labels = padded(side)
     model = tiny_model(architecture, **options)
     whole = model(input_ids=ids, attention_mask=mask, labels=labels)
-    assert whole.loss - whole.language_model_loss > 0.1
+    if architecture in ROUTED:
+        assert whole.loss - whole.language_model_loss > 0.1
     count = {"num_items_in_batch": (labels[:, 1:] != -100).sum()}
     first = model(input_ids=ids[:1], labels=labels[:1], **count).loss  # no padding, and no mask
     rest = model(input_ids=ids[1:], attention_mask=mask[1:], labels=labels[1:], **count).loss

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from tests.conformance.test_cache import cached_logits
-from tests.models.tiny import ALL, ROUTED, calibrated, logits, tiny_model, tokens
+from tests.models.tiny import ALL, PREDICTOR, ROUTED, SURPRISE, calibrated, logits, tiny_model, tokens
 
 LENGTH = 24
 
@@ -54,15 +55,15 @@ def bf16_suffices(values):
 @pytest.mark.parametrize("how", ["autocast", "bf16 model"])
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_scores_and_logits_that_select_are_fp32(architecture, how, mode):
-    student = architecture == "stt"
-    options = {} if student else {"selection_rule": "predictor", "predictor_weight": 0.01}
-    model = calibrated(architecture, at_end=architecture != "mod", **options)
+    student = ARCHITECTURES[architecture].predicts
+    options = {} if student else {"selection_rule": "predictor", **PREDICTOR[architecture]}
+    model = calibrated(architecture, at_end=architecture in SURPRISE, **options)
     model = model.to(torch.bfloat16 if how == "bf16 model" else torch.float32).train(mode == "train")
     router = model.model.routers["1"]
     assert (router.predictor is None) == student
     seen = {}
     router.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[1:3]))
-    if architecture != "mod":
+    if architecture in SURPRISE:
         router.prior.register_forward_hook(lambda _, inputs, output: seen.update(prior=output))
     if not student:
         router.predictor.register_forward_hook(
@@ -94,12 +95,13 @@ def test_the_teachers_scores_are_fp32(how):
         assert (value != value.bfloat16()).float().mean() > 0.2
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("architecture", ALL)
 def test_bf16_cached_equals_uncached_for_the_same_selection(architecture, given_selection):
     model = calibrated(architecture).to(torch.bfloat16)
     ids = tokens(2, LENGTH)
-    routing = model(input_ids=ids, use_cache=False).routing
-    given_selection(model, {layer: result.selected for layer, result in routing.items()})
+    if architecture in ROUTED:
+        routing = model(input_ids=ids, use_cache=False).routing
+        given_selection(model, {layer: result.selected for layer, result in routing.items()})
     expected = logits(model, ids).float()
     for cuts in ([7], range(1, LENGTH)):
         got = cached_logits(model, ids, cuts)[0].float()

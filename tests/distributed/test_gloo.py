@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import PROJECT_ROOT
 from dynamic_transformers.training.trainer import train
+from tests.models.tiny import ALL, ROUTED
 
 WORKER = """
 import sys
@@ -32,7 +33,7 @@ for name, value in state.items():
     both = [torch.empty_like(value) for _ in range(2)]
     torch.distributed.all_gather(both, value)
     assert torch.equal(*both), name
-assert len(state) == 3
+assert len(state) == int(sys.argv[4])
 print(f"rank {rank}: thresholds and β agree")
 """
 
@@ -43,8 +44,8 @@ def run_metrics(run_dir):
 
 @pytest.mark.parametrize(
     ("architecture", "model"),
-    [("mod", {}), ("sdt", {}), ("stt", {}), ("stt", {"selection_rule": "even"})],
-    ids=["mod", "sdt", "stt", "stt even"],
+    [*((name, {}) for name in ALL), ("stt", {"selection_rule": "even"})],
+    ids=[*ALL, "stt even"],
 )
 def test_two_processes_equal_one(architecture, model, make_settings, data_dir, tmp_path):
     one = train(make_settings(architecture, model=model, data={"batch_size": 4}), data_dir, tmp_path / "one")
@@ -55,7 +56,7 @@ def test_two_processes_equal_one(architecture, model, make_settings, data_dir, t
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [tmp_path / name for name in ("worker.py", "settings.json")]
     result = subprocess.run(
-        [*launch, *map(str, [*arguments, data_dir, two])],
+        [*launch, *map(str, [*arguments, data_dir, two, 3 if architecture in ROUTED else 0])],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         cwd=PROJECT_ROOT,
         capture_output=True,
@@ -65,12 +66,10 @@ def test_two_processes_equal_one(architecture, model, make_settings, data_dir, t
     assert "rank 0" in result.stdout and "rank 1" in result.stdout
     for alone, together in zip(run_metrics(one), run_metrics(two), strict=True):
         assert alone["step"] == together["step"] and alone["tokens"] == together["tokens"]
-        for key in (
-            "train/loss",
-            "train/grad_norm",
-            f"train/{'prior' if architecture != 'mod' else 'total'}_loss",
-        ):
-            if key in alone:
+        for key in alone:
+            if key in ("train/loss", "train/grad_norm") or (
+                key.startswith("train/") and key.endswith("_loss")
+            ):
                 assert together[key] == pytest.approx(alone[key], rel=2e-3), key
     first, second = (
         load_file(folder / read_manifest(folder)["checkpoint"] / "model.safetensors") for folder in (one, two)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dynamic_transformers.data.loading import load_tokenizer
 from dynamic_transformers.evaluation.language_model import CountingLM
 from dynamic_transformers.training.flops import forward_flops
-from tests.models.tiny import calibrated
+from tests.models.tiny import ALL, ROUTED, calibrated
 
 TEXTS = ["12 + 30", "5 * 7 = 35", "1 + 1 = 2. 2 + 2 = 4. 4 + 4 = 8", "9 - 3 = 6 because 6 + 3 = 9"]
 CHOICES = [" 4", " 5", " 42", " six", " 12 34 56"]
@@ -42,7 +42,7 @@ def alone(model: PreTrainedModel, context: list[int], continuation: list[int]):
 
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [("standard", {}), ("mod", {}), ("sdt", {}), ("stt", {}), ("mod", {"selection_rule": "topk"})],
+    [*((name, {}) for name in ALL), ("mod", {"selection_rule": "topk"})],
 )
 def test_tasks_are_answered_and_counted_as_their_rows_alone(architecture, options, data_dir):
     lm = language_model(architecture, data_dir, **options)
@@ -75,7 +75,7 @@ def test_tasks_are_answered_and_counted_as_their_rows_alone(architecture, option
         for layer, spread in realised.layers.items():
             chosen = sum(int(selected[layer].sum()) for selected in rows.values())
             assert spread.mean == pytest.approx(chosen / realised.tokens)
-    if architecture != "standard":
+    if architecture in ROUTED:
         assert lm.counts["short"].realised(lm.model.config) != lm.counts["long"].realised(lm.model.config)
 
 
@@ -107,7 +107,7 @@ def test_long_texts_are_scored_window_by_window_and_cut_contexts_are_told(data_d
     assert caplog.messages == ["cut: 1 texts are longer than the model's 16 tokens, and are cut on the left"]
 
 
-@pytest.mark.parametrize("architecture", ["standard", "mod"])
+@pytest.mark.parametrize("architecture", ALL)
 def test_generated_tokens_are_counted_where_they_are_computed(architecture, data_dir):
     lm = language_model(architecture, data_dir, batch_size=2)
     options = {"until": ["never"], "max_gen_toks": 5, "do_sample": False}
@@ -117,7 +117,7 @@ def test_generated_tokens_are_counted_where_they_are_computed(architecture, data
     lengths = [len(lm.tok_encode(prompt)) for prompt in prompts]
     assert realised.tokens == sum(lengths) + 2 * 4  # the fifth token is not read
     assert len(answers) == 2
-    if architecture == "mod":
+    if architecture in ROUTED:
         selected = []
         for prompt in prompts:
             ids = torch.tensor([lm.tok_encode(prompt)])
@@ -131,7 +131,7 @@ def test_generated_tokens_are_counted_where_they_are_computed(architecture, data
 
 @pytest.mark.parametrize("ends", ["stop strings", "EOS tokens"])
 @pytest.mark.parametrize(
-    ("architecture", "options"), [("standard", {}), ("mod", {}), ("mod", {"selection_rule": "topk"})]
+    ("architecture", "options"), [*((name, {}) for name in ALL), ("mod", {"selection_rule": "topk"})]
 )
 def test_a_generated_row_is_counted_up_to_its_own_stop(architecture, options, ends, data_dir):
     # With tied embeddings an untrained model says the same token again and again.

@@ -1,4 +1,4 @@
-"""Routed models under the other auto classes: a backbone alone, and a classifier of whole texts."""
+"""Models under the other auto classes: a backbone alone, and a classifier of whole texts."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from dynamic_transformers.training.huggingface import RoutingCallback
-from tests.models.tiny import BACKBONE, ROUTED, calibrated, tiny_model, tokens
+from tests.models.tiny import ALL, BACKBONE, ROUTED, calibrated, tiny_model, tokens
 
 PAD = 96
 LENGTHS = (20, 13, 7, 20, 5, 20, 11, 2)
@@ -32,7 +32,9 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 folder, output = sys.argv[1:]
 backbone = AutoModel.from_pretrained(folder, trust_remote_code=True)
-classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+classifier = AutoModelForSequenceClassification.from_pretrained(
+    folder, trust_remote_code=True, num_labels=3, pad_token_id=95
+)
 found = {name: value.clone() for name, value in backbone.state_dict().items()}
 for name, value in classifier.model.state_dict().items():
     assert torch.equal(found[name], value), name
@@ -48,7 +50,7 @@ AutoModel.from_pretrained(folder + "-again", trust_remote_code=True)
 """
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("architecture", ALL)
 def test_an_exported_folder_gives_backbone_and_classifier_without_this_package(architecture, tmp_path):
     model = calibrated(architecture)
     model.save_pretrained(tmp_path / "model")
@@ -95,24 +97,33 @@ def rows(labels=(0, 1, 2, 0, 1, 2, 0, 1), pad="right"):
     return result
 
 
-@pytest.mark.parametrize("classifier", ROUTED, indirect=True)
+def padded_logits(classifier, pad, names=("input_ids", "attention_mask")):
+    """Of all texts in one batch."""
+    texts = rows(pad=pad)
+    return classifier(**{name: torch.stack([text[name] for text in texts]) for name in names}).logits
+
+
+@pytest.mark.parametrize("classifier", ALL, indirect=True)
 @torch.no_grad()
 def test_padding_on_either_side_and_no_padding_give_equal_logits(classifier):
-    def padded(pad, names=("input_ids", "attention_mask")):
-        texts = rows(pad=pad)
-        return classifier(**{name: torch.stack([text[name] for text in texts]) for name in names}).logits
-
     alone = [
         classifier(text["input_ids"][None, :length]).logits
         for text, length in zip(rows(), LENGTHS, strict=True)
     ]
     expected = torch.cat(alone)
-    for found in (padded("right"), padded("left"), padded("right", ["input_ids"])):
+    for given in (("right",), ("left",), ("right", ["input_ids"])):
+        found = padded_logits(classifier, *given)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("classifier", ROUTED, indirect=True)
+@torch.no_grad()
+def test_a_mask_says_what_is_padding_where_no_token_does(classifier):
+    expected = padded_logits(classifier, "left")
     classifier.config.pad_token_id = None
-    torch.testing.assert_close(padded("left"), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(padded_logits(classifier, "left"), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="which tokens pad is not known"):
-        padded("right", ["input_ids"])
+        padded_logits(classifier, "right", ["input_ids"])
 
 
 @torch.no_grad()
@@ -207,8 +218,8 @@ def test_gradients_in_trainer_do_not_depend_on_how_a_step_is_cut(classifier, lab
         torch.testing.assert_close(eight[name], value, atol=1e-5, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("classifier", ROUTED, indirect=True)
-def test_it_learns_in_trainer_and_evaluates(classifier, tmp_path):
+@pytest.mark.parametrize("classifier", ALL, indirect=True)
+def test_it_learns_in_trainer_and_evaluates(classifier, tmp_path, request):
     """Which of two tokens a text ends with."""
     data = [
         row | {"labels": int(row["input_ids"][length - 1] > 48)}
@@ -228,7 +239,8 @@ def test_it_learns_in_trainer_and_evaluates(classifier, tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.evaluate()["eval_right"] == 1
-    assert classifier.routing_state.thresholds.any()
+    if request.node.callspec.params["classifier"] in ROUTED:
+        assert classifier.routing_state.thresholds.any()
     classifier.save_pretrained(tmp_path / "trained")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained").eval()
     ids = tokens(1, 9)
@@ -236,11 +248,12 @@ def test_it_learns_in_trainer_and_evaluates(classifier, tmp_path):
     assert type(AutoModel.from_pretrained(tmp_path / "trained")).__name__.endswith("Model")
 
 
-@pytest.mark.parametrize("classifier", ROUTED, indirect=True)
+@pytest.mark.parametrize("classifier", ALL, indirect=True)
 @torch.no_grad()
-def test_an_adapter_keeps_thresholds_and_score_head(classifier, tmp_path):
+def test_an_adapter_keeps_thresholds_and_score_head(classifier, tmp_path, request):
     adapted = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=4))
-    adapted.routing_state.thresholds += 0.1
+    if request.node.callspec.params["classifier"] in ROUTED:
+        adapted.routing_state.thresholds += 0.1
     for name, value in adapted.named_parameters():
         if "lora_B" in name:
             value.normal_(std=0.1)

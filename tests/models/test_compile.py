@@ -13,16 +13,12 @@ PADDED = (torch.arange(24) < torch.tensor([[24], [20], [9]])).long()
 ROWS = {"plain": {}, "packed": {"position_ids": PACKED}, "padded": {"attention_mask": PADDED}}
 # With `targets: threshold` the number of targets is data, and the sparse pass waits for it.
 OPTIONS = {
-    "mod": ("mod", {}),
+    **{name: (name, {}) for name in ROUTED},
+    **{f"{name} by threshold": (name, {"training_rule": "threshold", "at_end": True}) for name in ROUTED},
+    **{f"{name} {rule}": (name, {"selection_rule": rule}) for name in ROUTED for rule in ("even", "random")},
     "mod everything": ("mod", {"predictor_weight": 0.01, "aux_weight": 0.01, "z_loss_weight": 0.01}),
-    "sdt": ("sdt", {}),
     "sdt predictor": ("sdt", {"predictor_weight": 0.01, "surprise_normalize": "moving_average"}),
-    "stt": ("stt", {}),
     "stt dense": ("stt", {"train_output": "dense", "teacher_detach": True}),
-    "mod by threshold": ("mod", {"training_rule": "threshold", "at_end": True}),
-    "stt by threshold": ("stt", {"training_rule": "threshold", "at_end": True}),
-    "mod even": ("mod", {"selection_rule": "even"}),
-    "sdt random": ("sdt", {"selection_rule": "random"}),
 }
 
 # What needs a value of a tensor, or how many of its elements are true: on a GPU the host waits for it.
@@ -132,7 +128,7 @@ def test_training_by_the_threshold_is_compiled_once_more_after_its_warm_up(archi
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("case", ["mod", "sdt", "stt", "mod calibrated"])
+@pytest.mark.parametrize("case", [*ROUTED, "mod calibrated"])
 def test_a_cached_step_waits_once_for_each_routed_layer(case, batch):
     """Whether a layer computes anything is decided on the host, from what the layers below gave."""
     for layers in (4, 8):

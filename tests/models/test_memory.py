@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models.tiny import ROUTED, tiny_model, tokens
+from tests.models.tiny import ALL, ROUTED, tiny_model, tokens
 from tests.training.live_bytes import LiveBytes
 
 SIZE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8}
@@ -29,7 +29,7 @@ def kept(architecture: str, checkpointing: bool) -> int:
         return memory.live
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("architecture", ALL)
 def test_a_checkpointed_model_keeps_about_as_much_as_a_standard_one(architecture):
     assert kept(architecture, True) <= MOST * kept("standard", True)
     assert kept("standard", False) > 3 * kept("standard", True)  # that much is at stake

@@ -1,4 +1,4 @@
-"""PEFT works on the routed models as on any of transformers, and adapters keep what routing needs."""
+"""PEFT works on our models as on any of transformers, and adapters keep what routing needs."""
 
 import warnings
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from tests.models.tiny import ALL, ROUTED, calibrated, logits, tiny_model, tokens
+from dynamic_transformers.models.architectures import ARCHITECTURES
+from tests.models.tiny import ALL, PREDICTOR, ROUTED, calibrated, logits, tiny_model, tokens
 
 
 @pytest.mark.parametrize("architecture", ALL)
@@ -43,18 +44,21 @@ def train_adapter(model, steps: int, **options):
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **options)).train()
     trained = [value for value in adapted.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.05)
+    routed = hasattr(model, "routing_state")
     for step in range(steps):
-        adapted.set_progress(step, steps)
+        if routed:
+            adapted.set_progress(step, steps)
         ids = tokens(2, 32, seed=step)
         adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        adapted.advance()
+        if routed:
+            adapted.advance()
     return adapted.eval()
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": "all-linear"}], ids=["some", "all-linear"])
-@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("architecture", ALL)
 def test_a_saved_adapter_on_a_fresh_base_and_a_merged_one_are_the_model_that_was_trained(
     architecture, options, tmp_path
 ):
@@ -77,8 +81,7 @@ def test_a_saved_adapter_on_a_fresh_base_and_a_merged_one_are_the_model_that_was
 @pytest.mark.parametrize("start", [True, "pissa"])
 @pytest.mark.parametrize("architecture", ALL)
 def test_adapters_on_all_linear_layers_start_as_the_model_and_all_learn(architecture, start):
-    options = {"predictor_weight": 0.01} if architecture in ("mod", "sdt") else {}
-    model, ids = calibrated(architecture, **options), tokens(2, 24)
+    model, ids = calibrated(architecture, **PREDICTOR.get(architecture, {})), tokens(2, 24)
     before = logits(model, ids)
     config = LoraConfig(target_modules="all-linear", init_lora_weights=start, r=4, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
@@ -86,6 +89,11 @@ def test_adapters_on_all_linear_layers_start_as_the_model_and_all_learn(architec
     torch.testing.assert_close(logits(adapted, ids), before, atol=1e-4, rtol=1e-3)
     adapted.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def deciding_parts(architecture):
+    """Parts of a router that decide, which are no linear layers as the prior network's are."""
+    return sorted(ARCHITECTURES[architecture].parts.keys() - {"prior", "predictor"})
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
@@ -109,15 +117,14 @@ def test_an_adapter_that_leaves_new_routers_untrained_says_so_once(architecture)
     assert [name for name in fresh if ".routers." in name] == []
     # Adapters on all linear layers pass the parts by that decide.
     told = warned(tiny_model(architecture), target_modules="all-linear")
-    expected = {"mod": "['router']", "sdt": "['surprise']", "stt": "['student', 'surprise']"}[architecture]
-    assert [line.split("modules_to_save=")[1] for line in told] == [expected]
+    assert [line.split("modules_to_save=")[1] for line in told] == [str(deciding_parts(architecture))]
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_an_adapter_on_a_score_head_is_refused(architecture):
-    name = {"mod": "router", "stt": "student", "sdt": "surprise"}[architecture]
-    with pytest.raises(ValueError, match="not supported"):
-        get_peft_model(tiny_model(architecture), LoraConfig(target_modules=[name], r=2))
+    for name in deciding_parts(architecture):
+        with pytest.raises(ValueError, match="not supported"):
+            get_peft_model(tiny_model(architecture), LoraConfig(target_modules=[name], r=2))
 
 
 @pytest.mark.parametrize("architecture", ROUTED)

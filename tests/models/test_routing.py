@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.selection import (
     capacities_to_tokens,
     capacity_to_tokens,
@@ -11,7 +12,17 @@ from dynamic_transformers.models.selection import (
     select_top_k,
 )
 from dynamic_transformers.models.state import RoutingState
-from tests.models.tiny import ROUTED, ROUTED_STAGES, calibrated, calibrated_case, logits, tiny_model, tokens
+from tests.models.tiny import (
+    ALL,
+    PREDICTOR,
+    ROUTED,
+    ROUTED_STAGES,
+    calibrated,
+    calibrated_case,
+    logits,
+    tiny_model,
+    tokens,
+)
 
 
 def test_top_k_is_ascending_and_holds_the_best():
@@ -148,10 +159,9 @@ def test_routed_layer_equals_the_formula(case):
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
+        *((name, PREDICTOR.get(name, {})) for name in ALL),
         ("mod", {}),
         ("mod", {"predictor_weight": 0.01, "aux_weight": 0.01}),
-        ("sdt", {"predictor_weight": 0.01}),
-        ("stt", {}),
         ("stt", {"targets": "threshold", "target_threshold": 0.5}),
         ("stt", {"teacher_detach": True}),
     ],
@@ -213,10 +223,11 @@ def test_capacity_warms_up_from_all_tokens(architecture):
 
 
 def test_predictor_and_student_send_no_gradient_to_the_language_model():
-    for architecture, loss_name in (("mod", "predictor"), ("sdt", "predictor"), ("stt", "student")):
-        options = {} if architecture == "stt" else {"predictor_weight": 0.01}
+    for architecture, options in PREDICTOR.items():
         model = tiny_model(architecture, **options)
         ids = tokens(2, 24)
+        parts = ARCHITECTURES[architecture].parts
+        (loss_name,) = (part for part, kind in parts.items() if kind == "predictor")
         model(input_ids=ids, labels=ids).auxiliary_losses[loss_name].backward()
         touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert touched and all("predictor" in name or "student" in name for name in touched), touched
@@ -255,7 +266,7 @@ def test_a_training_rule_that_does_not_exist_is_refused(architecture):
 @pytest.mark.parametrize("rule", ["predictor", "even", "random", "topk"])
 def test_training_by_a_threshold_needs_a_threshold_in_evaluation(architecture, rule):
     """Evaluation by another rule, to compare, needs none."""
-    options = {} if architecture == "stt" or rule != "predictor" else {"predictor_weight": 0.01}
+    options = PREDICTOR[architecture] if rule == "predictor" else {}
     model = tiny_model(architecture, selection_rule=rule, training_rule="threshold", **options)
     with pytest.raises(ValueError, match=f"needs selection_rule='threshold', not '{rule}'"):
         model(input_ids=tokens(1, 8))

@@ -3,14 +3,15 @@
 import pytest
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from tests.models.tiny import ROUTED, calibrated, logits, tokens
+from tests.models.tiny import PREDICTOR, ROUTED, calibrated, logits, tokens
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_a_quantised_model_routes_with_exact_weights(architecture, tmp_path):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    options = {} if architecture == "stt" else {"selection_rule": "predictor", "predictor_weight": 0.01}
-    model, ids = calibrated(architecture, **options), tokens(2, 24)
+    options = PREDICTOR[architecture]
+    rule = {"selection_rule": "predictor"} if options else {}
+    model, ids = calibrated(architecture, **options, **rule), tokens(2, 24)
     model.save_pretrained(tmp_path)
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")

@@ -1,16 +1,27 @@
 """Tiny random models of each architecture, and ways to look into them."""
 
+from inspect import get_annotations
+
 import torch
 from transformers import PreTrainedModel
 
 from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.architectures.surprise import SurpriseArchitecture
 from dynamic_transformers.models.registration import register_models
 
 register_models()  # for the tests of auto classes
 
 VOCAB = 97
-ROUTED = ("mod", "sdt", "stt")
-ALL = ("standard", *ROUTED)
+ALL = tuple(ARCHITECTURES)
+ROUTED = tuple(name for name, record in ARCHITECTURES.items() if record.routed)
+DENSE = tuple(name for name in ALL if name not in ROUTED)
+SURPRISE = tuple(name for name, record in ARCHITECTURES.items() if isinstance(record, SurpriseArchitecture))
+# What a configuration needs for the rule `predictor`.
+PREDICTOR = {
+    name: {} if record.predicts else {"predictor_weight": 0.01}
+    for name, record in ARCHITECTURES.items()
+    if record.routed
+}
 BACKBONE = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -22,28 +33,33 @@ BACKBONE = dict(
 )
 # What a contract of every forward is tried on: each architecture, and the surprise gate at both ends of β.
 STAGES = {architecture: (architecture, {}) for architecture in ALL} | {
-    "sdt last beta": ("sdt", {"at_end": True}),
-    "stt last beta": ("stt", {"at_end": True}),
+    f"{architecture} last beta": (architecture, {"at_end": True}) for architecture in SURPRISE
 }
-ROUTED_STAGES = [stage for stage in STAGES if stage != "standard"]
-# And each selection rule and option that changes the forward in eval mode.
-CASES = STAGES | {
-    "mod aux": ("mod", {"selection_rule": "aux", "aux_weight": 0.01}),
-    "mod predictor": ("mod", {"selection_rule": "predictor", "predictor_weight": 0.01}),
-    "mod calibrated": ("mod", {"selection_rule": "calibrated_predictor", "predictor_weight": 0.01}),
-    "mod raw gate": ("mod", {"gate": "raw"}),
-    "sdt predictor": ("sdt", {"selection_rule": "predictor", "predictor_weight": 0.01}),
-    "sdt calibrated": ("sdt", {"selection_rule": "calibrated_predictor", "predictor_weight": 0.01}),
-    "sdt window 5": ("sdt", {"surprise_window": 5}),
-    "sdt window 1": ("sdt", {"surprise_window": 1}),
-    "sdt moving average": ("sdt", {"surprise_normalize": "moving_average", "surprise_window": 7}),
-    "sdt state": ("sdt", {"surprise_normalize": "state"}),
-    "stt predictor": ("stt", {"selection_rule": "predictor"}),
-    "stt threshold targets": ("stt", {"targets": "threshold"}),
-    "mod even": ("mod", {"selection_rule": "even"}),
-    "sdt even": ("sdt", {"selection_rule": "even"}),
-    "stt even": ("stt", {"selection_rule": "even"}),
-}
+ROUTED_STAGES = [stage for stage, (architecture, _) in STAGES.items() if architecture in ROUTED]
+# The selection rules that every routed architecture has; one that predicts by its scores has no second τ.
+RULES = (
+    {f"{name} predictor": (name, {"selection_rule": "predictor", **own}) for name, own in PREDICTOR.items()}
+    | {
+        f"{name} calibrated": (name, {"selection_rule": "calibrated_predictor", **own})
+        for name, own in PREDICTOR.items()
+        if not ARCHITECTURES[name].predicts
+    }
+    | {f"{name} even": (name, {"selection_rule": "even"}) for name in ROUTED}
+)
+# And each option of one architecture that changes the forward in eval mode.
+CASES = (
+    STAGES
+    | RULES
+    | {
+        "mod aux": ("mod", {"selection_rule": "aux", "aux_weight": 0.01}),
+        "mod raw gate": ("mod", {"gate": "raw"}),
+        "sdt window 5": ("sdt", {"surprise_window": 5}),
+        "sdt window 1": ("sdt", {"surprise_window": 1}),
+        "sdt moving average": ("sdt", {"surprise_normalize": "moving_average", "surprise_window": 7}),
+        "sdt state": ("sdt", {"surprise_normalize": "state"}),
+        "stt threshold targets": ("stt", {"targets": "threshold"}),
+    }
+)
 
 
 def tiny_model(
@@ -60,7 +76,7 @@ def tiny_model(
         ARCHITECTURES[architecture].config_class,
         ARCHITECTURES[architecture].model_class,
     )
-    if architecture != "standard":
+    if architecture in ROUTED:
         options.setdefault("capacity", 0.5)
     config = config_class(**BACKBONE | options)
     config._attn_implementation = attention
@@ -81,7 +97,7 @@ def calibrated(architecture: str, steps: int = 5, **options) -> PreTrainedModel:
     model = tiny_model(architecture, **options)
     for step in range(steps):
         model(input_ids=tokens(4, 32, seed=100 + step), use_cache=False)
-        if architecture != "standard":
+        if architecture in ROUTED:
             model.advance()
     return model.eval()
 
@@ -90,6 +106,20 @@ def calibrated_case(case: str, **options) -> PreTrainedModel:
     """The calibrated model of one of `CASES`, with further options."""
     architecture, own = CASES[case]
     return calibrated(architecture, **own | options)
+
+
+def short_window(stage: str, window: int) -> dict[str, int]:
+    """An option of one of `STAGES`: averages over fewer tokens than the rows have, where it has averages."""
+    return {"surprise_window": window} if STAGES[stage][0] in SURPRISE else {}
+
+
+def loss_weights(architecture: str) -> list[str]:
+    """The options of a configuration that weigh an auxiliary loss, and that may be above 0."""
+    options = {
+        name for kind in ARCHITECTURES[architecture].config_class.__mro__ for name in get_annotations(kind)
+    }
+    weights = {name for name in options if name.endswith("_weight")}
+    return sorted(weights - ({"predictor_weight"} if ARCHITECTURES[architecture].predicts else set()))
 
 
 def tokens(rows: int, length: int, seed: int = 0, vocabulary: int = VOCAB) -> torch.Tensor:

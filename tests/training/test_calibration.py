@@ -10,7 +10,6 @@ from benchmarks import rules
 from dynamic_transformers.data.loading import batches_of, load_split
 from dynamic_transformers.export import load_run
 from dynamic_transformers.manifest import read_manifest
-from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.selection import score_quantile
 from dynamic_transformers.models.state import KINDS
 from dynamic_transformers.training import calibration
@@ -18,10 +17,15 @@ from dynamic_transformers.training.calibration import calibrate, calibration_row
 from dynamic_transformers.training.flops import calibration_flops
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
-from tests.models.tiny import CASES, calibrated_case, tiny_model, tokens
+from tests.models.tiny import ALL, CASES, ROUTED, calibrated_case, tiny_model, tokens
 
-CALIBRATED = ("mod", "mod calibrated", "mod raw gate", "sdt", "sdt last beta", "sdt calibrated")
-CALIBRATED += ("sdt moving average", "sdt state", "sdt window 5", "stt", "stt last beta")
+CALIBRATED = [
+    case
+    for case, (architecture, options) in CASES.items()
+    if architecture in ROUTED
+    and options.get("selection_rule", "threshold") in KINDS
+    and options.get("targets") != "threshold"  # which are no fixed fraction
+]
 
 
 def packed(rows, length, seed, starts=()):
@@ -157,7 +161,7 @@ def lines(run):
     return list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ALL)
 def test_the_last_evaluation_is_that_of_the_finished_model(architecture, make_settings, data_dir, tmp_path):
     settings = make_settings(architecture, training={"eval_every": 3})
     run = train(settings, data_dir, tmp_path / "run")
@@ -169,7 +173,7 @@ def test_the_last_evaluation_is_that_of_the_finished_model(architecture, make_se
         assert told[-1][f"routing/layer_{layer}/eval_fraction"] == fraction
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ALL)
 def test_calibration_is_charged_and_changes_no_number_of_steps(
     architecture, make_settings, data_dir, tmp_path
 ):
@@ -178,7 +182,7 @@ def test_calibration_is_charged_and_changes_no_number_of_steps(
     trained = [line["training_flops"] for line in lines(run) if "train/loss" in line][-1]
     assert manifest["training_steps"] == 6
     charged = manifest["training_flops"] - trained
-    if architecture == "standard":
+    if architecture not in ROUTED:
         assert charged == 0
         return
     model, split = load_run(run), load_split(data_dir, "validation")
@@ -190,7 +194,7 @@ def test_calibration_is_charged_and_changes_no_number_of_steps(
 
 def test_equal_flops_budgets_hold_the_calibration(make_settings, data_dir, tmp_path):
     spent, shares = [], []
-    for architecture in ARCHITECTURES:
+    for architecture in ALL:
         settings = make_settings(architecture, training={"max_flops": 1.2e10, "log_every": 50})
         run = train(settings, data_dir, tmp_path / architecture)
         spent.append(read_manifest(run)["training_flops"])

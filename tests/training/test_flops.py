@@ -19,20 +19,18 @@ from dynamic_transformers.training.flops import (
     training_flops,
 )
 from dynamic_transformers.training.realised import SelectionCounts, Spread
+from tests.models.tiny import ALL, ROUTED
 
 LENGTH, ROWS, VOCAB = 128, 2, 211
 CASES = [
-    ("standard", {}),
-    ("mod", {}),
+    *((name, {}) for name in ALL),
+    *((name, {"training_rule": "threshold", "capacity": 0.25}) for name in ROUTED),
+    *((name, {"selection_rule": "even"}) for name in ROUTED),
     ("mod", {"capacity": 0.5, "predictor_weight": 0.01, "selection_rule": "predictor"}),
-    ("sdt", {}),
     ("sdt", {"predictor_weight": 0.01, "prior_factor": 0.5}),
-    ("stt", {}),
     ("stt", {"teacher_detach": True}),
     ("stt", {"train_output": "dense"}),
     ("stt", {"targets": "threshold", "target_threshold": 0.6}),
-    ("mod", {"selection_rule": "even"}),
-    *((name, {"training_rule": "threshold", "capacity": 0.25}) for name in ("mod", "sdt", "stt")),
 ]
 
 
@@ -68,7 +66,7 @@ def fractions(outputs):
 def test_forward_and_training_flops_agree_within_one_percent(architecture, options):
     model = build(architecture, options)
     ids = torch.randint(0, VOCAB, (ROWS, LENGTH))
-    if architecture != "standard":
+    if architecture in ROUTED:
         model.set_progress(5, 10)  # past the warm-up of the training rule
         model(input_ids=ids, use_cache=False)
         model.advance()
@@ -102,14 +100,14 @@ def ragged_rows(model):
 
 def uneven(architecture):
     """A model whose thresholds were set by other text, so that rows differ in what they select."""
-    model = build(architecture, {} if architecture == "standard" else {"capacity": 0.5})
-    if architecture != "standard":
+    model = build(architecture, {"capacity": 0.5} if architecture in ROUTED else {})
+    if architecture in ROUTED:
         ids = torch.randint(0, VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(1))
         calibrate(model, [{"input_ids": ids, "position_ids": torch.arange(LENGTH).expand(4, -1)}])
     return model
 
 
-@pytest.mark.parametrize("architecture", ["standard", "mod", "sdt", "stt"])
+@pytest.mark.parametrize("architecture", ALL)
 def test_flops_of_ragged_rows_are_those_of_each_row_alone(architecture):
     model = uneven(architecture)
     ids, valid, selected = ragged_rows(model)
@@ -178,11 +176,11 @@ def test_the_spread_is_that_of_the_rows():
     assert realised.fraction == Spread(0.5, pytest.approx(0.25 / len(selected)))
 
 
-@pytest.mark.parametrize("architecture", ["standard", "mod", "sdt", "stt"])
+@pytest.mark.parametrize("architecture", ALL)
 def test_flops_of_cached_steps_agree_within_one_percent(architecture):
-    model = build(architecture, {} if architecture == "standard" else {"capacity": 0.5})
+    model = build(architecture, {"capacity": 0.5} if architecture in ROUTED else {})
     ids = torch.randint(0, VOCAB, (1, LENGTH + 16), generator=torch.Generator().manual_seed(0))
-    if architecture != "standard":
+    if architecture in ROUTED:
         calibrate(model, [{"input_ids": ids, "position_ids": torch.arange(LENGTH + 16).unsqueeze(0)}])
     with torch.no_grad():
         cache = model.eval()(input_ids=ids[:, :LENGTH], use_cache=True).past_key_values
@@ -193,7 +191,7 @@ def test_flops_of_cached_steps_agree_within_one_percent(architecture):
             held = {layer: len(cache.routed(layer).keys) for layer in selected}
             expected = forward_flops(model.config, length, selected, held).total()
             assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
-    assert architecture == "standard" or len(set(selected.values()) | {0.0, 1.0}) == 2
+    assert architecture not in ROUTED or len(set(selected.values()) | {0.0, 1.0}) == 2
 
 
 @pytest.mark.parametrize(("capacity", "linear", "scores"), [(0.5, 0.75, 0.625), (0.125, 0.5625, 0.508)])
@@ -216,7 +214,7 @@ def test_the_papers_configuration_gives_each_architecture_equal_flops(overrides)
         budget, data = Budget.from_settings(settings.training), settings.data
         tokens = data.batch_size * settings.training.gradient_accumulation_steps * data.block_size
         horizon, done = Horizon(budget, budget, config, tokens, data.block_size), Progress()
-        state = None if architecture == "standard" else RoutingState(config)
+        state = RoutingState(config) if architecture in ROUTED else None
         while done.step < (total := horizon.total_steps(done)):
             places = {}
             if state is not None:

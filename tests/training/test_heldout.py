@@ -17,9 +17,10 @@ from dynamic_transformers.manifest import MANIFEST, file_digest, read_manifest, 
 from dynamic_transformers.training.build import build_model
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
+from tests.models.tiny import ALL, ROUTED
 
 
-@pytest.mark.parametrize("architecture", ["standard", "mod"])
+@pytest.mark.parametrize("architecture", ALL)
 @torch.no_grad()
 def test_loss_is_the_mean_over_targets_and_bits_count_predicted_bytes(architecture, make_settings, data_dir):
     split = load_split(data_dir, "validation")
@@ -48,7 +49,7 @@ def two_sources(make_settings, tmp_path_factory):
     return prepare(settings, tmp_path_factory.mktemp("data") / "two")
 
 
-@pytest.mark.parametrize("architecture", ["standard", "mod"])
+@pytest.mark.parametrize("architecture", ALL)
 @torch.no_grad()
 def test_domains_are_the_tokens_of_each_source(architecture, make_settings, two_sources):
     split, names = load_split(two_sources, "test"), source_names(two_sources)
@@ -72,7 +73,7 @@ def test_domains_are_the_tokens_of_each_source(architecture, make_settings, two_
     parts = [domain.realised for domain in result.domains.values()]
     total = sum(part.forward_flops_per_token * part.tokens for part in parts)
     assert result.realised.forward_flops_per_token * ids.numel() == pytest.approx(total)
-    assert (architecture == "standard") == (result.realised.fraction is None)
+    assert (architecture in ROUTED) == (result.realised.fraction is not None)
 
 
 def test_data_of_before_tokens_had_a_source_have_no_domains(make_settings, data_dir, caplog):
@@ -85,7 +86,7 @@ def test_data_of_before_tokens_had_a_source_have_no_domains(make_settings, data_
     assert "no column `sources`" in line and "nothing is reported by domain" in line
 
 
-@pytest.mark.parametrize("architecture", ["standard", "mod"])
+@pytest.mark.parametrize("architecture", ALL)
 def test_logits_of_a_batch_are_never_whole(architecture, make_settings, data_dir):
     split = load_split(data_dir, "test").select(range(20))
     vocabulary = 2**17

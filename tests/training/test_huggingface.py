@@ -1,4 +1,4 @@
-"""Routed models in Hugging Face's Trainer, loaded as any user loads them."""
+"""Our models in Hugging Face's Trainer, loaded as any user loads them."""
 
 import copy
 import warnings
@@ -79,7 +79,7 @@ def test_what_fsdp_sharded_is_sharded_again_after_an_error(tmp_path):
         distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("exported", ROUTED, indirect=True)
+@pytest.mark.parametrize("exported", ALL, indirect=True)
 def test_evaluation_gives_metrics_the_logits(exported, tmp_path):
     def count(prediction):
         return {"seen": float(prediction.predictions.shape[-1])}

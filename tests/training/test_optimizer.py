@@ -4,7 +4,7 @@ import pytest
 
 from dynamic_transformers.settings import OptimizerSettings
 from dynamic_transformers.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
-from tests.models.tiny import tiny_model
+from tests.models.tiny import ALL, PREDICTOR, tiny_model
 
 SETTINGS = OptimizerSettings(
     lr=1e-3,
@@ -24,10 +24,9 @@ MULTIPLIERS = {
 }
 
 
-@pytest.mark.parametrize("architecture", ["standard", "mod", "sdt", "stt"])
+@pytest.mark.parametrize("architecture", ALL)
 def test_every_parameter_has_its_rate_and_only_matrices_decay(architecture):
-    options = {"predictor_weight": 0.01} if architecture in ("mod", "sdt") else {}
-    model = tiny_model(architecture, **options)
+    model = tiny_model(architecture, **PREDICTOR.get(architecture, {}))
     optimizer = build_optimizer(model, SETTINGS)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():

@@ -9,11 +9,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dynamic_transformers.data.loading import load_tokenizer
 from dynamic_transformers.export import export, load_run
-from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.build import NEW_PARTS, build_model
 from dynamic_transformers.training.trainer import train
-from tests.models.tiny import BACKBONE, ROUTED, logits, tokens
+from tests.models.tiny import ALL, BACKBONE, ROUTED, logits, tokens
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +46,14 @@ def converted(pretrained, make_settings):
     return convert
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ALL)
 def test_every_tensor_lands_where_it_belongs(architecture, converted, pretrained):
     state = converted(architecture).state_dict()
     for name, value in load_file(pretrained / "model.safetensors").items():
         assert torch.equal(state[name], value), name
     new = state.keys() - Qwen2ForCausalLM.from_pretrained(pretrained).state_dict().keys()
     assert all(name.startswith(NEW_PARTS) for name in new)
-    assert bool(new) == (architecture != "standard")
+    assert bool(new) == (architecture in ROUTED)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -70,7 +69,7 @@ def test_at_full_capacity_with_unit_gate_it_equals_its_source(
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ROUTED)
+@pytest.mark.parametrize("architecture", ALL)
 def test_a_tensor_that_has_no_place_is_named(architecture, converted, pretrained, tmp_path):
     source = Qwen2ForCausalLM.from_pretrained(pretrained)
     source.save_pretrained(tmp_path)

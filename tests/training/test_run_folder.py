@@ -20,6 +20,7 @@ from dynamic_transformers.training.interruption import Interrupted
 from dynamic_transformers.training.run_folder import claim, plan_start, run_identity
 from dynamic_transformers.training.step import OptimizerStep
 from dynamic_transformers.training.trainer import train
+from tests.models.tiny import ROUTED
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_a_size_and_its_dimensions_are_the_same_model(make_settings, data_dir):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("architecture", ["mod", "sdt", "stt"])
+@pytest.mark.parametrize("architecture", ROUTED)
 def test_how_the_batch_is_split_counts_where_it_changes_numbers(architecture, model, counts, make_settings):
     one, two = (
         settings_identity(make_settings(architecture, model=model, data={"batch_size": 4 // n}), processes=n)

@@ -23,6 +23,7 @@ from dynamic_transformers.training.calibration import calibrate
 from dynamic_transformers.training.checkpoint import checkpoints
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
+from tests.models.tiny import ROUTED, SURPRISE
 
 
 def metrics(run_dir):
@@ -49,13 +50,13 @@ def test_a_run_learns_and_says_what_it_did(architecture, make_settings, data_dir
     assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.3
     last = metrics(run_dir)[-1]
     assert last["eval/loss"] > 0 and last["eval/bits_per_byte"] > 0
-    layers = [] if architecture == "standard" else ["1", "3"]
+    layers = ["1", "3"] if architecture in ROUTED else []
     assert list(manifest["train_routed_fraction"]) == layers
-    if architecture in ("sdt", "stt"):
+    if architecture in SURPRISE:
         assert weights(run_dir)["model.routing_state.beta"] == 100
     for layer in layers:
-        target = 0.125 if architecture == "mod" else 0.5
-        assert manifest["train_routed_fraction"][layer] == pytest.approx(target)
+        capacity = ARCHITECTURES[architecture].config_class().capacity
+        assert manifest["train_routed_fraction"][layer] == pytest.approx(capacity)
         assert 0 <= last[f"routing/layer_{layer}/eval_fraction"] <= 1
 
 
@@ -245,18 +246,17 @@ def test_evaluation_of_random_routing_repeats_and_leaves_the_random_state(make_s
     assert evaluate_heldout(model, split, 4).loss == first.loss
 
 
-@pytest.mark.parametrize(
-    ("architecture", "model"),
-    [
-        ("mod", {"capacity": 0.25}),
-        ("sdt", {"selection_rule": "calibrated_predictor", "predictor_weight": 0.01}),
-        ("stt", {}),
-    ],
-)
+CALIBRATED = {
+    "mod": {"capacity": 0.25},
+    "sdt": {"selection_rule": "calibrated_predictor", "predictor_weight": 0.01},
+}
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
 def test_thresholds_are_set_by_the_validation_split_at_the_end(
-    architecture, model, make_settings, data_dir, tmp_path
+    architecture, make_settings, data_dir, tmp_path
 ):
-    settings = make_settings(architecture, model=model)
+    settings = make_settings(architecture, model=CALIBRATED.get(architecture, {}))
     run = train(settings, data_dir, tmp_path / "run")
     split = load_split(data_dir, "validation")
     trained = load_run(run)
