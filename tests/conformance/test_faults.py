@@ -219,7 +219,7 @@ def test_3_rows_packed_into_one_sequence(architecture, monkeypatch):
 GROUPS = {None: ModelSettings} | {
     field.name: field.default_factory
     for field in dataclasses.fields(ModelSettings)
-    if field.default_factory is not dataclasses.MISSING
+    if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory)
 }
 # Every weight of an auxiliary loss: its place in the settings, and the name of its loss.
 WEIGHTS = [

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.state import RoutingState
+from dynamic_transformers.settings import ModelSettings
 from dynamic_transformers.training.budget import Budget, Horizon, Progress
 from dynamic_transformers.training.build import model_config
 from dynamic_transformers.training.calibration import calibrate
@@ -36,22 +37,20 @@ CASES = [
 
 def build(architecture, options):
     torch.manual_seed(0)
-    config_class, model_class = (
-        ARCHITECTURES[architecture].config_class,
-        ARCHITECTURES[architecture].model_class,
-    )
-    config = config_class(
+    record = ARCHITECTURES[architecture]
+    backbone = dict(
         vocab_size=VOCAB,
         hidden_size=96,
         intermediate_size=200,
         num_hidden_layers=5,
         num_attention_heads=6,
         num_key_value_heads=2,
-        **options,
     )
+    values = record.configuration(backbone, ModelSettings()).to_dict()
+    config = record.config_class.from_dict(values | options)
     # torch does not count the fused CPU kernel; eager attention is plain matrix products.
     config._attn_implementation = "eager"
-    return model_class(config)
+    return record.model_class(config)
 
 
 def computed(outputs):
