@@ -117,8 +117,9 @@ def load_pretrained(settings: Settings) -> PreTrainedModel:
     model = architecture.model_class(config)
     model.generation_config = source.generation_config
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
-    if unexpected:
-        raise UserError(f"model.pretrained={source_name}: tensors that do not map: {', '.join(unexpected)}")
+    dropped = [name for name in missing if not name.startswith(architecture.new_parts)] + list(unexpected)
+    if dropped:
+        raise UserError(f"model.pretrained={source_name}: tensors that do not map: {', '.join(dropped)}")
     logger.info("%s: %d tensors mapped, %d new", source_name, len(source.state_dict()), len(missing))
     for name in missing:
         logger.debug("new: %s", name)

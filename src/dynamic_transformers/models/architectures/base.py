@@ -34,6 +34,7 @@ class Architecture:
         least_layers: that it needs.
         own_rules: selection rules that no other architecture has.
         predicts: whether `predictor` needs no predictor, since the scores themselves can be cut at 0.
+        new_parts: what the names of its tensors begin with that a Qwen2 does not have.
         parts: part of a router → kind of its parameters, which decides their learning rate.
         settings: dataclass that `model.options` is checked by; None: there are none.
         training_note: what its training does beside the forward and backward of what it computes; ''.
@@ -49,6 +50,7 @@ class Architecture:
     least_layers = 1
     own_rules: tuple[str, ...] = ()
     predicts = False
+    new_parts: tuple[str, ...] = ()
     parts: ClassVar[dict[str, str]] = {}
     settings: type | None = None
     training_note = ""
@@ -132,6 +134,7 @@ class RoutedArchitecture(Architecture, ABC):
 
     routed = True
     least_layers = 2
+    new_parts = ("model.routers.", "model.routing_state.")
 
     def options(self, model: ModelSettings) -> dict[str, Any]:
         """Capacity, selection and training rule, predictor."""
