@@ -30,6 +30,7 @@ from dynamic_transformers.constraints import (
 )
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.architectures.base import Architecture
+from dynamic_transformers.models.architectures.looped import LoopedSettings
 from dynamic_transformers.models.architectures.mod import MoDSettings
 from dynamic_transformers.models.architectures.stt import STTSettings
 from dynamic_transformers.models.architectures.surprise import SurpriseSettings
@@ -131,6 +132,7 @@ class ModelSettings:
     mod: MoDSettings = field(default_factory=MoDSettings)
     surprise: SurpriseSettings = field(default_factory=SurpriseSettings)
     stt: STTSettings = field(default_factory=STTSettings)
+    looped: LoopedSettings = field(default_factory=LoopedSettings)
     pretrained: Annotated[str | None, Place()] = (
         None  # folder or hub name of a Qwen2 checkpoint (training.mode=pretrained)
     )

@@ -19,6 +19,7 @@ FILES = (
     "mod",
     "sdt",
     "stt",
+    "looped",
 )
 ARCHITECTURES: dict[str, Architecture] = {
     file: importlib.import_module(f"{__name__}.{file}").ARCHITECTURE for file in FILES
