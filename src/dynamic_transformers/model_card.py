@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,16 @@ def write_card(
         validation_loss=validation_loss,
     )
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def with_results(card: str, figures: Mapping[str, float], conditions: str) -> str:
+    """The card with a table of figures under its heading Results.
+
+    Args:
+        figures: name → value.
+        conditions: what they hold for: data, selection rule, precision.
+    """
+    before, heading, rest = card.partition("## Results\n")
+    after = rest[rest.index("\n## ") :]
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in figures.items())
+    return f"{before}{heading}\n{conditions}\n\n| figure | value |\n|---|---|\n{rows}{after}"

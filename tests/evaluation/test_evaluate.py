@@ -15,6 +15,7 @@ from dynamic_transformers.evaluation import exported, harness
 from dynamic_transformers.evaluation.evaluate import evaluate
 from dynamic_transformers.evaluation.exported import load_model, trained_precision
 from dynamic_transformers.export import export
+from dynamic_transformers.model_card import CARD
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
@@ -59,6 +60,17 @@ def test_what_was_computed_is_written_by_domain_and_task(evaluated, made, data_d
         assert figures["routed_fraction"] == realised[task]["fraction"]["mean"]
         assert figures["routed_fraction_sd"] == realised[task]["fraction"]["sd"]
         assert set(realised[task]["layers"]) == set(efficiency["routed_fraction"])
+
+
+def test_the_card_has_the_results(evaluated, made):
+    result = json.loads((evaluated / "evaluation.json").read_text())
+    before, after = ((folder / CARD).read_text() for folder in (made[2], evaluated))
+    assert f"| test/loss | {result['eval']['loss']:.4g} |" in after and "not evaluated yet" in before
+    assert "weights in bf16, tokens selected by `threshold`." in after
+    for task in result["bench"]:
+        assert f"| bench/{task}/" in after
+    start, end = before.index("## Results"), before.index("## Data")
+    assert after.startswith(before[:start]) and after.endswith(before[end:])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from dynamic_transformers.manifest import (
     write_json,
     write_manifest,
 )
+from dynamic_transformers.model_card import CARD, with_results
 from dynamic_transformers.models.configuration import RoutedConfig
 from dynamic_transformers.settings import CONTROLS, SEED_KEY, Settings, UserError
 from dynamic_transformers.tracking import METRICS, RunTracker, reopened, send_rest
@@ -42,7 +43,7 @@ def evaluate(
 ) -> Path:
     """Held-out loss on the test split, lm-eval suites and FLOPs of an exported model.
 
-    Writes `evaluation.json`, `results.json` (lm-eval's own), `prompts.json` (the blocks of the test split on
+    Writes `evaluation.json`, `results.json` (lm-eval's own), the model card with the results, `prompts.json` (the blocks of the test split on
     which `compare` measures speed) and, for a routed model, `routing.html` and `routing.png` into
     `output_dir`, and attaches the figures to the training run in MLflow.
 
@@ -167,6 +168,10 @@ def fill(
     }
     write_json(output / "evaluation.json", result)
     write_json(output / RESULTS, {"model": identity(model_dir), **bench})
+    if (model_dir / CARD).is_file():
+        card = (model_dir / CARD).read_text(encoding="utf-8")
+        card = with_results(card, tracked_figures(result), conditions(result))
+        (output / CARD).write_text(card, encoding="utf-8")
     write_json(output / PROMPTS, [vars(prompt) for prompt in choose_prompts(test, tokenizer)])
     return result
 
@@ -228,11 +233,8 @@ def split_results(results: dict[str, dict[str, Any]]) -> tuple[dict, dict]:
     return metrics, errors
 
 
-def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict, comparison: str) -> None:
-    """Attach the test figures, the evaluation and, last, the model to the training run.
-
-    It can be found by its `comparison` only once all files have arrived.
-    """
+def tracked_figures(result: dict[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation as MLflow names them."""
     figures = {"test/loss": result["eval"]["loss"], "test/bits_per_byte": result["eval"]["bits_per_byte"]}
     for task, metrics in result["bench"].items():
         figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
@@ -241,10 +243,28 @@ def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict, 
         if domain["fraction"]:
             figures[f"test/{source}/routed_fraction"] = domain["fraction"]["mean"]
     figures["efficiency/forward_flops_per_token"] = result["efficiency"]["forward_flops_per_token"]
-    tracker.log_final(result["training_tokens"], figures)
+    return figures
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """What the figures of an evaluation hold for, in one sentence."""
+    rule, dtype = result["eval"]["selection_rule"], result["eval"]["dtype"]
+    routed = f", tokens selected by `{rule}`" if rule else ""
+    bound = "" if result["eval"]["causal"] else " This rule looks at later tokens: a non-causal upper bound."
+    return f"On the test split, weights in {dtype}{routed}.{bound}"
+
+
+def track(tracker: RunTracker, model_dir: Path, output_dir: Path, result: dict, comparison: str) -> None:
+    """Attach the test figures, the evaluation and, last, the model to the training run.
+
+    It can be found by its `comparison` only once all files have arrived.
+    """
+    tracker.log_final(result["training_tokens"], tracked_figures(result))
     for path in (tracker.run_dir / "config.yaml", tracker.run_dir / "manifest.json"):
         tracker.log_artifacts(path, "config")
     tracker.log_artifacts(output_dir, "evaluation")
     tracker.log_artifacts(model_dir, "model", large=True)
+    if (output_dir / CARD).is_file():
+        tracker.log_artifacts(output_dir / CARD, "model")  # in place of the one without results
     tracker.log_comparison(comparison)
     tracker.close("FINISHED")
