@@ -43,9 +43,9 @@ def evaluate(
 ) -> Path:
     """Held-out loss on the test split, lm-eval suites and FLOPs of an exported model.
 
-    Writes `evaluation.json`, `results.json` (lm-eval's own), the model card with the results, `prompts.json` (the blocks of the test split on
-    which `compare` measures speed) and, for a routed model, `routing.html` and `routing.png` into
-    `output_dir`, and attaches the figures to the training run in MLflow.
+    Writes `evaluation.json`, `results.json` (lm-eval's own), the model card with the results, `prompts.json`
+    (the blocks of the test split on which `compare` measures speed) and, for a routed model, `routing.html`
+    and `routing.png` into `output_dir`, and attaches the figures to the training run in MLflow.
 
     Args:
         data_dir, run_dir, model_dir: folders of `prepare`, `train` and `export`.
