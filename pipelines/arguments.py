@@ -34,6 +34,8 @@ def pipeline_arguments(args: argparse.Namespace, here: bool = False) -> tuple[Se
         UserError: a mistake in any of them.
     """
     settings = compose_settings(args.config_name, args.overrides, args.config_dir)
+    if not here:
+        refuse_own_tasks(settings, "a cluster")
     if args.seeds is not None:
         settings.study.grid[SEED_KEY] = [seed.strip() for seed in args.seeds.split(",")]
     if args.variants is not None:
@@ -41,6 +43,19 @@ def pipeline_arguments(args: argparse.Namespace, here: bool = False) -> tuple[Se
     runs = study_runs(settings)
     preflight(settings, [run.settings for run in runs], here)
     return settings, runs
+
+
+def refuse_own_tasks(settings: Settings, where: str) -> None:
+    """Refuse task files that the step `evaluate` could not read.
+
+    Raises:
+        UserError: says where they can be used.
+    """
+    if settings.evaluation.task_dir is not None:
+        raise UserError(
+            f"evaluation.task_dir={settings.evaluation.task_dir}: {where} cannot read this folder; set it to "
+            "null, and give --task_dir to bench.py with the models that the pipeline exports"
+        )
 
 
 def chosen(variants: dict[str, list[str]], labels: str) -> dict[str, list[str] | None]:

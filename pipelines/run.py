@@ -35,7 +35,7 @@ from dynamic_transformers.tracking import report_of, tracking_uri, view_of
 from dynamic_transformers.tracking.store import store_name
 from dynamic_transformers.tracking.view import LOCAL_SERVER, full_link
 from dynamic_transformers.training.identity import settings_identity
-from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
+from pipelines.arguments import add_pipeline_arguments, pipeline_arguments, refuse_own_tasks
 from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
@@ -201,8 +201,9 @@ def docker_runner(settings: Settings, data: Path | None = None) -> local.DockerR
     """Containers that see `run.output_dir`, `data` and the host's network; their files belong to the caller.
 
     Raises:
-        UserError: Docker cannot be used, or an image of the pipeline is missing.
+        UserError: Docker cannot be used, an image of the pipeline is missing, or task files of one's own.
     """
+    refuse_own_tasks(settings, "a container")
     try:
         client = docker.from_env()
         for image in map(image_of, STEPS):

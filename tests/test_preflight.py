@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dynamic_transformers.accelerate_environment import check_accelerate_environment
+from dynamic_transformers.evaluation.task_index import task_manager
 from dynamic_transformers.preflight import check_places, preflight
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.study import study_runs
@@ -62,6 +63,15 @@ def test_tasks_are_known_and_agreed_to(given, tasks, words, here):
 def test_tasks_that_are_known_and_agreed_to_pass(given):
     tasks = ["quick_test", "general", "code", "dt_cloze", "dt_perplexity_math"]
     preflight(given(evaluation={"tasks": tasks, "confirm_run_unsafe_code": True}))
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_tasks_of_a_folder_are_known(given, tmp_path, here):
+    asked = given(evaluation={"tasks": ["capitals"], "task_dir": str(tmp_path)})
+    assert f"task_dir {tmp_path}: no task in it" in refusal(asked, here=here)
+    (tmp_path / "capitals.yaml").write_text("task: capitals\n")
+    task_manager.cache_clear()
+    preflight(asked, here=here)
 
 
 def test_a_resume_source_is_a_checkpoint(given, tmp_path):

@@ -105,9 +105,10 @@ def check_writable(key: str, folder: Path) -> None:
 
 def check_evaluation(settings: Settings) -> None:
     """Refuse tasks that do not exist, and those that run a model's code without consent."""
-    check_tasks(settings.evaluation.tasks, settings.evaluation.confirm_run_unsafe_code)
+    options = settings.evaluation
+    check_tasks(options.tasks, options.confirm_run_unsafe_code, options.own_tasks)
     sources = [source.name for source in settings.data.dataset_configs]
-    for name in settings.evaluation.tasks:
+    for name in options.tasks:
         source = name.removeprefix(f"{EMBEDDED_PREFIX}perplexity_")
         if source != name and source not in sources:
             raise UserError(f"evaluation.tasks: {name} is of no source; there are {', '.join(sources)}")

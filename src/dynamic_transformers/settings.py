@@ -248,11 +248,17 @@ class EvaluationSettings:
     """Held-out loss, lm-eval suites and efficiency of an exported model."""
 
     tasks: list[str] = field(default_factory=lambda: ["quick_test"])
+    task_dir: Annotated[str | None, Place()] = None  # folder of task files of one's own (docs/extending.md)
     batch_size: Annotated[int, In("[1, 1048576]")] = 16
     dtype: Annotated[str | None, OneOf(*PRECISIONS)] = None  # of the model's weights; None: system.precision
     limit: Count | None = None
     num_fewshot: Annotated[int | None, In("[0, 1000]")] = None
     confirm_run_unsafe_code: bool = False
+
+    @property
+    def own_tasks(self) -> Path | None:
+        """`task_dir` as a path."""
+        return Path(self.task_dir) if self.task_dir else None
 
 
 @dataclass

@@ -17,6 +17,7 @@ from dynamic_transformers.evaluation.exported import load_model, trained_precisi
 from dynamic_transformers.export import export
 from dynamic_transformers.model_card import CARD
 from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.settings import UserError
 from dynamic_transformers.training.heldout import evaluate_heldout
 from dynamic_transformers.training.trainer import train
 
@@ -114,6 +115,42 @@ def test_the_precision_is_the_runs_unless_another_is_asked_for(
         monkeypatch.setattr(module, "load_model", watched)
     evaluate(settings, data_dir, run_dir, model_dir, tmp_path / "evaluation")
     assert seen == [(expected, 1)] * 2
+
+
+TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: The capital of {{country}} is
+doc_to_choice: [Paris, Lima]
+doc_to_target: answer
+"""
+
+
+def test_tasks_of_a_folder_are_evaluated_anew_when_they_change(made, make_settings, data_dir, tmp_path):
+    _, run_dir, model_dir = made
+    folder, output = tmp_path / "tasks", tmp_path / "evaluation"
+    evaluation = {"tasks": ["capitals"], "task_dir": str(folder)}
+    settings = make_settings("mod", model=MODEL, system={"precision": "bf16"}, evaluation=evaluation)
+
+    def answers():
+        evaluate(settings, data_dir, run_dir, model_dir, output)
+        (task,) = json.loads((output / "evaluation.json").read_text())["bench"].items()
+        return task, (output / "evaluation.json").stat().st_ino
+
+    with pytest.raises(UserError, match="tasks: no such folder"):
+        answers()
+    folder.mkdir()
+    (folder / "capitals.yaml").write_text(TASK.replace("FILE", str(folder / "capitals.jsonl")))
+    (folder / "capitals.jsonl").write_text('{"country": "Peru", "answer": 1}\n')
+    (name, figures), first = answers()
+    assert name == "capitals" and figures["acc"] in (0, 1) and figures["routed_fraction"] > 0
+    assert answers()[1] == first
+    (folder / "capitals.jsonl").write_text('{"country": "Peru", "answer": 0}\n')
+    (name, changed), second = answers()
+    assert second != first and changed["acc"] == 1 - figures["acc"]
 
 
 def test_bench_takes_the_precision_of_the_training(made, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dynamic_transformers.evaluation.suites import SUITES, embedded_tasks, expand_tasks
-from dynamic_transformers.evaluation.task_index import check_tasks, task_manager
+from dynamic_transformers.evaluation.task_index import check_tasks, manager_of, task_files, task_manager
 from dynamic_transformers.settings import UserError
 
 HUB_TASKS = [(task, dataset) for suite in SUITES.values() for task, dataset in suite.items()]
@@ -102,3 +102,88 @@ def test_known_names_need_no_lm_eval(
     assert not caplog.messages
     check_tasks(["some_task_of_lm_eval"], False)
     assert caplog.messages == ["some_task_of_lm_eval: not checked, since lm-eval is not installed here"]
+
+
+OWN = {
+    "capitals.yaml": "task: capitals\ntag: [geography]\nload: !function rows.load\n",
+    "deeper/rivers.yaml": "task: rivers\ntag: [geography]\nunsafe_code: true\n",
+    "all.yaml": "group: mine\ntask: [capitals, arc_easy]\n",
+}
+
+
+@pytest.fixture(scope="module")
+def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own") / "my tasks"
+    for name, text in OWN.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tasks", "consent", "message"),
+    [
+        (["capitals", "quick_test", "general"], False, None),
+        (["capitals", "mine", "mbpp_plus", "geography"], True, None),
+        (["rivers"], False, "^rivers: runs code that the model writes"),
+        (["geography"], False, "^rivers: runs code"),
+        (
+            ["capitols"],
+            False,
+            "no suite or lm-eval task 'capitols', and none in .*my tasks; did you mean capitals",
+        ),
+    ],
+)
+def test_tasks_of_a_folder_are_known(task_dir, tasks, consent, message) -> None:
+    if message is None:
+        check_tasks(tasks, consent, task_dir)
+        return
+    with pytest.raises(UserError, match=message):
+        check_tasks(tasks, consent, task_dir)
+
+
+def test_lm_evals_own_tasks_are_read_only_if_they_may_be_needed(task_dir) -> None:
+    assert manager_of(["capitals", "rivers"], task_dir).all_tasks == [
+        "capitals",
+        "geography",
+        "mine",
+        "rivers",
+    ]
+    assert "arc_easy" in manager_of(["capitals", "arc_easy"], task_dir).all_tasks
+    assert "arc_easy" in manager_of(["mine"], task_dir).all_tasks
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("capitals.yaml", "task: [", r"capitals\.yaml: no YAML: "),
+        (
+            "capitals.yaml",
+            "task: dt_cloze",
+            "'dt_cloze' is a name of ours; .* quick_test, general, .* or dt_",
+        ),
+        ("capitals.yaml", "group: math\ntask: [a]", "'math' is a name of ours"),
+        ("capitals.yaml", "tusk: capitals", "no task in it; a task is a file .* `task: NAME`"),
+        ("capitals.yml", "task: capitals", "no task in it"),
+        (None, None, "my tasks: no such folder"),
+    ],
+)
+def test_a_folder_that_gives_no_tasks_is_refused(tmp_path, name, text, message) -> None:
+    folder = tmp_path / "my tasks"
+    if name:
+        folder.mkdir()
+        (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        check_tasks(["quick_test"], False, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_a_folder_are_told_apart_by_content(tmp_path: Path) -> None:
+    (tmp_path / "__pycache__").mkdir()
+    for name in ("capitals.yaml", "capitals.jsonl", "__pycache__/rows.pyc"):
+        (tmp_path / name).write_text("{}")
+    before = task_files(tmp_path)
+    assert set(before) == {"capitals.yaml", "capitals.jsonl"}
+    (tmp_path / "capitals.jsonl").write_text("[]")
+    assert task_files(tmp_path) != before

@@ -49,6 +49,11 @@ def raising(error):
     return call
 
 
+def test_a_container_reads_no_tasks_of_this_machine(engine, make_settings):
+    with pytest.raises(UserError, match=r"evaluation.task_dir=tasks: a container cannot read .* bench.py"):
+        docker_runner(make_settings(evaluation={"task_dir": "tasks"}))
+
+
 def test_containers_get_what_steps_read_of_the_callers_environment(engine, make_settings, monkeypatch):
     passed_on = {
         "MLFLOW_TRACKING_URI": "https://mlflow.example",

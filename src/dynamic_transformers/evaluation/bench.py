@@ -18,6 +18,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         default="quick_test",
         help="suites (quick_test, general, math, code) and lm-eval tasks, by commas (default: quick_test)",
     )
+    parser.add_argument("--task_dir", type=path, help="folder of lm-eval task files of your own")
     parser.add_argument("--batch_size", type=flag_of(EvaluationSettings, "batch_size"), default=8)
     parser.add_argument("--data_dir", type=path, help="data folder of quick_test (default: the model's own)")
     parser.add_argument(
@@ -53,7 +54,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def bench_command(args: argparse.Namespace) -> None:
     """Run the benchmarks, print the table, add to `results.json` beside the model or to `--output_path`."""
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    check_tasks(tasks, args.confirm_run_unsafe_code)
+    check_tasks(tasks, args.confirm_run_unsafe_code, args.task_dir)
     file, model = results_path(args.model_path, args.output_path), identity(args.model_path)
     read_results(file, model)
     # Not above: what is refused is refused at once, without seconds of imports.
@@ -67,6 +68,7 @@ def bench_command(args: argparse.Namespace) -> None:
         args.model_path,
         tasks,
         data_dir=args.data_dir,
+        task_dir=args.task_dir,
         batch_size=args.batch_size,
         limit=args.limit,
         num_fewshot=args.num_fewshot,

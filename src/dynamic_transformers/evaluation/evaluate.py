@@ -16,6 +16,7 @@ from dynamic_transformers.evaluation.exported import load_model, tokenizer_diges
 from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.evaluation.results import RESULTS, identity
 from dynamic_transformers.evaluation.routing_page import trace_routing, write_routing
+from dynamic_transformers.evaluation.task_index import check_task_dir, task_files
 from dynamic_transformers.manifest import (
     digest,
     read_manifest,
@@ -64,6 +65,9 @@ def evaluate(
         "model_digest": exported["digest"],
         "data_digest": read_manifest(data_dir, "prepare_data")["digest"],
     }
+    if (own_tasks := settings.evaluation.own_tasks) is not None:
+        check_task_dir(own_tasks)
+        config["task_files"] = task_files(own_tasks)
     with step_output(output_dir, "evaluate", config, force) as output:
         if output is None:
             send_rest(settings, run_dir)
@@ -105,6 +109,7 @@ def fill(
         options.tasks,
         data_dir=data_dir,
         batch_size=options.batch_size,
+        task_dir=options.own_tasks,
         limit=options.limit,
         num_fewshot=options.num_fewshot,
         seed=settings.run.seed,

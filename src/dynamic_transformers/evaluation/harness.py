@@ -18,7 +18,7 @@ from transformers import Qwen2Config
 from dynamic_transformers.evaluation.exported import load_config, load_model, log_level, tokenizer_of
 from dynamic_transformers.evaluation.recalibration import refuse_an_unset_threshold
 from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
-from dynamic_transformers.evaluation.task_index import check_tasks, task_manager
+from dynamic_transformers.evaluation.task_index import check_tasks, manager_of
 from dynamic_transformers.manifest import MANIFEST, input_folder, read_manifest
 from dynamic_transformers.settings import UserError
 
@@ -38,6 +38,7 @@ def run_benchmarks(
     *,
     data_dir: Path | None,
     batch_size: int,
+    task_dir: Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     seed: int = 0,
@@ -52,6 +53,7 @@ def run_benchmarks(
         model_dir: a folder that `export` wrote.
         tasks: suites, lm-eval tasks, groups or tags.
         data_dir: data folder of the embedded tasks; None: the one that the model's manifest names.
+        task_dir: folder of further task files, as lm-eval's `include_path`.
         limit: documents per task; None: all.
         num_fewshot: examples in front of each question; None: the task's own. Tasks that fix 0 keep it.
         selection_rule: replaces the routed model's own rule.
@@ -82,7 +84,7 @@ def run_benchmarks(
         data_dir = _data_dir_of(model_dir)
     specs = expand_tasks(tasks, data_dir)
     with log_level("lm_eval", logging.WARNING), _bars_on_terminals_only():
-        manager, loaded = _load_tasks(specs, confirm_run_unsafe_code)
+        manager, loaded = _load_tasks(specs, confirm_run_unsafe_code, task_dir)
         model = load_model(model_dir, config, device, dtype)
         # A pretrained model's own length would go before the task's.
         model.generation_config.max_new_tokens = None
@@ -178,12 +180,12 @@ def _check_selection_rule(config: Any, rule: str) -> None:
 
 
 def _load_tasks(
-    specs: dict[str, str | dict[str, Any]], confirm_run_unsafe_code: bool
+    specs: dict[str, str | dict[str, Any]], confirm_run_unsafe_code: bool, task_dir: Path | None
 ) -> tuple[TaskManager, list[Any]]:
     """The manager, and the tasks and groups of `specs`, their data loaded."""
-    check_tasks(list(specs), confirm_run_unsafe_code)
+    check_tasks(list(specs), confirm_run_unsafe_code, task_dir)
     names = [name for name, spec in specs.items() if isinstance(spec, str)]
-    manager = task_manager(include_defaults=bool(names))
+    manager = manager_of(names, task_dir)
     if confirm_run_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     loaded: list[Any] = []

@@ -54,6 +54,12 @@ def test_prepared_data_of_the_clusters_storage_come_in(fake, refused, tmp_path):
     assert result.stderr.startswith("error: --data-uri outputs/data/a: must be like s3://bucket/folder")
 
 
+def test_task_files_that_no_pod_can_read_are_refused(fake, refused):
+    line = refused(fake.url, "evaluation.task_dir=tasks")
+    assert line.startswith("evaluation.task_dir=tasks: a cluster cannot read this folder; ")
+    assert not fake.requests
+
+
 def test_images_of_another_program_are_told(fake, tmp_path):
     record = write_record(tmp_path / "images.json", revision="0123abc")
     result = command("--host", fake.url, DYNAMIC_TRANSFORMERS_IMAGES=record)
