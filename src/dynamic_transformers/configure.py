@@ -93,7 +93,7 @@ def settings_from_dict(*values: dict[str, Any], overrides: Sequence[str] = ()) -
     merged: Any = functools.reduce(laid_over, values, {})
     for override in overrides:
         merged = apply(merged, override)
-    merged, plugin = without_plugin(merged)  # before interpolations: its text is not ours to change
+    merged, plugin = without_plugin(merged)
     if "${" in json.dumps(merged, default=str):
         try:
             merged = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)

@@ -40,6 +40,26 @@ def preflight(settings: Settings, runs: Sequence[Settings] = (), here: bool = Tr
     if here:
         for run in runs or [settings]:
             check_device(run)
+            check_code(run.model)
+
+
+def check_code(model: ModelSettings) -> None:
+    """Refuse a plugin whose model cannot be imported, or is of another `model_type` than its record says.
+
+    Raises:
+        UserError: says what is wrong.
+    """
+    record = model.architecture
+    if not model.plugin or record.module + ".py" not in model.plugin:
+        return
+    try:
+        found, _ = record.config_class.model_type, record.model_class
+    except Exception as error:  # whatever the file does
+        raise UserError(f"model.plugin: {record.module}.py: {type(error).__name__}: {error}") from error
+    if found != record.model_type:
+        raise UserError(
+            f"model.plugin: {record.module}.py: model_type {found!r}, the record says {record.model_type!r}"
+        )
 
 
 def check_standard(model: ModelSettings) -> None:

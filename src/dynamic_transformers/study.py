@@ -33,7 +33,7 @@ from dynamic_transformers.settings import (
 from dynamic_transformers.training.identity import resolved_model
 
 # What runs that are compared have in common, whatever else they differ in.
-COMMON = ("run", "data", "evaluation", "tracking", "study", "model.plugin")
+COMMON = ("run", "data", "evaluation", "tracking", "study")
 OWN = (SEED_KEY, "data.batch_size")  # of these groups, what a run may have of its own
 LONGEST_LABEL = 60  # characters
 MATCH = (
@@ -156,7 +156,7 @@ def check_override(where: str, key: str, grid: Sequence[str] | dict[str, Any] = 
     Raises:
         UserError: names the key.
     """
-    if {key, key.split(".")[0]} & set(COMMON) and key not in OWN:
+    if key.split(".")[0] in COMMON and key not in OWN:
         raise UserError(
             f"{where}: {key} is the same for all runs; of these groups only {', '.join(OWN)} may differ"
         )
@@ -181,6 +181,8 @@ def make_run(settings: Settings, label: str, overrides: Sequence[str], point: di
         result = settings_from_dict(settings.to_dict() | {"study": study}, overrides=given)
     except UserError as error:
         raise UserError(f"study.variants.{label}: {error}") from error
+    if result.model.plugin != settings.model.plugin:  # some steps know only what all runs have
+        raise UserError(f"study.variants.{label}: model.plugin is the same for all runs of a study")
     values = {key: value_at(result, key) for key in point}
     place = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items() if key != SEED_KEY]
     name = "-".join(map(file_name, [label, *place, f"seed{result.run.seed}"]))

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dynamic_transformers.configure import settings_from_dict
+from dynamic_transformers.configure import compose_settings, settings_from_dict
+from dynamic_transformers.evaluation.exported import load_config
 from dynamic_transformers.models import plugin
 from dynamic_transformers.models.architectures import ARCHITECTURES
+from dynamic_transformers.models.plugin import add_plugin
+from dynamic_transformers.preflight import preflight
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 from dynamic_transformers.study import study_runs
 from dynamic_transformers.training.identity import settings_identity
@@ -43,8 +46,6 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
 
 from .carried import CarriedCode
-
-TEMPLATE = "${not an interpolation}"
 
 
 class Qwen2LouderConfig(Qwen2Config):
@@ -91,7 +92,8 @@ def forgotten():
     ARCHITECTURES.clear()
     ARCHITECTURES.update(known)
     for name in plugin._staged:
-        sys.modules.pop(f"dynamic_transformers.models.architectures.{Path(name).stem}", None)
+        for package in ("models", "models.architectures"):
+            sys.modules.pop(f"dynamic_transformers.{package}.{Path(name).stem}", None)
     plugin._staged.clear()
 
 
@@ -195,8 +197,13 @@ def test_a_run_is_another_with_another_text(tmp_path):
         (lambda path: path.write_text("ARCHITECTURE = 3"), "must be an Architecture with name"),
         (lambda path: path.write_text(RECORD.replace('"louder"', '"mod"')), "an architecture mod already"),
         (lambda path: path.with_name("modeling_louder.py").unlink(), "modeling_louder.py: No such file"),
-        (lambda path: path.write_text(RECORD + "#" * 100_000), "more than 100,000 characters"),
+        (lambda path: path.write_text(RECORD + "#" * 90_000), "at most 90,000 fit"),
+        (lambda path: path.write_text(RECORD + "#" + "é" * 20_000), "at most 90,000 fit"),
         (lambda path: path.write_text(RECORD.replace("modeling_louder", "mod")), "mod.py: No such file"),
+        (lambda path: path.write_text(RECORD.replace("modeling_louder", "louder")), "a file of its own"),
+        (lambda path: path.write_text(RECORD.replace("qwen2_louder", "qwen2_mod")), "an architecture mod"),
+        (lambda path: path.write_text(RECORD + "# ${run.name}"), "read as an interpolation"),
+        (lambda path: path.write_text("raise SystemExit(0)"), "SystemExit"),
     ],
 )
 def test_what_is_no_plugin_is_refused_in_one_line(change, told, tmp_path):
@@ -207,13 +214,50 @@ def test_what_is_no_plugin_is_refused_in_one_line(change, told, tmp_path):
     assert str(refused.value).startswith("model.plugin: ") and "\n" not in str(refused.value)
 
 
-def test_a_file_does_not_take_the_name_of_one_of_ours(tmp_path):
-    path = write_plugin(tmp_path).rename(tmp_path / "mod.py")
-    with pytest.raises(UserError, match=r"mod.py: is the name of a file of ours; choose another"):
+@pytest.mark.parametrize("name", ["mod", "carried", "looped"])
+def test_a_file_does_not_take_the_name_of_one_of_ours(name, tmp_path):
+    path = write_plugin(tmp_path).rename(tmp_path / f"{name}.py")
+    with pytest.raises(UserError, match=rf"{name}\.py: is the name of a file of ours; choose another"):
         settings_from_dict(BUDGET, {"model": {"plugin": str(path)}})
 
 
-def test_no_run_of_a_study_has_a_plugin_of_its_own():
-    study = {"baseline": None, "variants": {"mine": ["model.plugin=mine.py"]}}
+@pytest.mark.parametrize("name", ["../louder.py", "sub/louder.py", "louder"])
+def test_the_name_of_a_file_is_no_path(name):
+    with pytest.raises(UserError, match="must be the name of a Python file"):
+        settings_from_dict(BUDGET, {"model": {"plugin": {name: RECORD, "modeling_louder.py": MODEL}}})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("class Qwen2LouderConfig", "1 +", "SyntaxError"),
+        ("class Qwen2LouderConfig", "class Other", "AttributeError"),
+        ("from .carried", "from .nowhere", "ModuleNotFoundError"),
+        ('model_type = "qwen2_louder"', 'model_type = "other"', "model_type 'other', the record says"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_refused_before_anything_costs_time(before, after, told, tmp_path):
+    path = write_plugin(tmp_path)
+    (tmp_path / "modeling_louder.py").write_text(MODEL.replace(before, after))
+    settings = settings_from_dict(BUDGET, {"model": {"plugin": str(path), "type": "louder"}})
+    with pytest.raises(UserError, match=told):
+        preflight(settings)
+
+
+def test_weights_are_read_by_the_code_that_they_were_made_with(pipeline, tmp_path):
+    add_plugin({"louder.py": RECORD, "modeling_louder.py": MODEL + "# another"})
+    with pytest.raises(UserError, match=r"was made with another modeling_louder\.py than the plugin's"):
+        load_config(exported(pipeline[0]))
+
+
+def test_the_study_that_the_report_hands_out_composes(pipeline, monkeypatch):
+    (study,) = pipeline[0].glob("outputs/*/report/study.yaml")
+    runs = study_runs(compose_settings("study", config_dir=study.parent))
+    assert {run.variant for run in runs} == {"standard", "loud"} and runs[0].settings.model.plugin
+
+
+@pytest.mark.parametrize("override", ["model.plugin={}", "model={{plugin: {}}}"])
+def test_no_run_of_a_study_has_a_plugin_of_its_own(override, tmp_path):
+    study = {"baseline": None, "variants": {"mine": [override.format(write_plugin(tmp_path))]}}
     with pytest.raises(UserError, match=r"model\.plugin is the same for all runs"):
         study_runs(settings_from_dict(BUDGET, {"study": study}))

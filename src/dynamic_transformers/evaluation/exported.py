@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dynamic_transformers.manifest import MANIFEST, file_digest, read_manifest
+from dynamic_transformers.models.plugin import staged_text
 from dynamic_transformers.models.registration import register_models
 from dynamic_transformers.settings import UserError
 
@@ -36,6 +37,9 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
     if not (model_dir / "config.json").is_file():
         raise UserError(f"{model_dir}: no exported model (it has no config.json)")
     register_models()  # so that the code beside the weights is never run
+    for file in model_dir.glob("*.py"):
+        if staged_text(file.name) not in (None, file.read_text(encoding="utf-8")):
+            raise UserError(f"{model_dir}: was made with another {file.name} than the plugin's")
     try:
         return AutoConfig.from_pretrained(model_dir)
     except (OSError, ValueError) as error:

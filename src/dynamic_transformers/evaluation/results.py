@@ -40,7 +40,7 @@ def results_path(model_dir: Path, output_path: Path | None) -> Path:
     return path
 
 
-WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+WEIGHTS = ("*.safetensors", "*.bin", "config.json", "*.py")
 
 
 def identity(model_dir: Path) -> dict[str, str]:

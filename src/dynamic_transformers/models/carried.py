@@ -14,7 +14,7 @@ KINDS = {
 class CarriedCode(PreTrainedModel):
     """Stands first among a model's bases.
 
-    The names of its classes begin as that of its configuration: `Qwen2MoDConfig`, `Qwen2MoDForCausalLM`.
+    The classes of a model share the prefix of its configuration's: `Qwen2MoDConfig`, `Qwen2MoDForCausalLM`.
     """
 
     def __init_subclass__(cls, **options) -> None:

@@ -26,7 +26,8 @@ class Qwen2LoopedConfig(Qwen2Config):
 
     Attributes:
         num_hidden_layers: that a token passes, each time counted; the cache has keys and values of each.
-        passes: r, how often the middle layers run.
+        distinct_layers: that have weights of their own.
+        passes: r, how often the middle layers run. `from_pretrained(folder, passes=3)` changes it.
         prelude, coda: layers before and behind the middle, which run once.
     """
 
@@ -36,20 +37,18 @@ class Qwen2LoopedConfig(Qwen2Config):
     prelude: int = 1
     coda: int = 1
 
-    def __post_init__(self, **kwargs):
-        repeated = self.num_hidden_layers - self.prelude - self.coda
-        if repeated < self.passes or repeated % self.passes:
+    def __post_init__(self, distinct_layers: int | None = None, **kwargs):
+        if self.passes < 1 or self.prelude < 0 or self.coda < 0:
+            raise ValueError(f"passes={self.passes}, prelude={self.prelude}, coda={self.coda}: too few")
+        once = self.prelude + self.coda
+        repeated = self.num_hidden_layers - once
+        self.distinct_layers = distinct_layers or once + repeated // self.passes
+        if repeated < self.passes or len(self.schedule) != self.num_hidden_layers:
             raise ValueError(
                 f"num_hidden_layers={self.num_hidden_layers}: without prelude={self.prelude} and "
                 f"coda={self.coda} it must be a multiple of passes={self.passes}"
             )
         super().__post_init__(**kwargs)
-
-    @property
-    def distinct_layers(self) -> int:
-        """Layers with weights of their own."""
-        once = self.prelude + self.coda
-        return once + (self.num_hidden_layers - once) // self.passes
 
     @property
     def schedule(self) -> list[int]:
@@ -103,9 +102,10 @@ class Qwen2LoopedModel(CarriedCode, Qwen2Model):
     config: Qwen2LoopedConfig
 
     def __init__(self, config: Qwen2LoopedConfig):
-        depth, config.num_hidden_layers = config.num_hidden_layers, config.distinct_layers
+        depth = len(config.schedule)  # of the passes that were asked for when it was loaded
+        config.num_hidden_layers = config.distinct_layers
         super().__init__(config)  # as many layers as have weights, initialised as a Qwen2 of this depth
-        config.num_hidden_layers = depth
+        config.num_hidden_layers, config.layer_types = depth, ["full_attention"] * depth
         self.layers = Loop(self.layers, config.schedule)
 
 
@@ -120,6 +120,10 @@ class Qwen2LoopedForCausalLM(CarriedCode, Qwen2ForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def init_continuous_batching(self, *arguments, **options):
+        """Refused, for `generate_batch` too: its paged cache has one place for all passes of a layer."""
+        raise ValueError("continuous batching is not available in a looped model; use generate()")
 
 
 class Qwen2LoopedForSequenceClassification(CarriedCode, Qwen2ForSequenceClassification):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from dynamic_transformers.models import architectures
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.architectures.base import Architecture
 
-LARGEST = 100_000  # characters of both files: a cluster gets them in one parameter
+LARGEST = 90_000  # bytes of both files as JSON within JSON: on a cluster they are part of one argument
 NEEDED = ("name", "title", "description", "model_type", "classes", "module")  # that a record must say
 
 _staged: dict[str, str] = {}  # name → text of each file that this process has loaded
@@ -34,6 +35,8 @@ def read_plugin(path: Path) -> dict[str, str]:
     """
     files = {path.name: _text(path)}
     model = path.with_name(f"{_record_of(path.name, files[path.name]).module}.py")
+    if model.name == path.name:
+        raise ValueError(f"{path.name}: the model needs a file of its own; name it as the record's module")
     files[model.name] = _text(model)
     add_plugin(files)
     return files
@@ -48,22 +51,31 @@ def add_plugin(files: Mapping[str, str]) -> None:
     Raises:
         ValueError: they are too large, or another architecture has their names.
     """
-    if sum(map(len, files.values())) > LARGEST:
-        raise ValueError(f"{', '.join(files)}: hold more than {LARGEST:,} characters")
+    if len(files) != 2 or not all(isinstance(text, str) for text in files.values()):
+        raise ValueError(f"{', '.join(files)}: give the files of a record and of its model, by name")
+    if (size := len(json.dumps(json.dumps(files)))) > LARGEST:
+        raise ValueError(f"{', '.join(files)}: {size:,} bytes in the settings; at most {LARGEST:,} fit")
     (name, text), (model, model_text) = files.items()
     record = _record_of(name, text)
-    _stage(_model_folder(), Path(models.__file__).parent, model, model_text)
-    if ARCHITECTURES.setdefault(record.name, record) is not record:
-        raise ValueError(f"{name}: there is an architecture {record.name} already")
+    _stage(_model_folder(), model, model_text)
+    for known in ARCHITECTURES.values():
+        if known is not record and {known.name, known.model_type} & {record.name, record.model_type}:
+            raise ValueError(f"{name}: there is an architecture {known.name} ({known.model_type}) already")
+    ARCHITECTURES[record.name] = record
+
+
+def staged_text(name: str) -> str | None:
+    """What this process has loaded as a plugin's file of this name."""
+    return _staged.get(name)
 
 
 def _record_of(name: str, text: str) -> Architecture:
     """The record in a file of this name and text."""
-    _stage(_record_folder(), Path(architectures.__file__).parent, name, text)
+    _stage(_record_folder(), name, text)
     try:
         module = importlib.import_module(f"{architectures.__name__}.{Path(name).stem}")
         record = module.ARCHITECTURE
-    except Exception as error:  # whatever a stranger's file does
+    except (Exception, SystemExit) as error:  # whatever the file does
         del _staged[name]
         raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
     missing = [attribute for attribute in NEEDED if not getattr(record, attribute, "")]
@@ -72,14 +84,19 @@ def _record_of(name: str, text: str) -> Architecture:
     return record
 
 
-def _stage(folder: Path, ours: Path, name: str, text: str) -> None:
+def _stage(folder: Path, name: str, text: str) -> None:
     """Write a file where it is imported from; the same one again changes nothing."""
-    if not name.endswith(".py") or not Path(name).stem.isidentifier():
+    if not name.endswith(".py") or not name.removesuffix(".py").isidentifier():
         raise ValueError(f"{name}: must be the name of a Python file")
-    if (ours / name).exists():
+    if any((Path(package.__path__[0]) / name).exists() for package in (models, architectures)):
         raise ValueError(f"{name}: is the name of a file of ours; choose another")
+    if "${" in text:
+        raise ValueError(f"{name}: holds ${{, which configuration files read as an interpolation")
     if _staged.setdefault(name, text) != text:
-        raise ValueError(f"{name}: another text under this name has been loaded; begin a new process")
+        raise ValueError(
+            f"{name}: another text under this name has been loaded; to compare two, give the second other "
+            "names (files, record, model_type)"
+        )
     (folder / name).write_text(text, encoding="utf-8")
     importlib.invalidate_caches()
 

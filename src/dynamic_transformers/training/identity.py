@@ -30,7 +30,9 @@ SIZE_AS_DIMENSIONS = {"size": None, "depth_factor": None, "width_factor": None}
 
 def resolved_model(settings: Settings) -> dict[str, Any]:
     """The settings of the model, each size in one form only: as the dimensions that it comes to."""
-    model = settings.to_dict()["model"]
+    model = settings.to_record()["model"]
+    if settings.model.architecture.settings is None:
+        model["options"] = {}  # of a plugin, which this model is not of
     return {**model, **SIZE_AS_DIMENSIONS, "dimensions": vars(settings.model.backbone)}
 
 
@@ -40,7 +42,7 @@ def settings_identity(settings: Settings, processes: int = 1) -> dict[str, Any]:
     Args:
         processes: that train it, over all nodes; how the batch is split over them does not count.
     """
-    values = settings.to_record()
+    values = settings.to_dict()
     training = values["training"]
     accumulation = training["gradient_accumulation_steps"]
     model = settings.model

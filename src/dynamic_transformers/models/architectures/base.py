@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from functools import cached_property
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynamic_transformers.models.architectures.accounts import FlopAccount, block_flops
@@ -56,6 +57,11 @@ class Architecture:
     training_note = ""
 
     @cached_property
+    def code(self) -> ModuleType:
+        """The file with its classes."""
+        return importlib.import_module(f"{MODELS}.{self.module}" if self.module else "transformers")
+
+    @cached_property
     def config_class(self) -> type[Qwen2Config]:
         """Its configuration."""
         return self.class_of("Config")
@@ -67,8 +73,7 @@ class Architecture:
 
     def class_of(self, kind: str) -> Any:
         """`Config`, `Model`, `ForCausalLM` or `ForSequenceClassification`."""
-        file = f"{MODELS}.{self.module}" if self.module else "transformers"
-        return getattr(importlib.import_module(file), f"{self.classes}{kind}")
+        return getattr(self.code, f"{self.classes}{kind}")
 
     def options(self, model: ModelSettings) -> dict[str, Any]:
         """What its configuration has beyond Qwen2's."""
