@@ -195,7 +195,10 @@ def test_a_run_is_another_with_another_text(tmp_path):
         (lambda path: path.unlink(), "No such file"),
         (lambda path: path.write_text("1 +"), "SyntaxError"),
         (lambda path: path.write_text("ARCHITECTURE = 3"), "must be an Architecture with name"),
-        (lambda path: path.write_text(RECORD.replace('"louder"', '"mod"')), "an architecture mod already"),
+        (
+            lambda path: path.write_text(RECORD.replace('"louder"', '"mod"')),
+            r"an architecture mod \(qwen2_mod\) already",
+        ),
         (lambda path: path.with_name("modeling_louder.py").unlink(), "modeling_louder.py: No such file"),
         (lambda path: path.write_text(RECORD + "#" * 90_000), "at most 90,000 fit"),
         (lambda path: path.write_text(RECORD + "#" + "é" * 20_000), "at most 90,000 fit"),
@@ -231,7 +234,7 @@ def test_the_name_of_a_file_is_no_path(name):
     ("before", "after", "told"),
     [
         ("class Qwen2LouderConfig", "1 +", "SyntaxError"),
-        ("class Qwen2LouderConfig", "class Other", "AttributeError"),
+        ("class Qwen2LouderConfig", "class Other", "NameError"),
         ("from .carried", "from .nowhere", "ModuleNotFoundError"),
         ('model_type = "qwen2_louder"', 'model_type = "other"', "model_type 'other', the record says"),
     ],
