@@ -163,7 +163,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, stock: bool
 
 
 def plugin_of(run_dir: Path) -> dict[str, str]:
-    """The files of the plugin that a run was trained with, whose architecture is known then."""
+    """The files of the plugin that a run was trained with; its architecture is known from now on."""
     settings = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
     plugin = settings["model"].get("plugin") or {}
     if plugin:
