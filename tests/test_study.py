@@ -190,7 +190,7 @@ def test_match_finds_the_depth_of_equal_cost():
     [
         ("model.match=none", "model.match=none: no such variant"),
         ("model.match=x", "model.match=x: that variant is matched itself"),
-        ("model.match=mod, model.type=sdt", "needs a model.type that routes nothing"),
+        ("model.match=mod, model.type=sdt", "needs model.type=standard and training.mode=scratch"),
     ],
 )
 def test_what_cannot_be_matched_is_one_line(overrides, words):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
@@ -126,6 +127,9 @@ def sharded_gradients(rank, architecture, address, folder):
             RoutingCallback([BATCH]).on_train_end(None, None, None, model=model)
             found["calibrated"] = model.routing_state.thresholds
         torch.save(found, f"{folder}/{rank}.pt")
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if rank == 0:
+            model.save_pretrained(f"{folder}/saved", state_dict=state)
     finally:
         distributed.destroy_process_group()
 
@@ -148,6 +152,14 @@ def test_fsdp_of_two_processes_equals_one(architecture, tmp_path):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    saved, record = tmp_path / "saved", ARCHITECTURES[architecture]
+    if record.module:
+        values = json.loads((saved / "config.json").read_text())
+        assert values["architectures"] == [f"{record.classes}ForCausalLM"]
+        assert values["auto_map"]["AutoModelForCausalLM"] == f"{record.module}.{record.classes}ForCausalLM"
+        assert (saved / f"{record.module}.py").is_file() and not [*saved.glob("*fsdp*")]
+        loaded = AutoModelForCausalLM.from_pretrained(saved).eval()
+        torch.testing.assert_close(logits(loaded, ids), logits(model.eval(), ids), atol=1e-4, rtol=1e-3)
 
 
 def forward_on_one_rank(rank, architecture, address):

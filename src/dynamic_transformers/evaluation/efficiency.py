@@ -23,7 +23,7 @@ from dynamic_transformers.training.realised import selections
 
 PROMPTS = 64  # at most
 DECODED_TOKENS = 16  # of each prompt: many prompts of few tokens say more of a split than the reverse
-TURNS, SECONDS = 2, 60.0  # over all prompts of a pair of models; after the first, none begins later than that
+TURNS, SECONDS = 2, 10.0  # over all prompts of a pair of models; after the first, none begins later than that
 WARM_UP = 4  # prompts
 
 

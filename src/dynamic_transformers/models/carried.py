@@ -1,8 +1,9 @@
 """Models whose code lies beside their weights, so that they load where this package is not installed."""
 
 import sys
+from types import ModuleType
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 KINDS = {
     "AutoModel": "Model",
@@ -24,21 +25,25 @@ class CarriedCode(PreTrainedModel):
 
     def save_pretrained(self, *arguments, **options) -> None:
         """As every model of transformers; config.json names the class and file of each auto class."""
-        self.config.auto_map = self.auto_map()
-        super().save_pretrained(*arguments, **options)
+        name = type(self.config).__name__.removesuffix("Config")
+        given = type(self)
+        # Not the one that FSDP puts before it: its file is torch's.
+        own = next(kind for kind in given.__mro__ if kind.__name__.startswith(name))
+        self.config.auto_map = auto_map(type(self.config), sys.modules[own.__module__])
+        self.__class__ = own
+        try:
+            super().save_pretrained(*arguments, **options)
+        finally:
+            self.__class__ = given
 
-    def auto_map(self) -> dict[str, str]:
-        """Auto class of transformers → file and class beside the weights."""
-        config = type(self.config)
-        name = config.__name__.removesuffix("Config")
-        # By name, since FSDP puts a class of its own before the model's.
-        module = next(kind.__module__ for kind in type(self).__mro__ if kind.__name__.startswith(name))
-        classes = {auto: f"{name}{kind}" for auto, kind in KINDS.items()}
-        return {"AutoConfig": f"{file_of(config.__module__)}.{config.__name__}"} | {
-            auto: f"{file_of(module)}.{kind}"
-            for auto, kind in classes.items()
-            if hasattr(sys.modules[module], kind)
-        }
+
+def auto_map(config: type[PreTrainedConfig], code: ModuleType) -> dict[str, str]:
+    """Auto class of transformers → file and class beside the weights, of those that `code` has."""
+    name = config.__name__.removesuffix("Config")
+    classes = {auto: f"{name}{kind}" for auto, kind in KINDS.items()}
+    return {"AutoConfig": f"{file_of(config.__module__)}.{config.__name__}"} | {
+        auto: f"{file_of(code.__name__)}.{kind}" for auto, kind in classes.items() if hasattr(code, kind)
+    }
 
 
 def file_of(module: str) -> str:
