@@ -91,6 +91,16 @@ def test_train_py_is_one_point_of_the_study():
         single_run(compose_settings("quickstart", ["study.variant=other"]))
 
 
+@pytest.mark.parametrize("lr", ["1e-3", "0.002"])
+def test_one_run_stands_on_the_grid(lr):
+    study = ["study.variant=mod", 'study.grid={training.optimizer.lr: [1e-3, "2e-3"], run.seed: [0, 1]}']
+    run = single_run(compose_settings("quickstart", [*study, "run.seed=1", f"training.optimizer.lr={lr}"]))
+    assert run.training.optimizer.lr == float(lr)
+    for missed in ([], ["run.seed=1"], ["run.seed=2", "training.optimizer.lr=1e-3"]):
+        with pytest.raises(UserError, match=r"is not in study\.grid; give one of \["):
+            single_run(compose_settings("quickstart", [*study, *missed]))
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

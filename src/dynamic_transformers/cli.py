@@ -72,7 +72,10 @@ def train_command(args: argparse.Namespace) -> None:
     run_dir = train(settings, data_dir, settings.run_dir, force=args.force)
     if state.is_main_process:
         model_dir = export(run_dir, run_dir / "final_model", force=args.force)
-        print(f"model: {model_dir}\nbench: python bench.py --model_path {model_dir} --tasks quick_test")
+        tasks = ",".join(settings.evaluation.tasks)
+        print(
+            f"model: {model_dir}\nbench: dynamic-transformers bench --model_path {model_dir} --tasks {tasks}"
+        )
 
 
 def data_folder(settings: Settings, force: bool = False) -> Path:

@@ -31,6 +31,7 @@ def preflight(settings: Settings, runs: Sequence[Settings] = (), here: bool = Tr
     """
     if not runs:
         check_standard(settings.model)
+        check_plugin_is_used(settings)
     if here:
         check_accelerate_environment(settings)
         check_packages(settings)
@@ -41,6 +42,16 @@ def preflight(settings: Settings, runs: Sequence[Settings] = (), here: bool = Tr
         for run in runs or [settings]:
             check_device(run)
             check_code(run.model)
+
+
+def check_plugin_is_used(settings: Settings) -> None:
+    """Refuse a plugin beside the model of another architecture, but for a variant of a study."""
+    model = settings.model
+    if model.plugin and f"{model.architecture.module}.py" not in model.plugin and not settings.study.variant:
+        raise UserError(
+            f"model.plugin={next(iter(model.plugin))} and model.type={model.type}: give the type that the "
+            "plugin's record names"
+        )
 
 
 def check_code(model: ModelSettings) -> None:

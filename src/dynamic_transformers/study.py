@@ -216,7 +216,15 @@ def single_run(settings: Settings) -> Settings:
     variants = variants_of(settings.study)
     if label not in variants:
         raise UserError(f"study.variant={label}: must be one of {', '.join(variants)}")
-    return make_run(settings, label, resolved(settings, label, point), point).settings
+    overrides = resolved(settings, label, point)
+    run = make_run(settings, label, overrides, point).settings
+    for key, values in grid_of(settings.study).items():
+        typed = [
+            value_at(make_run(settings, label, overrides, {key: value}).settings, key) for value in values
+        ]
+        if (found := value_at(run, key)) not in typed:
+            raise UserError(f"study.variant={label}: {key}={found} is not in study.grid; give one of {typed}")
+    return run
 
 
 def resolved(settings: Settings, label: str, point: dict[str, Any]) -> list[str]:

@@ -160,7 +160,8 @@ def test_bench_runs_its_code_only_where_it_is_named(pipeline):
     model = exported(pipeline[0])
     bench = (str(PROJECT_ROOT / "bench.py"), "--model_path", str(model), "--limit", "2")
     refused = run(pipeline[0], *bench)
-    assert refused.returncode == 2 and "--plugin" in refused.stderr.splitlines()[-1]
+    assert refused.returncode == 2 and "y/N" not in refused.stdout
+    assert refused.stderr.splitlines()[-1].endswith("not ours; --plugin FILE names its record")
     done = run(pipeline[0], *bench, "--plugin", str(model / "louder.py"))
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -179,6 +180,20 @@ def test_options_are_those_of_the_record(tmp_path):
         settings_from_dict(BUDGET, {"model": model | {"options": {"gian": 2}}})
     with pytest.raises(UserError, match=r"model\.options are those of a model.plugin"):
         settings_from_dict(BUDGET, {"model": {"options": {"gain": 2}}})
+
+
+def test_options_that_nothing_reads_are_refused(tmp_path):
+    path = write_plugin(tmp_path)
+    path.write_text(RECORD.replace("    settings = LouderSettings\n", ""))
+    model = {"plugin": str(path), "type": "louder", "options": {"gain": 2}}
+    with pytest.raises(UserError, match=r"model\.options: louder has none"):
+        settings_from_dict(BUDGET, {"model": model})
+
+
+def test_a_plugin_that_a_run_does_not_use_is_refused(tmp_path):
+    settings = settings_from_dict(BUDGET, {"model": {"plugin": str(write_plugin(tmp_path))}})
+    with pytest.raises(UserError, match=r"model\.plugin=louder\.py and model\.type=standard"):
+        preflight(settings)
 
 
 def test_a_run_is_another_with_another_text(tmp_path):

@@ -41,10 +41,13 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
         if staged_text(file.name) not in (None, file.read_text(encoding="utf-8")):
             raise UserError(f"{model_dir}: was made with another {file.name} than the plugin's")
     try:
-        return AutoConfig.from_pretrained(model_dir)
+        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        hint = "; --plugin names the file of an own architecture" if "custom code" in str(error) else ""
-        raise UserError(f"{model_dir}: {str(error).splitlines()[0]}{hint}") from error
+        if "custom code" in str(error):
+            raise UserError(
+                f"{model_dir}: is of an architecture that is not ours; --plugin FILE names its record"
+            ) from error
+        raise UserError(f"{model_dir}: {str(error).splitlines()[0]}") from error
 
 
 def trained_precision(model_dir: Path) -> str:

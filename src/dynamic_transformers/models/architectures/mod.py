@@ -26,7 +26,10 @@ class MoDSettings:
 
 
 class MoD(RoutedArchitecture):
-    """A linear router scores each token; the best ones are computed."""
+    """A linear router scores each token; the best ones are computed.
+
+    FLOPs: of the block and of a predictor in `RoutedArchitecture` (base.py), of the router here.
+    """
 
     name, title = "mod", "MoD"
     description = "Mixture-of-Depths: every other layer computes only the tokens that a router selects"
