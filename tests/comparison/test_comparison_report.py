@@ -200,7 +200,7 @@ def test_summary_holds_a_routed_model_against_the_dense_one_of_equal_cost():
             run["efficiency"]["forward_flops_per_token"] *= 0.57
             run["eval"]["loss"] += 0.002 * (run["seed"] == 1)
     text = " ".join(summary(Comparison.of(runs, "standard")))
-    assert "The dense model of nearest cost is shallow, with 0.95 times the FLOPs of mod." in text
+    assert "The dense model of equal cost is shallow, with 0.95 times the FLOPs of mod." in text
     # Paired: the difference is 0.05 but for 0.002 with one seed, though seeds lie 0.1 apart.
     told = "Its test loss is 0.049 higher than that of shallow (95 % interval over 3 seeds: 0.046 to 0.052)."
     assert told in text
@@ -209,6 +209,23 @@ def test_summary_holds_a_routed_model_against_the_dense_one_of_equal_cost():
         summary(Comparison.of(runs, "standard"))
     )
     assert "no difference is claimed" not in text
+
+
+def test_summary_says_where_no_dense_model_costs_as_much():
+    runs = [make_run("standard"), make_run("mod"), make_run("standard", variant="shallow")]
+    runs[2]["overrides"] = ["model.type=standard", "model.depth_factor=0.25"]
+    runs[2]["efficiency"]["forward_flops_per_token"] *= 0.3
+    text = " ".join(summary(Comparison.of(runs, "standard")))
+    assert "shallow (model.depth_factor=0.25) takes 0.30 times" in text
+    assert "No dense model here costs as much" in text and "the nearest is standard, with 1.67 times" in text
+    # Where the baseline is the dense model of equal cost, the comparison stands there once.
+    text = " ".join(
+        summary(Comparison.of([*runs[:2], runs[2] | {"efficiency": runs[1]["efficiency"]}], "shallow"))
+    )
+    assert "The dense model of equal cost is shallow, with 1.00 times" in text
+    assert (
+        text.count("than that of shallow") + text.count("is that of shallow") == 2
+    )  # of standard and of mod
 
 
 def test_smoothing_is_centred_and_keeps_the_length():

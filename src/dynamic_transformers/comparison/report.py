@@ -37,6 +37,7 @@ from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import CONTROLS
 
 TEMPLATE_DIR = Path(__file__).parent
+EQUAL_COST = 1.15  # most that forward FLOPs of models of equal cost differ by, as a factor
 TRAINING = {
     "topk": "topk, which is not causal",
     "threshold": "topk at first, then threshold, which is causal",
@@ -124,19 +125,29 @@ def _of_group(comparison: Comparison, group: Group) -> str:
         return f"{group.label}, the baseline, has a test loss of {loss} nats per token."
     baseline, dense = comparison.baseline_of(group), comparison.equal_cost_of(group)
     if baseline is None:
-        text = f"{group.label} has a test loss of {loss} nats per token."
+        text = f"{_named(group)} has a test loss of {loss} nats per token."
     else:
         cost = cost_ratio(group, baseline)
-        text = f"{group.label} takes {cost:.2f} times the forward FLOPs of {baseline.label}. "
+        text = f"{_named(group)} takes {cost:.2f} times the forward FLOPs of {baseline.label}. "
         text += _against(group, baseline)
     if dense is None:
         return text
     cost = cost_ratio(dense, group)
-    return (
-        f"{text} The dense model of nearest cost is {dense.label}, with {cost:.2f} times the FLOPs of "
-        f"{group.label}. "
-        f"{_against(group, dense)}"
-    )
+    nearest = f"is {dense.label}, with {cost:.2f} times the FLOPs of {group.label}"
+    if max(cost, 1 / cost) > EQUAL_COST:
+        return (
+            f"{text} No dense model here costs as much, so this does not show whether routing is worth "
+            f"anything: the nearest {nearest}."
+        )
+    if dense is baseline:
+        return f"{text} The dense model of equal cost {nearest}."
+    return f"{text} The dense model of equal cost {nearest}. {_against(group, dense)}"
+
+
+def _named(group: Group) -> str:
+    """Its label, and what it sets beside the architecture."""
+    overrides = [entry for entry in group.runs[0]["overrides"] if not entry.startswith("model.type=")]
+    return f"{group.label} ({', '.join(overrides)})" if overrides else group.label
 
 
 def _against(group: Group, other: Group) -> str:
