@@ -136,7 +136,7 @@ def read_options(model: ModelSettings) -> dict[str, Any]:
     if record is None or record.settings is None:  # of another variant, where there is a plugin
         if model.options and not model.plugin:
             raise UserError("model.options are those of a model.plugin, and there is none")
-        if model.options and record is not None and f"{record.module}.py" in (model.plugin or {}):
+        if model.options and record is not None and model.uses_plugin:
             raise UserError(f"model.options: {model.type} has none (its record names no `settings`)")
         return model.options
     options = read(record.settings, model.options, ("model", "options"))

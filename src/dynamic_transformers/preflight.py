@@ -47,7 +47,7 @@ def preflight(settings: Settings, runs: Sequence[Settings] = (), here: bool = Tr
 def check_plugin_is_used(settings: Settings) -> None:
     """Refuse a plugin beside the model of another architecture, but for a variant of a study."""
     model = settings.model
-    if model.plugin and f"{model.architecture.module}.py" not in model.plugin and not settings.study.variant:
+    if model.plugin and not model.uses_plugin and not settings.study.variant:
         raise UserError(
             f"model.plugin={next(iter(model.plugin))} and model.type={model.type}: give the type that the "
             "plugin's record names"
@@ -61,7 +61,7 @@ def check_code(model: ModelSettings) -> None:
         UserError: says what is wrong.
     """
     record = model.architecture
-    if not model.plugin or record.module + ".py" not in model.plugin:
+    if not model.uses_plugin:
         return
     try:
         found, _ = record.config_class.model_type, record.model_class

@@ -143,6 +143,11 @@ class ModelSettings:
         return ARCHITECTURES[self.type]
 
     @property
+    def uses_plugin(self) -> bool:
+        """Whether its architecture is the one of `plugin`."""
+        return f"{self.architecture.module}.py" in (self.plugin or {})
+
+    @property
     def is_control(self) -> bool:
         """Whether tokens are selected without learning."""
         return self.selection_rule in CONTROLS

@@ -86,17 +86,20 @@ def _record_of(name: str, text: str) -> Architecture:
 
 def _stage(folder: Path, name: str, text: str) -> None:
     """Write a file where it is imported from; the same one again changes nothing."""
+    if _staged.get(name) == text:
+        return
     if not name.endswith(".py") or not name.removesuffix(".py").isidentifier():
         raise ValueError(f"{name}: must be the name of a Python file")
     if any((Path(package.__path__[0]) / name).exists() for package in (models, architectures)):
         raise ValueError(f"{name}: is the name of a file of ours; choose another")
     if "${" in text:
         raise ValueError(f"{name}: holds ${{, which configuration files read as an interpolation")
-    if _staged.setdefault(name, text) != text:
+    if name in _staged:
         raise ValueError(
             f"{name}: another text under this name has been loaded; to compare two, give the second other "
             "names (files, record, model_type)"
         )
+    _staged[name] = text
     (folder / name).write_text(text, encoding="utf-8")
     importlib.invalidate_caches()
 
