@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen2Config
 
 from benchmarks.trainer_loop import loop_ratios
-from dynamic_transformers.data.loading import IGNORED
+from dynamic_transformers.data.blocks import IGNORED
 from dynamic_transformers.evaluation.efficiency import timed
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.language_model import RoutedForCausalLM

@@ -7,6 +7,7 @@ import io
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -14,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from dynamic_transformers.configure import settings_from_dict
-from dynamic_transformers.data.loading import collate, load_split
+from dynamic_transformers.data.loading import load_split
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.models.architectures import ARCHITECTURES
@@ -93,8 +94,14 @@ def loop_ratios(size: str, rows: int, length: int, steps: int, turns: int) -> li
         def huggingface(turn: int) -> float:
             torch.manual_seed(turn)
             model = ARCHITECTURES["standard"].model_class(model_config(settings.model, vocab))
-            clock = Clock()
-            theirs = Trainer(model, arguments, data_collator=collate, train_dataset=split, callbacks=[clock])
+            clock, places = Clock(), cast(Any, range(len(split)))
+            theirs = Trainer(
+                model,
+                arguments,
+                data_collator=split.batch,
+                train_dataset=places,
+                callbacks=[clock],
+            )
             with contextlib.redirect_stdout(io.StringIO()):
                 theirs.train()
             return clock.seconds

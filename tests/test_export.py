@@ -150,7 +150,7 @@ def test_an_unfinished_run_is_refused(tmp_path):
 def test_lm_eval_by_itself_reads_as_training_did(exported, data_dir):
     lm = HFLM(pretrained=str(exported[1]), device="cpu", batch_size=1)
     assert [lm.tok_encode(text) for text in HARD_TEXTS] == ids_of_training(data_dir)
-    assert lm.prefix_token_id == load_split(data_dir, "train")[0]["input_ids"][0]
+    assert lm.prefix_token_id == load_split(data_dir, "train").input_ids(0)[0]
     assert lm.max_length == 32
 
 

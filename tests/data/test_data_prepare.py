@@ -5,17 +5,15 @@ import logging
 import platform
 from dataclasses import replace
 
-import datasets
 import numpy as np
 import pytest
 from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from dynamic_transformers.data import arithmetic
 from dynamic_transformers.data.documents import collect
-from dynamic_transformers.data.loading import collate, load_split, load_tokenizer
+from dynamic_transformers.data.loading import batches_of, load_split, load_tokenizer
 from dynamic_transformers.data.prepare import data_config, prepare
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
@@ -40,7 +38,7 @@ def facts(folder):
 
 
 def input_ids(folder):
-    return {split: load_split(folder, split)["input_ids"][:].tobytes() for split in SPLITS}
+    return {split: (folder / split / "tokens.bin").read_bytes() for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +64,13 @@ def test_embedded_folder_holds_what_its_manifest_says(embedded):
     assert manifest["vocab_size"] == len(load_tokenizer(folder)) == 512
     for split in SPLITS:
         told, blocks = manifest["splits"][split], load_split(folder, split)
-        ids, positions = blocks["input_ids"][:], blocks["position_ids"][:]
+        ids, positions, _ = (tensor.numpy() for tensor in blocks.batch(range(len(blocks))).values())
         assert ids.shape == positions.shape == (told["blocks"], 64)
         assert told["tokens"] == ids.size
         assert told["target_tokens"] == np.count_nonzero(positions)
-        assert told["bytes"] == blocks["num_bytes"][:].sum()
+        assert told["bytes"] == blocks.num_bytes
         assert set(np.unique(np.diff(positions)[positions[:, 1:] != 0])) == {1}
         assert 1.5 < told["bytes"] / told["target_tokens"] < 6
-    stored = datasets.Dataset.load_from_disk(str(folder / "train")).features["input_ids"]
-    assert stored.feature.dtype == "int32" and stored.length == 64
     for source in manifest["sources"]:
         asked = {"prose": 0.4, "code": 0.4, "math": 0.2}[source["name"]]
         assert source["proportion_asked"] == pytest.approx(asked)
@@ -86,8 +82,7 @@ def test_embedded_folder_holds_what_its_manifest_says(embedded):
 
 
 def test_a_loader_gives_batches(embedded):
-    loader = DataLoader(load_split(embedded[1], "train"), batch_size=3, collate_fn=collate)
-    batch = next(iter(loader))
+    batch = next(batches_of(load_split(embedded[1], "train"), 3))
     assert set(batch) == {"input_ids", "position_ids", "labels"}
     assert {tuple(tensor.shape) for tensor in batch.values()} == {(3, 64)}
     unpredicted = batch["position_ids"] == 0

@@ -3,10 +3,10 @@
 import gc
 import weakref
 
-import datasets
 import pytest
 import torch
 
+from dynamic_transformers.data.blocks import Blocks, BlockWriter, Piece
 from dynamic_transformers.data.loading import load_split, load_tokenizer
 from dynamic_transformers.evaluation import efficiency
 from dynamic_transformers.evaluation.efficiency import (
@@ -43,23 +43,27 @@ def few(monkeypatch):
     return [Prompt(row, 20, "") for row in ids]
 
 
-def split_of(blocks, length):
+def split_of(blocks, length, folder):
     """A test split of random tokens."""
-    ids = torch.randint(0, VOCABULARY, (blocks, length), generator=torch.Generator().manual_seed(0))
-    return datasets.Dataset.from_dict({"input_ids": ids.tolist()}).with_format("numpy")
+    ids = torch.randint(0, VOCABULARY, (blocks * length,), generator=torch.Generator().manual_seed(0))
+    writer = BlockWriter(folder / "split", length, VOCABULARY)
+    writer.add(Piece(ids.numpy(), ids.numpy(), None, 0))
+    return Blocks(folder / "split", writer.close(), length)
 
 
 @pytest.mark.parametrize(
     ("blocks", "length", "expected"), [(3, 20, 3), (63, 8, 63), (200, 8, 64), (2, 3000, 2)]
 )
-def test_prompts_are_different_whole_blocks_from_all_over_the_split(blocks, length, expected, data_dir):
+def test_prompts_are_different_whole_blocks_from_all_over_the_split(
+    blocks, length, expected, data_dir, tmp_path
+):
     """Whole, since FLOPs are counted of whole blocks."""
-    split = split_of(blocks, length)
+    split = split_of(blocks, length, tmp_path)
     prompts = choose_prompts(split, load_tokenizer(data_dir))
     assert len(prompts) == expected <= PROMPTS
     places = [blocks * number // expected for number in range(expected)]
     assert len(set(places)) == expected and places[-1] >= blocks * (expected - 1) // expected
-    assert [prompt.ids for prompt in prompts] == [split[place]["input_ids"].tolist() for place in places]
+    assert [prompt.ids for prompt in prompts] == [split.input_ids(place).tolist() for place in places]
     assert {len(prompt.ids) - prompt.prefilled for prompt in prompts} == {min(DECODED_TOKENS, length // 2)}
 
 
@@ -200,7 +204,8 @@ def test_kv_bytes_are_those_of_the_selected_tokens_of_the_split(architecture, dt
     model = efficiency.load_model(folders[architecture], dtype=dtype)
     assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     held = kv_bytes_per_token(model, split, 7)
-    inputs = {name: torch.tensor(split[name][:]).long() for name in ("input_ids", "position_ids")}
+    batch = split.batch(range(len(split)))
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     with torch.no_grad():
         routing = getattr(model(**inputs, use_cache=False), "routing", None) or {}
     selected = sum(result.selected.double().mean().item() for result in routing.values())

@@ -1,22 +1,15 @@
 """Held-out loss and bits per byte, token by token; its domains; its memory."""
 
-import json
 import math
-import shutil
 
 import pytest
 import torch
 from live_bytes import LiveBytes
 
-from dynamic_transformers.comparison.compare import compare
-from dynamic_transformers.data.loading import load_split, source_names
+from dynamic_transformers.data.loading import domains_of, load_split, source_names
 from dynamic_transformers.data.prepare import prepare
-from dynamic_transformers.evaluation.evaluate import evaluate
-from dynamic_transformers.export import export
-from dynamic_transformers.manifest import MANIFEST, file_digest, read_manifest, write_json
 from dynamic_transformers.training.build import build_model
 from dynamic_transformers.training.heldout import evaluate_heldout
-from dynamic_transformers.training.trainer import train
 from tests.models.tiny import ALL, ROUTED
 
 
@@ -29,8 +22,8 @@ def test_loss_is_the_mean_over_targets_and_bits_count_predicted_bytes(architectu
     assert model.training
     model.eval()
     nats = targets = 0
-    for block in split:
-        ids, positions = (torch.tensor(block[name]).long()[None] for name in ("input_ids", "position_ids"))
+    for place in range(len(split)):
+        ids, positions, _ = split.batch([place]).values()
         probabilities = (
             model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].log_softmax(-1)
         )
@@ -39,7 +32,7 @@ def test_loss_is_the_mean_over_targets_and_bits_count_predicted_bytes(architectu
                 nats -= probabilities[place - 1, ids[0, place]].item()
                 targets += 1
     assert result.loss == pytest.approx(nats / targets, rel=1e-4)
-    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / sum(split["num_bytes"]), rel=1e-4)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / split.num_bytes, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +49,8 @@ def test_domains_are_the_tokens_of_each_source(architecture, make_settings, two_
     model = build_model(make_settings(architecture), 300).eval()
     result = evaluate_heldout(model, split, 3, names)
     assert list(result.domains) == names == ["math", "code"]
-    ids, positions, sources = (
-        torch.tensor(split[name][:]).long() for name in ("input_ids", "position_ids", "sources")
-    )
+    ids, positions, _ = split.batch(range(len(split))).values()
+    sources = domains_of(split)
     outputs = model(input_ids=ids, position_ids=positions, use_cache=False)
     losses = -outputs.logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     for number, name in enumerate(names):
@@ -76,16 +68,6 @@ def test_domains_are_the_tokens_of_each_source(architecture, make_settings, two_
     assert (architecture in ROUTED) == (result.realised.fraction is not None)
 
 
-def test_data_of_before_tokens_had_a_source_have_no_domains(make_settings, data_dir, caplog):
-    split = load_split(data_dir, "test").remove_columns("sources")
-    model = build_model(make_settings(), 300)
-    result = evaluate_heldout(model, split, 4)
-    assert result.domains == {} and not caplog.messages
-    assert evaluate_heldout(model, split, 4, ["math", "code"]) == result
-    (line,) = caplog.messages
-    assert "no column `sources`" in line and "nothing is reported by domain" in line
-
-
 @pytest.mark.parametrize("architecture", ALL)
 def test_logits_of_a_batch_are_never_whole(architecture, make_settings, data_dir):
     split = load_split(data_dir, "test").select(range(20))
@@ -93,24 +75,4 @@ def test_logits_of_a_batch_are_never_whole(architecture, make_settings, data_dir
     model = build_model(make_settings(architecture), vocabulary)
     with LiveBytes() as live:
         evaluate_heldout(model, split, len(split))
-    assert live.peak < 4 * vocabulary * split.num_rows * 32 / 2
-
-
-def test_a_run_on_data_of_before_tokens_had_a_source_is_evaluated(make_settings, data_dir, tmp_path, caplog):
-    old = shutil.copytree(data_dir, tmp_path / "old")
-    manifest = read_manifest(old)
-    for name, facts in manifest["splits"].items():
-        split = load_split(data_dir, name).remove_columns("sources")
-        shutil.rmtree(old / name)
-        split.save_to_disk(old / name)
-        facts["files"] = {file.name: file_digest(file) for file in (old / name).glob("*.arrow")}
-    write_json(old / MANIFEST, manifest)
-    settings = make_settings("mod", evaluation={"tasks": ["dt_arithmetic"]})
-    run_dir = train(settings, old, tmp_path / "run")
-    model_dir = export(run_dir, tmp_path / "model", old)
-    caplog.clear()
-    evaluation = evaluate(settings, old, run_dir, model_dir, tmp_path / "evaluation")
-    assert len([line for line in caplog.messages if "no column `sources`" in line]) == 1
-    compare([evaluation], tmp_path / "report", models=[model_dir])
-    (run,) = json.loads((tmp_path / "report" / "comparison.json").read_text())["runs"]
-    assert run["eval"]["domains"] == {} and run["eval"]["loss"] > 0
+    assert live.peak < 4 * vocabulary * len(split) * 32 / 2

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dynamic_transformers.data.loading import collate, load_split, load_tokenizer
+from dynamic_transformers.data.loading import load_split, load_tokenizer
 from dynamic_transformers.export import load_run
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.models.architectures import ARCHITECTURES
@@ -281,8 +281,7 @@ def test_a_run_that_has_nothing_left_to_do_is_calibrated_too(make_settings, data
 def test_calibration_leaves_the_random_state(make_settings, data_dir):
     settings = make_settings("mod", model={"selection_rule": "random"})
     model = build_model(settings, read_manifest(data_dir)["vocab_size"], None)
-    rows = load_split(data_dir, "validation")
-    batch = collate([rows[0], rows[1]])
+    batch = load_split(data_dir, "validation").batch([0, 1])
     before = torch.get_rng_state()
     calibrate(model, [batch])
     assert torch.equal(torch.get_rng_state(), before)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from dynamic_transformers.data.blocks import BlockWriter, Piece, unigram_loss
 from dynamic_transformers.data.documents import SPLITS, Corpus, collect
 from dynamic_transformers.data.files import digest_of
 from dynamic_transformers.data.fingerprints import fingerprints, first_change
 from dynamic_transformers.data.mixing import count_tokens, mix, sample_text, shares
-from dynamic_transformers.data.packing import PackedSplit, pack, token_sources, unigram_loss
 from dynamic_transformers.data.probes import write_tasks
 from dynamic_transformers.data.tokenization import (
     EncodedDocument,
@@ -175,7 +172,8 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
 
     weights = {source.name: source.weight for source in data.dataset_configs}
     mixed: dict[str, list[EncodedDocument]] = {}
-    packed: dict[str, PackedSplit] = {}
+    splits: dict[str, dict[str, Any]] = {}
+    counts: dict[str, np.ndarray] = {}
     for split in SPLITS:
         training = split == "train"
         mixed[split] = mix(
@@ -185,11 +183,8 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
             data.max_tokens if training else data.max_eval_tokens,
             seed if training else 0,  # runs that differ in their seed are judged on the same text
         )
-        packed[split] = pack(mixed[split], data.block_size)
-        sources = token_sources(mixed[split], list(weights), data.block_size)
-        _write_split(folder / split, packed[split], sources, mixed[split])
+        splits[split], counts[split] = _write_split(folder / split, mixed[split], data, len(tokenizer))
     write_tasks(folder / "tasks", corpus, data)
-    splits = {split: _split_facts(folder / split, packed[split], mixed[split]) for split in SPLITS}
     return {
         "sources": _source_facts(corpus, weights, mixed["train"]),
         "splits": splits,
@@ -203,8 +198,7 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
             }
         ),
         "unigram_loss": {
-            split: unigram_loss(packed["train"], packed[split], len(tokenizer))
-            for split in ("validation", "test")
+            split: unigram_loss(counts["train"], counts[split]) for split in ("validation", "test")
         },
         "vocab_size": len(tokenizer),
         "block_size": data.block_size,
@@ -224,30 +218,27 @@ def _tokenizer(data: DataSettings, corpus: Corpus) -> PreTrainedTokenizerFast:
 
 
 def _write_split(
-    folder: Path, packed: PackedSplit, sources: np.ndarray, mixed: list[EncodedDocument]
-) -> None:
-    tokens, block_size = count_tokens(mixed), packed.input_ids.shape[1]
-    if not len(packed.input_ids):
+    folder: Path, mixed: list[EncodedDocument], data: DataSettings, vocab_size: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Write a split; returns its facts, and how often each token id is a target."""
+    places = {source.name: number for number, source in enumerate(data.dataset_configs)}
+    writer = BlockWriter(folder, data.block_size, vocab_size)
+    for encoded in mixed:
+        writer.add(Piece(encoded.input_ids, encoded.num_bytes, None, places[encoded.document.source]))
+    facts = {"documents": len(mixed), **writer.close()}
+    if not facts["blocks"]:
         raise UserError(
-            f"the {folder.name} split has {tokens} tokens, less than data.block_size={block_size}: "
-            "give it more documents or a smaller block"
+            f"the {folder.name} split has {writer.added} tokens, less than "
+            f"data.block_size={data.block_size}: give it more documents or a smaller block"
         )
-    block = datasets.Sequence(datasets.Value("int32"), length=block_size)
-    features = {
-        "input_ids": block,
-        "position_ids": block,
-        "num_bytes": datasets.Value("int64"),
-        "sources": datasets.Sequence(datasets.Value("int16"), length=block_size),
-    }
-    dataset = datasets.Dataset.from_dict(
-        {**packed._asdict(), "sources": sources}, features=datasets.Features(features)
+    logger.info(
+        "%s: %d tokens of %d documents in %d blocks",
+        folder.name,
+        writer.added,
+        len(mixed),
+        facts["blocks"],
     )
-    folder.mkdir()
-    with tempfile.TemporaryDirectory() as temporary:
-        link = Path(temporary) / "split"  # to `datasets`, :: in a path chains addresses
-        link.symlink_to(folder.absolute())
-        dataset.save_to_disk(str(link))
-    logger.info("%s: %d tokens of %d documents in %d blocks", folder.name, tokens, len(mixed), len(dataset))
+    return facts, writer.target_counts
 
 
 def _source_facts(
@@ -279,21 +270,6 @@ def _source_facts(
             }
         )
     return facts
-
-
-def _split_facts(folder: Path, packed: PackedSplit, mixed: list[EncodedDocument]) -> dict[str, Any]:
-    content = hashlib.sha256()
-    for column in packed:
-        content.update(np.ascontiguousarray(column).data)
-    return {
-        "documents": len(mixed),
-        "blocks": len(packed.input_ids),
-        "tokens": packed.input_ids.size,
-        "target_tokens": int(np.count_nonzero(packed.position_ids)),
-        "bytes": int(packed.num_bytes.sum()),
-        "sha256": content.hexdigest(),
-        "files": _digests(folder.glob("*.arrow")),
-    }
 
 
 def _digests(files: Iterable[Path]) -> dict[str, str]:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dynamic_transformers.data.blocks import Blocks
 from dynamic_transformers.data.loading import batches_of
 from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.models.language_model import RoutedForCausalLM
@@ -109,12 +109,12 @@ class Timing:
 Timings = dict[str, Timing]  # `prefill`, and `decode` where there is a cache
 
 
-def choose_prompts(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def choose_prompts(split: Blocks, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Different blocks at even distances over the split, `PROMPTS` or all; whole, as FLOPs are counted."""
     count = min(PROMPTS, len(split))
     chosen = []
     for number in range(count):
-        ids = split[len(split) * number // count]["input_ids"].tolist()
+        ids = split.input_ids(len(split) * number // count).tolist()
         decoded = min(DECODED_TOKENS, len(ids) // 2)
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
         chosen.append(Prompt(ids, len(ids) - decoded, text))
@@ -210,7 +210,7 @@ def time_prompt(model: PreTrainedModel, prompt: Prompt, number: int, timings: Ti
 
 
 @torch.inference_mode()
-def kv_bytes_per_token(model: PreTrainedModel, split: datasets.Dataset, batch_size: int) -> float | None:
+def kv_bytes_per_token(model: PreTrainedModel, split: Blocks, batch_size: int) -> float | None:
     """Bytes of keys and values that the cache holds per token of a split; None for a rule without a cache."""
     if isinstance(model, RoutedForCausalLM) and not model.model.cacheable:
         return None

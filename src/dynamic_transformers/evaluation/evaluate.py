@@ -100,7 +100,7 @@ def fill(
     logger.info("test loss %.4f nats/token, %.4f bits/byte", heldout.loss, heldout.bits_per_byte)
     kv_bytes = kv_bytes_per_token(model, test, options.batch_size)
     if isinstance(model.config, RoutedConfig):
-        ids = test[0]["input_ids"].tolist()[:ROUTING_TOKENS]
+        ids = test.input_ids(0).tolist()[:ROUTING_TOKENS]
         write_routing(trace_routing(model, tokenizer, ids), output)
     config, device = model.config, model.device.type
     del model  # the benchmarks load their own

@@ -7,17 +7,14 @@ same batches.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
-from dynamic_transformers.data.loading import collate, load_split
+from dynamic_transformers.data.loading import load_split
 from dynamic_transformers.settings import Settings
-from dynamic_transformers.training.interruption import SIGNALS
 
 
 class BlockOrder:
@@ -72,7 +69,7 @@ class MicroBatches:
 def training_batches(
     settings: Settings, data_dir: Path, accelerator: Accelerator, first_step: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless micro-batches of this rank from a step onwards, as `collate` gives them."""
+    """Endless micro-batches of this rank from a step onwards, as `Blocks.batch` gives them."""
     blocks = load_split(data_dir, "train")
     sampler = MicroBatches(
         BlockOrder(len(blocks), settings.run.seed),
@@ -82,18 +79,4 @@ def training_batches(
         accelerator.num_processes,
         first_step,
     )
-    loader = DataLoader(
-        blocks,  # type: ignore[arg-type]  # a Dataset has all that torch asks of one, but is not of its class
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=settings.system.num_workers,
-        worker_init_fn=_deaf,
-        generator=torch.Generator(),  # the global one is the training's
-    )
-    return iter(loader)
-
-
-def _deaf(_: int) -> None:
-    """Leave signals to the training process, which ends its workers after the step."""
-    for number in SIGNALS:  # which a terminal, torchrun or slurm send to all processes of a group
-        signal.signal(number, signal.SIG_IGN)
+    return map(blocks.batch, sampler)

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
-import datasets
 import torch
 from torch import Tensor
 from transformers import Qwen2Config
 
+from dynamic_transformers.data.blocks import Blocks
 from dynamic_transformers.models.configuration import RoutedConfig
 from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.models.modeling import RoutedModel
@@ -41,7 +41,7 @@ def is_calibrated(config: Qwen2Config) -> bool:
     return routed and config.selection_rule in KINDS and target_fraction(config) is not None
 
 
-def calibration_rows(split: datasets.Dataset, block_size: int) -> datasets.Dataset:
+def calibration_rows(split: Blocks, block_size: int) -> Blocks:
     """`CALIBRATION_TOKENS` of a split in whole blocks, evenly spaced over it; all of one that is smaller."""
     count = min(len(split), max(1, CALIBRATION_TOKENS // block_size))
     return split.select([place * len(split) // count for place in range(count)])
@@ -49,7 +49,7 @@ def calibration_rows(split: datasets.Dataset, block_size: int) -> datasets.Datas
 
 def calibration_cost(
     config: Qwen2Config,
-    rows: datasets.Dataset,
+    rows: Blocks,
     block_size: int,
     fractions: dict[int, float] | None = None,
     keys: dict[int, float] | None = None,

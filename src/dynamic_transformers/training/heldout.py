@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import datasets
 import torch
 from transformers import PreTrainedModel, Qwen2Config
 
-from dynamic_transformers.data.loading import IGNORED, batches_of, domains_of
+from dynamic_transformers.data.blocks import IGNORED, Blocks
+from dynamic_transformers.data.loading import batches_of, domains_of
 from dynamic_transformers.training.losses import token_losses
 from dynamic_transformers.training.realised import Realised, SelectionCounts, selections
 
@@ -52,15 +52,14 @@ class HeldoutResult(DomainResult):
 
 @torch.no_grad()
 def evaluate_heldout(
-    model: PreTrainedModel, split: datasets.Dataset, batch_size: int, sources: Sequence[str] = ()
+    model: PreTrainedModel, split: Blocks, batch_size: int, sources: Sequence[str] = ()
 ) -> HeldoutResult:
     """Evaluate `model` on every block of a split; its training mode and the random state stay as they were.
 
     Random routing, the control, draws the same noise each time.
 
     Args:
-        sources: names of the data folder's sources, in its order; none: the result is not split by domain,
-            as where the split does not say of which source its tokens are.
+        sources: names of the data folder's sources, in its order; none: the result is not split by domain.
     """
     with fixed_randomness(model.device):
         was_training = model.training
@@ -77,15 +76,11 @@ def fixed_randomness(device: torch.device) -> Iterator[None]:
         yield
 
 
-def measure(
-    model: PreTrainedModel, split: datasets.Dataset, batch_size: int, sources: Sequence[str]
-) -> HeldoutResult:
+def measure(model: PreTrainedModel, split: Blocks, batch_size: int, sources: Sequence[str]) -> HeldoutResult:
     """The result of a model in eval mode."""
     assert isinstance(model.config, Qwen2Config)
     device = next(model.parameters()).device
-    domains = domains_of(split) if sources else None
-    if domains is None:
-        sources, domains = (), torch.zeros(len(split), 1, dtype=torch.long)
+    domains = domains_of(split) if sources else torch.zeros(len(split), 1, dtype=torch.long)
     count = max(1, len(sources))
     nats = torch.zeros(count, dtype=torch.float64, device=device)
     targets = torch.zeros_like(nats)
@@ -111,7 +106,7 @@ def measure(
     return HeldoutResult(
         loss=loss,
         realised=counts.realised(model.config),
-        bits_per_byte=nats.sum().item() / math.log(2) / sum(split["num_bytes"]),
+        bits_per_byte=nats.sum().item() / math.log(2) / split.num_bytes,
         gate_mean={layer: mean for layer, (mean, _) in moments.items()},
         gate_std={layer: max(0.0, square - mean**2) ** 0.5 for layer, (mean, square) in moments.items()},
         domains={

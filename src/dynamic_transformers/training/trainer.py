@@ -9,7 +9,6 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -19,6 +18,7 @@ from accelerate.utils import (
 )
 from safetensors.torch import save_model
 
+from dynamic_transformers.data.blocks import Blocks
 from dynamic_transformers.data.loading import batches_of, load_split, verify_split
 from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_manifest
@@ -192,7 +192,7 @@ def tracked(settings: Settings, data_dir: Path, run_dir: Path, enabled: bool) ->
 def observers_of(
     state: TrainingState,
     settings: Settings,
-    validation: datasets.Dataset,
+    validation: Blocks,
     run_dir: Path,
     tracker: RunTracker,
     accelerator: Accelerator,
