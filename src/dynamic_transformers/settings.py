@@ -198,6 +198,7 @@ class DataSettings:
     )
     vocab_size: Annotated[int, In("[257, 4194304]")] = 2048  # at least every byte, and the end of text
     block_size: Annotated[int, In("[2, 16777216]")] = 256  # tokens of one packed block
+    processes: Count | None = None  # that tokenize; None: one for each core, where there is enough to do
     batch_size: Annotated[int, In("[1, 1048576]")] = 8  # blocks per device and forward pass
     max_tokens: Count | None = None  # of the training split; None: as many as the weights allow
     validation_split_percentage: Annotated[float, In("(0, 100)")] = 5.0

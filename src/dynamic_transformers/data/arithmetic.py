@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 DOCUMENTS = 4000
+# Small problems are nearly all in the training data: without a limit, long products would prevail.
+LARGEST_ANSWER = 999  # of a question
 SEED = 20240402  # fixed: runs with different seeds share their documents, hence their test split
 
 _PLACES = ("Ones", "Tens", "Hundreds", "Thousands")
@@ -75,6 +77,12 @@ def expressions(text: str) -> Iterator[Key]:
     """Keys of the expressions in `text` that an equals sign follows."""
     for match in _EXPRESSION.finditer(text):
         yield _key(int(match[1]), "*" if match[2] == "×" else match[2], int(match[3]))
+
+
+def could_be_asked(key: Key) -> bool:
+    """Whether `sample_problem` may give it, with an answer that a question may have."""
+    operator, left, right = key
+    return max(left, right) <= 999 and Problem(left, operator, right).answer <= LARGEST_ANSWER
 
 
 def distractors(problem: Problem, rng: random.Random) -> list[int]:

@@ -1,16 +1,9 @@
-"""Which documents of each source go into a split: proportions in tokens, no document twice."""
+"""How many tokens of each source a mixture takes."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
-
-from dynamic_transformers.data.documents import Document
-from dynamic_transformers.data.tokenization import EncodedDocument
-
-BATCH = 64  # documents tokenized at once; what lies beyond a source's quota is wasted
+from collections.abc import Mapping
 
 
 def shares(weights: Mapping[str, float]) -> dict[str, float]:
@@ -19,79 +12,44 @@ def shares(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items()}
 
 
-def shuffled(documents: Iterable[Document], seed: int, purpose: str) -> list[Document]:
-    """Order by a hash of seed, purpose and text: adding a document does not reorder the others."""
-    return sorted(documents, key=lambda document: _rank(document, seed, purpose))
-
-
-def sample_text(
-    documents: Mapping[str, Sequence[Document]], weights: Mapping[str, float], characters: int
-) -> list[str]:
-    """About `characters` of text, each source by its weight, the same for every seed."""
-    texts = []
-    for name, share in shares(weights).items():
-        left = share * characters
-        for document in shuffled(documents[name], 0, "sample"):
-            if left <= 0:
-                break
-            texts.append(document.text)
-            left -= len(document.text)
-    return texts
-
-
-def count_tokens(documents: Iterable[EncodedDocument]) -> int:
-    """Tokens of all documents, markers included."""
-    return sum(len(document.input_ids) for document in documents)
-
-
-def mix(
-    documents: Mapping[str, Sequence[Document]],
-    weights: Mapping[str, float],
-    encode: Callable[[Sequence[Document]], list[EncodedDocument]],
-    max_tokens: int | None,
-    seed: int,
-) -> list[EncodedDocument]:
-    """The largest mixture that holds the proportions without repeating a document.
+def quotas(
+    available: Mapping[str, int], weights: Mapping[str, float], max_tokens: int | None, exhausted: str
+) -> dict[str, float]:
+    """Tokens that a mixture asks of each source.
 
     Args:
-        documents: by source.
+        available: tokens that each source has.
         weights: by source, any positive scale; the proportions of tokens.
-        encode: tokenizes a batch of documents.
-        max_tokens: upper limit of the mixture, None for none; each source may pass its part
-            of it by the rest of its last document.
-        seed: of the order.
-
-    Returns:
-        The chosen documents of all sources, shuffled together.
+        max_tokens: of the mixture; None: as many as `exhausted` allows.
+        exhausted: what happens where a source has fewer tokens than its part. `stop`: the mixture ends with
+            the first source that runs dry, and holds the proportions. `repeat`: that source is read again;
+            without `max_tokens`, until every source is read once. `redistribute`: the others take its part
+            over, by their weights; without `max_tokens`, every source is read once.
     """
-    limit = math.inf if max_tokens is None else float(max_tokens)
     proportions = shares(weights)
-    candidates: dict[str, list[EncodedDocument]] = {}
-
-    def characters_per_share(name: str) -> float:
-        return sum(len(document.text) for document in documents[name]) / proportions[name]
-
-    # The source that runs out first bounds the others: read first, it saves tokenizing them to their end.
-    for name in sorted(documents, key=characters_per_share):
-        ordered = shuffled(documents[name], seed, "choose")
-        batches = (encode(ordered[start : start + BATCH]) for start in range(0, len(ordered), BATCH))
-        candidates[name] = _until(chain.from_iterable(batches), limit * proportions[name])
-        if len(candidates[name]) == len(ordered):
-            limit = min(limit, count_tokens(candidates[name]) / proportions[name])
-    chosen = chain.from_iterable(_until(candidates[name], limit * proportions[name]) for name in candidates)
-    # A purpose of its own: ranked as they were chosen, scarcely used sources would all come first.
-    return sorted(chosen, key=lambda encoded: _rank(encoded.document, seed, "interleave"))
+    largest = {name: available[name] / share for name, share in proportions.items()}
+    limit = math.inf if max_tokens is None else float(max_tokens)
+    if exhausted == "redistribute":
+        return _redistributed(available, proportions, min(limit, sum(available.values())))
+    if exhausted == "repeat":
+        limit = max(largest.values()) if max_tokens is None else limit
+    else:
+        limit = min(limit, *largest.values())
+    return {name: limit * share for name, share in proportions.items()}
 
 
-def _until(encoded: Iterable[EncodedDocument], quota: float) -> list[EncodedDocument]:
-    taken = []
-    for document in encoded:
-        taken.append(document)
-        quota -= len(document.input_ids)
-        if quota <= 0:
-            break
-    return taken
-
-
-def _rank(document: Document, seed: int, purpose: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{purpose}:".encode() + document.digest).digest()
+def _redistributed(
+    available: Mapping[str, int], proportions: Mapping[str, float], limit: float
+) -> dict[str, float]:
+    """Each source's part of `limit`, or all that it has; what is missing then comes from the others."""
+    dry: dict[str, float] = {}
+    while True:
+        rest = {name: share for name, share in proportions.items() if name not in dry}
+        left = limit - sum(dry.values())
+        parts = {name: left * share for name, share in shares(rest).items()}
+        emptied = {name: float(available[name]) for name, part in parts.items() if part >= available[name]}
+        if not emptied:
+            return dry | parts
+        dry |= emptied
+        if len(dry) == len(proportions):
+            return dry

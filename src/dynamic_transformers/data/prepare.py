@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Iterator
-from functools import partial
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.blocks import BlockWriter, Piece, unigram_loss
-from dynamic_transformers.data.documents import SPLITS, Corpus, collect
+from dynamic_transformers.data.documents import SPLITS
 from dynamic_transformers.data.files import digest_of
 from dynamic_transformers.data.fingerprints import fingerprints, first_change
-from dynamic_transformers.data.mixing import count_tokens, mix, sample_text, shares
+from dynamic_transformers.data.first_pass import encode_all, sample_all
+from dynamic_transformers.data.merging import Choice, Duplicates, Pool, Shards, each_once, lowest, mixture
+from dynamic_transformers.data.mixing import quotas, shares
 from dynamic_transformers.data.probes import write_tasks
-from dynamic_transformers.data.tokenization import (
-    EncodedDocument,
-    encode,
-    load_pretrained_tokenizer,
-    train_tokenizer,
-)
+from dynamic_transformers.data.shards import Account
+from dynamic_transformers.data.tokenization import load_pretrained_tokenizer, train_tokenizer
 from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.manifest import MANIFEST, digest, fresh_folder, read_manifest, write_manifest
 from dynamic_transformers.settings import DataSettings, Settings, UserError
@@ -36,9 +35,9 @@ logger = logging.getLogger("dynamic_transformers")
 
 
 def data_config(settings: Settings) -> dict[str, Any]:
-    """The settings that the data depend on: the data settings without batch size and place, and the seed."""
+    """The settings that the data depend on: the seed, and the data settings but batch size, place, processes."""
     config = dataclasses.asdict(settings.data)
-    del config["batch_size"], config["output_dir"]
+    del config["batch_size"], config["output_dir"], config["processes"]
     return {**config, "seed": settings.run.seed}
 
 
@@ -107,9 +106,11 @@ def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
         if not force and _serves(output_dir, config):
             logger.info("data: %s is finished", output_dir)
             return output_dir
+        work = work_folder(output_dir)
         with fresh_folder(output_dir, STEP) as folder:
-            facts = _fill(folder, settings.data, settings.run.seed)
+            facts = _fill(folder, work, settings.data, settings.run.seed)
             write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
+        shutil.rmtree(work)
     logger.info("data: written to %s", output_dir)
     return output_dir
 
@@ -140,6 +141,11 @@ def _refuse_others(folder: Path, asked: dict[str, Any], made: dict[str, Any], re
         raise UserError(f"{folder}: holds data of other settings: {', '.join(differing)}; {remedy}")
 
 
+def work_folder(output_dir: Path) -> Path:
+    """Where finished shards are kept while a data folder is made."""
+    return output_dir.parent / f".{output_dir.name}.shards"
+
+
 def _parent(settings: Settings) -> Path:
     return Path(settings.run.output_dir) / "data"
 
@@ -161,32 +167,50 @@ def _made_with(settings: Settings) -> Iterator[Path]:
             yield path.parent
 
 
-def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
-    """Write everything but the manifest; returns its facts."""
-    corpus = collect(data)
-    lines = [json.dumps(record) + "\n" for record in corpus.quarantine]
-    (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
-    tokenizer = _tokenizer(data, corpus)
+def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, Any]:
+    """Write everything but the manifest; returns its facts.
+
+    Args:
+        work: where finished shards are kept until the whole is finished.
+    """
+    tokenizer = _tokenizer(data)
     tokenizer.save_pretrained(folder / "tokenizer")
     tokenizer_files = _digests((folder / "tokenizer").iterdir())
+    accounts, finished = encode_all(data, tokenizer, folder / "tokenizer" / "tokenizer.json", work)
+    _check_broken(data, accounts)
+    lines = [json.dumps(record) + "\n" for account in accounts for record in account.quarantine]
+    (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
 
+    names = [source.name for source in data.dataset_configs]
     weights = {source.name: source.weight for source in data.dataset_configs}
-    mixed: dict[str, list[EncodedDocument]] = {}
-    splits: dict[str, dict[str, Any]] = {}
-    counts: dict[str, np.ndarray] = {}
-    for split in SPLITS:
-        training = split == "train"
-        mixed[split] = mix(
-            corpus.splits[split],
-            weights,
-            partial(encode, tokenizer),
-            data.max_tokens if training else data.max_eval_tokens,
-            seed if training else 0,  # runs that differ in their seed are judged on the same text
-        )
-        splits[split], counts[split] = _write_split(folder / split, mixed[split], data, len(tokenizer))
-    write_tasks(folder / "tasks", corpus, data)
+    shutil.rmtree(work / "pools", ignore_errors=True)
+    with closing(Shards(finished, len(tokenizer))) as shards:
+        pools, duplicates = each_once(shards, len(names), seed, work / "pools")
+        for number, name in enumerate(names):
+            _check_splits(name, data, {split: pools[split][number].documents for split in SPLITS})
+        splits: dict[str, dict[str, Any]] = {}
+        counts: dict[str, np.ndarray] = {}
+        chosen: dict[str, list[list[Choice]]] = {}
+        for split in SPLITS:
+            asked = quotas(
+                {name: pool.tokens for name, pool in zip(names, pools[split], strict=True)},
+                weights,
+                data.max_tokens if split == "train" else data.max_eval_tokens,
+                "stop",
+            )
+            chosen[split] = [
+                [pool.choose(asked[name])] for name, pool in zip(names, pools[split], strict=True)
+            ]
+            pieces = mixture(shards, pools[split], chosen[split])
+            splits[split], counts[split] = _write_split(folder / split, pieces, data, len(tokenizer))
+
+        def test_texts(source: str, purpose: str, count: int, shortest: int) -> list[str]:
+            return lowest(shards, pools["test"][names.index(source)], purpose, count, shortest)
+
+        questions = set().union(*(account.questions for account in accounts))
+        write_tasks(folder / "tasks", test_texts, questions, data)
     return {
-        "sources": _source_facts(corpus, weights, mixed["train"]),
+        "sources": _source_facts(names, weights, accounts, pools, duplicates, chosen),
         "splits": splits,
         # What a training reads. Neither where the data came from nor what made them is part of it.
         "content_digest": digest(
@@ -207,42 +231,71 @@ def _fill(folder: Path, data: DataSettings, seed: int) -> dict[str, Any]:
     }
 
 
-def _tokenizer(data: DataSettings, corpus: Corpus) -> PreTrainedTokenizerFast:
+def _tokenizer(data: DataSettings) -> PreTrainedTokenizerFast:
     if data.tokenizer_name is not None:
         return load_pretrained_tokenizer(data.tokenizer_name)
-    weights = {source.name: source.weight for source in data.dataset_configs}
-    texts = sample_text(corpus.splits["train"], weights, TOKENIZER_CHARACTERS)
+    texts = sample_all(data, TOKENIZER_CHARACTERS)
     tokenizer = train_tokenizer(texts, data.vocab_size)
     logger.info("tokenizer: %d entries, trained on %d documents", len(tokenizer), len(texts))
     return tokenizer
 
 
 def _write_split(
-    folder: Path, mixed: list[EncodedDocument], data: DataSettings, vocab_size: int
+    folder: Path, pieces: Iterable[Piece], data: DataSettings, vocab_size: int
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Write a split; returns its facts, and how often each token id is a target."""
-    places = {source.name: number for number, source in enumerate(data.dataset_configs)}
     writer = BlockWriter(folder, data.block_size, vocab_size)
-    for encoded in mixed:
-        writer.add(Piece(encoded.input_ids, encoded.num_bytes, None, places[encoded.document.source]))
-    facts = {"documents": len(mixed), **writer.close()}
+    documents = 0
+    for piece in pieces:
+        writer.add(piece)
+        documents += 1
+    facts = {"documents": documents, **writer.close()}
     if not facts["blocks"]:
         raise UserError(
             f"the {folder.name} split has {writer.added} tokens, less than "
             f"data.block_size={data.block_size}: give it more documents or a smaller block"
         )
     logger.info(
-        "%s: %d tokens of %d documents in %d blocks",
-        folder.name,
-        writer.added,
-        len(mixed),
-        facts["blocks"],
+        "%s: %d tokens of %d documents in %d blocks", folder.name, writer.added, documents, facts["blocks"]
     )
     return facts, writer.target_counts
 
 
+def _check_broken(data: DataSettings, accounts: Sequence[Account]) -> None:
+    for source, account in zip(data.dataset_configs, accounts, strict=True):
+        broken, records = account.records["quarantined"], account.records.total()
+        if broken > data.max_broken_fraction * records:
+            first = account.quarantine[0]
+            raise UserError(
+                f"data.dataset_configs.{source.name}: {broken} of {records} records are broken, more than "
+                f"data.max_broken_fraction={data.max_broken_fraction}; the first is "
+                f"{first['file'] or 'the source'}, row {first['row']}, {first['reason']}: "
+                f"{first['record'][:60]}"
+            )
+
+
+def _check_splits(name: str, data: DataSettings, documents: Mapping[str, int]) -> None:
+    percentages = {
+        "validation": data.validation_split_percentage,
+        "test": data.test_split_percentage,
+        "train": 100 - data.validation_split_percentage - data.test_split_percentage,
+    }
+    for split, percentage in percentages.items():
+        if percentage > 0 and not documents[split]:
+            raise UserError(
+                f"data.dataset_configs.{name}: none of its {sum(documents.values())} usable documents falls "
+                f"into the {split} split ({percentage:g} %); give it more documents or that split another "
+                "percentage"
+            )
+
+
 def _source_facts(
-    corpus: Corpus, weights: dict[str, float], mixed: list[EncodedDocument]
+    names: Sequence[str],
+    weights: Mapping[str, float],
+    accounts: Sequence[Account],
+    pools: Mapping[str, Sequence[Pool]],
+    duplicates: Sequence[Duplicates],
+    chosen: Mapping[str, Sequence[Sequence[Choice]]],
 ) -> list[dict[str, Any]]:
     """The account of each source.
 
@@ -250,23 +303,24 @@ def _source_facts(
     part of the mixture), held_out (of the validation and test splits, evaluated on or not), filtered (too
     short), duplicates and quarantined (broken).
     """
+    total = sum(choice.tokens for choices in chosen["train"] for choice in choices)
     facts = []
-    for name, asked in shares(weights).items():
-        used = [encoded for encoded in mixed if encoded.document.source == name]
-        counts = corpus.counts[name]
+    for number, (name, asked) in enumerate(shares(weights).items()):
+        records, choices = accounts[number].records, chosen["train"][number]
+        used, tokens = choices[0].documents, sum(choice.tokens for choice in choices)
         facts.append(
             {
                 "name": name,
-                "documents_in": counts.documents_in,
-                "documents_used": len(used),
-                "unused": len(corpus.splits["train"][name]) - len(used),
-                "held_out": corpus.held_out(name),
-                "filtered": counts.filtered,
-                "duplicates": counts.duplicates,
-                "quarantined": counts.quarantined,
-                "tokens": count_tokens(used),
+                "documents_in": records.total(),
+                "documents_used": used,
+                "unused": pools["train"][number].documents - used,
+                "held_out": sum(pools[split][number].documents for split in ("validation", "test")),
+                "filtered": records["filtered"],
+                "duplicates": duplicates[number].documents,
+                "quarantined": records["quarantined"],
+                "tokens": tokens,
                 "proportion_asked": asked,
-                "proportion_realised": count_tokens(used) / count_tokens(mixed),
+                "proportion_realised": tokens / total,
             }
         )
     return facts

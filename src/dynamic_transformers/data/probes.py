@@ -9,45 +9,56 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dynamic_transformers.data import arithmetic
-from dynamic_transformers.data.documents import Corpus, Document
-from dynamic_transformers.data.mixing import shuffled
 from dynamic_transformers.settings import DataSettings, UserError
 
 PERPLEXITY_DOCUMENTS = 40
 PERPLEXITY_CHARACTERS = 1200
+CLOZE_DOCUMENTS = 1000  # of each source, of which questions are made
 CONTEXT_CHARACTERS = 200
 CHOICE_CHARACTERS = 40
 CHOICES = 4
-# Small problems are nearly all in the training data: without a limit, long products would prevail.
-LARGEST_ANSWER = 999
 
 _WORD_GAP = re.compile(r"(?<=\S) (?=\S)")
 
 logger = logging.getLogger("dynamic_transformers")
 
 
-def write_tasks(folder: Path, corpus: Corpus, data: DataSettings) -> None:
+class TestTexts(Protocol):
+    """Documents of the test split of a source, the lowest by a hash of `purpose` and text first."""
+
+    def __call__(self, source: str, purpose: str, count: int, shortest: int) -> list[str]:
+        """So many of at least `shortest` bytes."""
+        ...
+
+
+def write_tasks(
+    folder: Path, test_texts: TestTexts, questions: Set[arithmetic.Key], data: DataSettings
+) -> None:
     """Write `perplexity_<source>.jsonl`, `cloze.jsonl` and `arithmetic.jsonl`.
 
-    A task without examples (none asked, or all documents too short) gets no file.
+    A task without examples (none asked, or all documents are too short) gets no file.
+
+    Args:
+        questions: arithmetic expressions that the training documents have.
 
     Raises:
         UserError: the training documents leave too few unseen arithmetic questions.
     """
     tasks: dict[str, list[dict[str, Any]]] = {}
-    for name, documents in corpus.splits["test"].items():
-        chosen = shuffled(documents, 0, "perplexity")[:PERPLEXITY_DOCUMENTS]
-        tasks[f"perplexity_{name}"] = [{"text": document.text[:PERPLEXITY_CHARACTERS]} for document in chosen]
-    generated = {source.name for source in data.dataset_configs if source.type == "embedded"} & {"math"}
-    written = {name: texts for name, texts in corpus.splits["test"].items() if name not in generated}
+    written: dict[str, list[str]] = {}
+    for source in data.dataset_configs:
+        texts = test_texts(source.name, "perplexity", PERPLEXITY_DOCUMENTS, 0)
+        tasks[f"perplexity_{source.name}"] = [{"text": text[:PERPLEXITY_CHARACTERS]} for text in texts]
+        if not (source.type == "embedded" and source.name == "math"):  # which is generated
+            least = CONTEXT_CHARACTERS + CHOICE_CHARACTERS
+            written[source.name] = test_texts(source.name, "cloze", CLOZE_DOCUMENTS, least)
     tasks["cloze"] = cloze(written, data.cloze_examples)
-    train_texts = (document.text for documents in corpus.splits["train"].values() for document in documents)
-    tasks["arithmetic"] = unseen_arithmetic(train_texts, data.arithmetic_examples)
+    tasks["arithmetic"] = unseen_arithmetic(questions, data.arithmetic_examples)
     folder.mkdir()
     for name, examples in tasks.items():
         if not examples:
@@ -57,15 +68,14 @@ def write_tasks(folder: Path, corpus: Corpus, data: DataSettings) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def cloze(test_documents: Mapping[str, Sequence[Document]], examples: int) -> list[dict[str, Any]]:
+def cloze(test_texts: Mapping[str, Sequence[str]], examples: int) -> list[dict[str, Any]]:
     """Which of four continuations, one space and 39 characters each, goes on the context?
 
     Sources take turns. The wrong continuations are from three other documents of the same source.
     """
     pools = {}
-    for name, documents in test_documents.items():
-        ordered = shuffled(documents, 0, "cloze")
-        long_enough = [document.text for document in ordered if _gaps(document.text)]
+    for name, texts in test_texts.items():
+        long_enough = [text for text in texts if _gaps(text)]
         if len(long_enough) >= CHOICES:
             pools[name] = long_enough
     if not pools:
@@ -82,13 +92,13 @@ def cloze(test_documents: Mapping[str, Sequence[Document]], examples: int) -> li
     return found
 
 
-def unseen_arithmetic(train_texts: Iterable[str], examples: int) -> list[dict[str, Any]]:
-    """Questions in the form of the generated documents whose expression no training text has.
+def unseen_arithmetic(asked: Set[arithmetic.Key], examples: int) -> list[dict[str, Any]]:
+    """Questions in the form of the generated documents whose expression is not among those `asked`.
 
     Raises:
         UserError: there are not enough such questions.
     """
-    seen = {key for text in train_texts for key in arithmetic.expressions(text)}
+    seen = set(asked)
     rng = random.Random("arithmetic")
     answers = [index % CHOICES for index in range(examples)]
     rng.shuffle(answers)
@@ -97,7 +107,7 @@ def unseen_arithmetic(train_texts: Iterable[str], examples: int) -> list[dict[st
         if len(found) == examples:
             break
         problem = arithmetic.sample_problem(rng)
-        if problem.key in seen or problem.answer > LARGEST_ANSWER:
+        if problem.key in seen or problem.answer > arithmetic.LARGEST_ANSWER:
             continue
         seen.add(problem.key)
         answer = answers[len(found)]

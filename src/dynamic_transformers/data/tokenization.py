@@ -1,29 +1,20 @@
-"""The tokenizer (trained here, or taken from the hub), and documents as token ids with byte counts."""
+"""The tokenizer (trained here, or taken from the hub)."""
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
-import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from dynamic_transformers.data.documents import Document
 from dynamic_transformers.settings import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 LONG_WORD = re.compile(r"(\S{1000}|\s{1000})")
-
-
-class EncodedDocument(NamedTuple):
-    """Token ids (int32) of one document, markers included, and the UTF-8 bytes each of them stands for."""
-
-    document: Document
-    input_ids: np.ndarray
-    num_bytes: np.ndarray
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -94,36 +85,36 @@ def load_pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[EncodedDocument]:
-    """`[bos or eos] + tokens + [eos]` for each document; markers count 0 bytes."""
-    end = tokenizer.eos_token_id
-    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    batch = tokenizer(
-        [document.text for document in documents],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    encoded = []
-    for document, ids, offsets in zip(documents, batch["input_ids"], batch["offset_mapping"], strict=True):
-        input_ids = np.array([begin, *ids, end], dtype=np.int32)
-        num_bytes = np.zeros(len(input_ids), dtype=np.int32)
-        num_bytes[1:-1] = _bytes_of_tokens(document.text, offsets)
-        encoded.append(EncodedDocument(document, input_ids, num_bytes))
-    return encoded
+def marker_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """Ids of what begins and what ends a document."""
+    end = tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token))
+    begin = tokenizer.convert_tokens_to_ids(str(tokenizer.bos_token)) if tokenizer.bos_token else end
+    assert isinstance(begin, int) and isinstance(end, int)
+    return begin, end
 
 
-def _bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    ends = np.array([end for _, end in offsets], dtype=np.int64)
-    if not len(ends):
-        return ends
-    # Tokens that share a character share its offsets: the running maximum counts it for the first.
-    ends = np.maximum.accumulate(ends)
-    ends[-1] = len(text)  # some tokenizers drop white space at the end of a text
-    if not text.isascii():
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        widths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
-        ends = np.concatenate([[0], np.cumsum(widths)])[ends]
-    return np.diff(ends, prepend=0)
+class Sample:
+    """Documents of the lowest ranks, as few as have a number of characters: what a tokenizer is trained on.
+
+    Args:
+        characters: of all texts together; the last one may pass it.
+    """
+
+    def __init__(self, characters: float):
+        self.characters, self.held = characters, 0
+        self._texts: dict[int, str] = {}  # by rank
+        self._highest: list[int] = []  # a heap of negative ranks
+
+    def add(self, rank: int, text: str) -> None:
+        """Take a text, unless others come before it, or it is there."""
+        if rank in self._texts or (self.held >= self.characters and rank > -self._highest[0]):
+            return
+        self._texts[rank] = text
+        heapq.heappush(self._highest, -rank)
+        self.held += len(text)
+        while self.held - len(self._texts[-self._highest[0]]) >= self.characters:
+            self.held -= len(self._texts.pop(-heapq.heappop(self._highest)))
+
+    def texts(self) -> list[tuple[int, str]]:
+        """Ranks and texts, in the order of the ranks."""
+        return sorted(self._texts.items())

@@ -1,0 +1,187 @@
+"""The first pass: a shard of a source becomes token ids with an index, in a folder of its own.
+
+A finished shard's folder holds:
+
+- `index.bin`: one entry for each document, see INDEX, in the order of the digests;
+- `tokens.bin`: token ids, document after document, markers included, as `blocks.token_dtype` says;
+- `widths.bin`: UTF-8 bytes of each token, in the smallest integers that hold those of a document;
+- `targets.bin`: uint8, whether each token has a loss; only of conversations;
+- `texts.bin`: UTF-8 texts of the documents of the test split, which tasks are made of;
+- `account.json`: what became of the records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamic_transformers.data import arithmetic
+from dynamic_transformers.data.blocks import token_dtype
+from dynamic_transformers.data.documents import SPLITS, Document, Rejected, document_of
+from dynamic_transformers.data.encoding import Encoded, Encoder
+from dynamic_transformers.data.sources import Shard, read_shard
+from dynamic_transformers.manifest import write_json
+from dynamic_transformers.settings import DataSettings, SourceSettings
+
+QUARANTINE_RECORDS = 10  # kept for each source
+BATCH_CHARACTERS = 500_000  # tokenized at once, about
+
+INDEX_FILE, ACCOUNT_FILE = "index.bin", "account.json"
+TOKENS, WIDTHS, TARGETS, TEXTS = "tokens.bin", "widths.bin", "targets.bin", "texts.bin"
+# start: of the document's tokens, in tokens; width_start: of its widths, in bytes of that file, each of
+# width_size bytes; text_start, text_bytes: of its text, in bytes.
+INDEX = np.dtype(
+    [
+        ("digest", ">u8", 4),
+        ("split", "u1"),
+        ("tokens", "<u4"),
+        ("start", "<u8"),
+        ("width_size", "u1"),
+        ("width_start", "<u8"),
+        ("text_bytes", "<u4"),
+        ("text_start", "<u8"),
+    ]
+)
+
+
+@dataclass
+class Account:
+    """What became of the records of a shard.
+
+    Attributes:
+        records: outcome → how many; their sum is the number of records.
+        cut: documents that went on beyond `data.max_document_characters`.
+        tokens: of all documents.
+        quarantine: the first records that are broken.
+        questions: arithmetic expressions in documents of the training split, as far as they could be asked.
+    """
+
+    records: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    tokens: int = 0
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    questions: set[arithmetic.Key] = field(default_factory=set)
+
+    def add(self, other: Account) -> None:
+        """Take over what became of the records of the next shard of the same source."""
+        self.records += other.records
+        self.cut, self.tokens = self.cut + other.cut, self.tokens + other.tokens
+        self.quarantine = [*self.quarantine, *other.quarantine][:QUARANTINE_RECORDS]
+        self.questions |= other.questions
+
+    def write(self, folder: Path) -> None:
+        """Write it into a shard's folder."""
+        values = vars(self) | {"questions": sorted(self.questions)}
+        write_json(folder / ACCOUNT_FILE, values)
+
+    @classmethod
+    def read(cls, folder: Path) -> Account:
+        """The account of a finished shard."""
+        values = json.loads((folder / ACCOUNT_FILE).read_text(encoding="utf-8"))
+        values["records"] = Counter(values["records"])
+        values["questions"] = set(map(tuple, values["questions"]))
+        return cls(**values)
+
+
+def write_shard(
+    folder: Path, shard: Shard, source: SourceSettings, data: DataSettings, encoder: Encoder
+) -> None:
+    """Read a shard and write its folder, which is there and empty.
+
+    Raises:
+        UserError: the shard cannot be read to its end.
+    """
+    account = Account()
+    writer = ShardWriter(folder, encoder)
+    for document in documents_of(shard, source, data, account):
+        writer.add(document)
+    account.tokens = writer.close()
+    account.write(folder)
+
+
+def documents_of(
+    shard: Shard, source: SourceSettings, data: DataSettings, account: Account
+) -> Iterator[Document]:
+    """The documents of a shard; what becomes of the other records goes into the account."""
+    for row in read_shard(source, shard):
+        found = document_of(row, shard, source, data)
+        if isinstance(found, Rejected):
+            account.records[found.outcome] += 1
+            if found.outcome == "quarantined" and len(account.quarantine) < QUARANTINE_RECORDS:
+                place = {"source": source.name, "file": row.file and str(row.file), "row": row.number}
+                record = repr(row.value)[:200]
+                account.quarantine.append({**place, "reason": found.reason, "record": record})
+            continue
+        account.records["documents"] += 1
+        account.cut += found.cut
+        if found.split == "train" and isinstance(found.value, str) and data.arithmetic_examples:
+            account.questions.update(filter(arithmetic.could_be_asked, arithmetic.expressions(found.value)))
+        yield found
+
+
+class ShardWriter:
+    """Tokenizes documents and writes them with their index.
+
+    Args:
+        folder: is there and empty.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder):
+        self.folder, self.encoder = folder, encoder
+        self.dtype = token_dtype(encoder.vocab_size)
+        self._files = {name: (folder / name).open("wb") for name in (TOKENS, WIDTHS, TARGETS, TEXTS)}
+        self._index: list[tuple] = []
+        self._waiting: list[Document] = []
+        self._waiting_characters = self._tokens = 0
+
+    def add(self, document: Document) -> None:
+        """Take one more document."""
+        self._waiting.append(document)
+        self._waiting_characters += len(document.value)
+        if self._waiting_characters >= BATCH_CHARACTERS:
+            self._write()
+
+    def close(self) -> int:
+        """Write what is left, and the index; returns the number of tokens."""
+        self._write()
+        for file in self._files.values():
+            file.close()
+        index = np.array(self._index, dtype=INDEX)
+        order = np.lexsort(index["digest"].T[::-1])
+        index[order].tofile(self.folder / INDEX_FILE)
+        return self._tokens
+
+    def _write(self) -> None:
+        texts = [document.value for document in self._waiting]
+        for document, encoded in zip(self._waiting, self.encoder(texts), strict=True):
+            self._write_one(document, encoded)
+        self._waiting, self._waiting_characters = [], 0
+
+    def _write_one(self, document: Document, encoded: Encoded) -> None:
+        ids, widths, targets = encoded
+        size = np.min_scalar_type(widths.max()).itemsize
+        text = document.value.encode() if document.split == "test" else b""
+        self._index.append(
+            (
+                np.frombuffer(document.digest, ">u8"),
+                SPLITS.index(document.split),
+                len(ids),
+                self._tokens,
+                size,
+                self._files[WIDTHS].tell(),
+                len(text),
+                self._files[TEXTS].tell(),
+            )
+        )
+        self._files[TOKENS].write(ids.astype(self.dtype).data)
+        self._files[WIDTHS].write(widths.astype(f"<u{size}").data)
+        if targets is not None:
+            self._files[TARGETS].write(targets.astype("u1").data)
+        self._files[TEXTS].write(text)
+        self._tokens += len(ids)
