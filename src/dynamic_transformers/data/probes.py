@@ -16,7 +16,7 @@ from typing import Any
 from dynamic_transformers.data import arithmetic
 from dynamic_transformers.data.documents import Corpus, Document
 from dynamic_transformers.data.mixing import shuffled
-from dynamic_transformers.settings import DataSettings, UserError
+from dynamic_transformers.settings import EMBEDDED, DataSettings, UserError
 
 PERPLEXITY_DOCUMENTS = 40
 PERPLEXITY_CHARACTERS = 1200
@@ -43,7 +43,7 @@ def write_tasks(folder: Path, corpus: Corpus, data: DataSettings) -> None:
     for name, documents in corpus.splits["test"].items():
         chosen = shuffled(documents, 0, "perplexity")[:PERPLEXITY_DOCUMENTS]
         tasks[f"perplexity_{name}"] = [{"text": document.text[:PERPLEXITY_CHARACTERS]} for document in chosen]
-    generated = {source.name for source in data.dataset_configs if source.type == "embedded"} & {"math"}
+    generated = {source.name for source in data.dataset_configs if source.path == EMBEDDED} & {"math"}
     written = {name: texts for name, texts in corpus.splits["test"].items() if name not in generated}
     tasks["cloze"] = cloze(written, data.cloze_examples)
     train_texts = (document.text for documents in corpus.splits["train"].values() for document in documents)
