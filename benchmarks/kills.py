@@ -96,8 +96,8 @@ def quick_settings(place: Path, mlflow: bool) -> Settings:
             "model": {"type": "stt", "size": "micro"},
             "data": {
                 "dataset_configs": [
-                    {"name": "math", "type": "embedded"},
-                    {"name": "prose", "type": "embedded"},
+                    {"name": "math", "path": "embedded"},
+                    {"name": "prose", "path": "embedded"},
                 ],
                 "vocab_size": 400,
                 "block_size": 64,

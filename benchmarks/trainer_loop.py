@@ -61,7 +61,7 @@ def loop_ratios(size: str, rows: int, length: int, steps: int, turns: int) -> li
                 "run": {"name": "speed", "output_dir": folder},
                 "model": {"type": "standard", "size": size},
                 "data": {
-                    "dataset_configs": [{"name": "math", "type": "embedded"}],
+                    "dataset_configs": [{"name": "math", "path": "embedded"}],
                     "block_size": length,
                     "batch_size": rows,
                     "max_tokens": rows * length * (steps + 1),

@@ -15,7 +15,7 @@ from dynamic_transformers.models.routing import Router
 from dynamic_transformers.models.selection import select_mask
 
 DATA = {
-    "dataset_configs": [{"name": "math", "type": "embedded"}],
+    "dataset_configs": [{"name": "math", "path": "embedded"}],
     "vocab_size": 300,
     "block_size": 32,
     "batch_size": 4,

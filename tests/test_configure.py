@@ -33,7 +33,7 @@ def test_an_experiment_is_a_difference_to_the_default(tmp_path):
     (tmp_path / "my_experiment.yaml").write_text(text)
     with pytest.raises(UserError, match="dataset_configs"):
         compose_settings("my_experiment", config_dir=tmp_path)
-    source = "data.dataset_configs=[{name: math, type: embedded}]"
+    source = "data.dataset_configs=[{name: math, path: embedded}]"
     settings = compose_settings("my_experiment", [source], config_dir=tmp_path)
     assert (settings.model.type, settings.model.capacity, settings.training.max_steps) == ("sdt", 0.25, 5)
 
@@ -290,7 +290,10 @@ def test_unknown_key_in_a_dictionary_is_refused():
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ([{"name": "prose", "type": "embedded", "path": "my.jsonl"}], "an embedded source reads no file"),
+        (
+            [{"name": "prose", "path": "embedded", "data_files": "a"}],
+            "data_files=a: a source of path=embedded has",
+        ),
         ([{"name": "a", "path": "json", "data_files": 5}], "data_files=5: must be text"),
         ([{"name": "a", "path": "json", "data_files": {"train": [1]}}], "must be text"),
     ],

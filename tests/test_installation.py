@@ -51,7 +51,7 @@ def test_a_wheel_trains_and_benchmarks_from_any_folder(installed, tmp_path, micr
     (tmp_path / "config").mkdir()
     mine = {"defaults": ["default"], "run": {"name": "mine"}, "tracking": {"mlflow": False}}
     mine["training"] = {"max_steps": 1}
-    mine["data"] = {"dataset_configs": [{"name": "math", "type": "embedded"}]}
+    mine["data"] = {"dataset_configs": [{"name": "math", "path": "embedded"}]}
     (tmp_path / "config" / "mine.yaml").write_text(yaml.safe_dump(mine))
     options = ("--config-name=mine", *micro_overrides)
     assert "data: " in installed("dynamic-transformers", "prepare", *options, cwd=tmp_path)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dynamic_transformers.constraints import first_violation
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import (
     CONTROLS,
+    CONVERSATIONS,
+    EMBEDDED,
+    OPERATORS,
     DataSettings,
     ModelSettings,
     Settings,
+    SourceSettings,
     UserError,
     holds_credentials,
 )
@@ -112,6 +118,12 @@ def check_data(data: DataSettings) -> None:
     """Refuse no source, sources that cannot be told apart, and splits that leave nothing to train on."""
     if not data.dataset_configs:
         raise UserError("data.dataset_configs is empty: name at least one source")
+    for index, source in enumerate(data.dataset_configs):
+        if not source.name:
+            raise UserError(
+                f"data.dataset_configs[{index}]: give a path; with path=embedded a name too, of "
+                "which there are prose, code and math"
+            )
     names = [source.name for source in data.dataset_configs]
     if len(set(names)) != len(names):
         raise UserError(f"data.dataset_configs: names must differ, got {', '.join(names)}")
@@ -122,15 +134,63 @@ def check_data(data: DataSettings) -> None:
                 "use only letters, digits and _ . -"
             )
     for source in data.dataset_configs:
-        given = {name: getattr(source, name) for name in ("path", "config", "revision", "data_files")}
-        for name, value in given.items():
-            if source.type == "embedded" and value is not None:
-                raise UserError(
-                    f"data.dataset_configs.{source.name}.{name}={value}: an embedded source reads no file; "
-                    "leave it out, or give type=hub"
-                )
+        check_source(source)
     if data.validation_split_percentage + data.test_split_percentage >= 100:
         raise UserError("data.validation_split_percentage + data.test_split_percentage must be below 100")
+
+
+def check_source(source: SourceSettings) -> None:
+    """Refuse what a source of its kind has not, and a filter or columns that say nothing."""
+    place = f"data.dataset_configs.{source.name}"
+    read_by_columns = source.path not in (EMBEDDED, "datatrove")
+    finetune = source.type == "finetune"
+    refused = {
+        "config": source.config and not read_by_columns,
+        "revision": source.revision and not read_by_columns,
+        "data_files": source.data_files and source.path == EMBEDDED,
+        "validation_split": source.validation_split and source.path == EMBEDDED,
+        "filter": source.filter and not read_by_columns,
+        "text_column": source.text_column != "text" and (finetune or not read_by_columns),
+        "columns": source.columns and not finetune,
+    }
+    for key, given in refused.items():
+        if given:
+            kind = f"type={source.type}" if read_by_columns else f"path={source.path}"
+            hint = "; it has columns" if key == "text_column" and finetune and read_by_columns else ""
+            raise UserError(
+                f"{place}.{key}={getattr(source, key)}: a source of {kind} has none: leave it out{hint}"
+            )
+    if finetune and not read_by_columns:
+        raise UserError(f"{place}.type=finetune: path={source.path} has no conversations, only texts")
+    if source.columns:
+        check_roles(place, source.columns)
+    for number, condition in enumerate(source.filter):
+        check_condition(f"{place}.filter[{number}]", condition)
+
+
+def check_roles(place: str, columns: Mapping[str, str]) -> None:
+    """Refuse columns of which no conversation can be made."""
+    fits = any(
+        set(needed) <= set(columns) <= {*needed, *optional} for needed, optional in CONVERSATIONS.items()
+    )
+    if not fits:
+        known = " | ".join(
+            ", ".join([*needed, *(f"[{role}]" for role in optional)])
+            for needed, optional in CONVERSATIONS.items()
+        )
+        raise UserError(f"{place}.columns: has {', '.join(columns)}; give the column of each of {known}")
+
+
+def check_condition(place: str, condition: Sequence[Any]) -> None:
+    """Refuse what is not [column, operator, value]."""
+    if len(condition) != 3 or not isinstance(condition[0], str):
+        raise UserError(f"{place}={condition}: must be [column, operator, value]")
+    _, operator, value = condition
+    if operator not in OPERATORS:
+        raise UserError(f"{place}={condition}: no operator {operator!r}; there are {', '.join(OPERATORS)}")
+    if isinstance(value, list) != (operator in ("in", "not in")) or value is None:
+        kind = "a list of values" if operator in ("in", "not in") else "one value"
+        raise UserError(f"{place}={condition}: {operator!r} needs {kind}")
 
 
 def check_dimensions(settings: Settings) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,7 +22,7 @@ from dynamic_transformers.hydra_files import compose_files, parse
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.models.plugin import add_plugin, read_plugin
 from dynamic_transformers.reading import MisfitError, at_home, hint_at, plain_type, read
-from dynamic_transformers.settings import ModelSettings, Settings, UserError
+from dynamic_transformers.settings import EMBEDDED, ModelSettings, Settings, SourceSettings, UserError
 
 CONFIG_DIR = Path(__file__).parent / "config"  # package data; in a checkout a link to config/
 NULL = ("null", "Null", "NULL", "~")
@@ -100,10 +102,24 @@ def settings_from_dict(*values: dict[str, Any], overrides: Sequence[str] = ()) -
         except OmegaConfBaseException as error:
             raise UserError(omegaconf_line(error)) from error
     settings = read(Settings, merged)
+    name_sources(settings.data.dataset_configs)
     settings.model.plugin = plugin
     settings.model.options = read_options(settings.model)
     check(settings)
     return settings
+
+
+def name_sources(sources: Sequence[SourceSettings]) -> None:
+    """Give each source without a name one of its own, of the last part of its path and its configuration."""
+    taken = {source.name for source in sources}
+    for source in sources:
+        if source.name or source.path in (None, EMBEDDED):
+            continue
+        parts = (PurePath(str(source.path)).name, source.config)
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(filter(None, parts))).strip("-.") or "source"
+        candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        source.name = next(candidate for candidate in candidates if candidate not in taken)
+        taken.add(source.name)
 
 
 def without_plugin(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str] | None]:

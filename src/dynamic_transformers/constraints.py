@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import string
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -123,6 +124,42 @@ class Place:
         return "must be text without a zero byte"
 
 
+@dataclass(frozen=True)
+class Template:
+    """The name of a column, or text with names of columns in braces."""
+
+    def allows(self, value: str) -> bool:
+        """Whether each brace holds a name and nothing else."""
+        try:
+            return all(text is not None for _, text in template_parts(value))
+        except ValueError:
+            return False
+
+    def refusal(self, value: str) -> str:
+        """What a template may be."""
+        return "must be the name of a column, or a text with such names in braces, as in '{title}: {body}'"
+
+
+def template_parts(template: str) -> list[tuple[str, str | None]]:
+    """Pairs of text and the column behind it; of the end of the text, ''; None: braces without a mere name.
+
+    Raises:
+        ValueError: a brace stands alone.
+    """
+    parts = []
+    for text, name, form, conversion in string.Formatter().parse(template):
+        plain = name is None or (name.strip() and not form and not conversion)
+        parts.append((text, (name or "") if plain else None))
+    return parts
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name that a setting is taken by, beside its own."""
+
+    name: str
+
+
 def constraints_of(hint: Any) -> list[Any]:
     """The constraints that a field's annotation holds, inside of an optional or a list too."""
     own = [entry for entry in getattr(hint, "__metadata__", ()) if hasattr(entry, "allows")]
@@ -133,6 +170,17 @@ def constraints_of(hint: Any) -> list[Any]:
 def hints_of(settings: type) -> dict[str, Any]:
     """Name → annotation of each field of a dataclass, with its constraints."""
     return typing.get_type_hints(settings, include_extras=True)
+
+
+@functools.cache
+def aliases_of(settings: type) -> dict[str, str]:
+    """Other name → name of each field of a dataclass that has one."""
+    return {
+        entry.name: name
+        for name, hint in hints_of(settings).items()
+        for entry in getattr(hint, "__metadata__", ())
+        if isinstance(entry, Alias)
+    }
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, list[Any]]]:

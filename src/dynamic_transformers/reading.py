@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from dynamic_transformers.constraints import Place, constraints_of, hints_of
+from dynamic_transformers.constraints import Place, aliases_of, constraints_of, hints_of
 from dynamic_transformers.settings import UserError
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -131,16 +131,21 @@ def at_home(value: Any) -> Any:
 
 def _group(cls: type, value: Any, path: tuple[str | int, ...]) -> Any:
     values = _mapping(value, path)
-    return cls(
-        **{name: read(_field(cls, name, path), entry, (*path, name)) for name, entry in values.items()}
-    )
+    fields = {}
+    for name, entry in values.items():
+        own = aliases_of(cls).get(name, name)
+        if own != name and own in values:
+            raise MisfitError((*path, name), f": is {key_of((*path, own))} by another name; give one of them")
+        fields[own] = read(_field(cls, name, path), entry, (*path, name))
+    return cls(**fields)
 
 
 def _field(cls: type, name: str, path: tuple[str | int, ...]) -> Any:
     hints = hints_of(cls)
-    if name in hints:
-        return hints[name]
-    near = difflib.get_close_matches(name, hints, n=1) or [
+    own = aliases_of(cls).get(name, name)
+    if own in hints:
+        return hints[own]
+    near = difflib.get_close_matches(name, [*hints, *aliases_of(cls)], n=1) or [
         key for key in keys(cls) if key.endswith(f".{name}")
     ]
     if ":" in name:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from dynamic_transformers.constraints import (
     SEED,
+    Alias,
     Count,
     FolderName,
     Fraction,
@@ -26,6 +27,7 @@ from dynamic_transformers.constraints import (
     Positive,
     Scale,
     Steps,
+    Template,
     Weight,
 )
 from dynamic_transformers.models.architectures import ARCHITECTURES
@@ -43,6 +45,16 @@ CONTROLS = ("random", "even")  # selection rules that need no learning, in train
 SELECTION_RULES = ("threshold", "predictor", "calibrated_predictor", "aux", "topk", *CONTROLS)
 
 SEED_KEY = "run.seed"
+EMBEDDED = "embedded"  # the path of a source that Python itself carries
+
+# Of a source's filter, as in pandas' and pyarrow's.
+OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in")
+# What a finetune source can be made of: roles that must be there, and those that may.
+CONVERSATIONS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("messages",): (),
+    ("instruction", "output"): ("input", "system"),
+    ("prompt", "response"): ("system",),
+}
 
 
 class UserError(ValueError):
@@ -172,20 +184,27 @@ class ModelSettings:
 
 @dataclass
 class SourceSettings:
-    """One source of documents: `embedded` (prose, code, math), or anything `datasets.load_dataset` reads."""
+    """One source of documents or conversations: embedded, local or remote files, or a hub data set."""
 
-    name: str = ""  # must be given; part of file names
-    type: Annotated[str, OneOf("embedded", "hub")] = "hub"
-    path: Annotated[str | None, Place()] = (
-        None  # hub id, or a builder ("json", "text", "parquet") together with data_files
+    name: str = ""  # part of file names; where it is missing it is made of the path
+    type: Annotated[str, OneOf("pretrain", "finetune")] = "pretrain"  # texts, or conversations
+    path: Annotated[str | None, Place(), Alias("dataset_name")] = (
+        None  # "embedded" (name: prose, code, math), hub id, folder, or a builder ("json") with data_files
     )
-    config: str | None = None
+    config: Annotated[str | None, Alias("dataset_config")] = None
     revision: str | None = None  # branch, tag or commit of a hub data set; None: the newest commit
-    data_files: Annotated[Any, Place()] = None  # a path or pattern, a list of them, or {split: paths}
+    data_files: Annotated[Any, Place()] = None  # a path, URL or pattern, a list of them, or {split: paths}
     split: str = "train"
-    text_column: str = "text"
+    validation_split: str | None = None  # the source's own split, whose documents are held out as validation
+    text_column: Annotated[str, Template()] = "text"  # also nested, "meta.text", or "{title}\n\n{body}"
+    columns: dict[str, str] = field(default_factory=dict)  # finetune: role → column; empty: by usual names
+    sample_by: Annotated[str, OneOf("line", "paragraph", "document")] = "line"  # of text files
+    filter: list[list[Any]] = field(default_factory=list)  # [column, operator, value] each, all must hold
+    streaming: bool = False  # read a hub set's or remote file without keeping it
     weight: Annotated[float, In("(0, 1e9]")] = 1.0
-    max_documents: Count | None = None
+    max_documents: Count | None = None  # the first records of `split`
+    max_tokens: Count | None = None
+    train_subset_ratio: Annotated[float | None, In("(0, 1]")] = None
 
 
 @dataclass

@@ -13,8 +13,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from dynamic_transformers.data.files import _ask_for_commit
 from dynamic_transformers.data.fingerprints import fingerprints, first_change
+from dynamic_transformers.data.hub import _ask_for_commit
 from dynamic_transformers.data.prepare import default_data_dir, prepare
 from dynamic_transformers.data.tokenization import train_tokenizer
 from dynamic_transformers.manifest import read_manifest
@@ -183,7 +183,7 @@ def test_the_content_is_told_from_what_made_it(settings, notes, tmp_path, monkey
 
 
 def test_another_python_has_other_embedded_documents(make_settings, monkeypatch):
-    data = make_settings([{"name": "math", "type": "embedded"}]).data
+    data = make_settings([{"name": "math", "path": "embedded"}]).data
     made = fingerprints(data)
     monkeypatch.setattr(platform, "python_version", lambda: "3.99.1")
     told = first_change(made, fingerprints(data))
@@ -212,7 +212,7 @@ def hub(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("dynamic_transformers.data.files.HfApi", lambda: huggingface_hub.HfApi(address))
+    monkeypatch.setattr("dynamic_transformers.data.hub.HfApi", lambda: huggingface_hub.HfApi(address))
     _ask_for_commit.cache_clear()
     yield server
     server.shutdown()

@@ -45,7 +45,7 @@ def input_ids(folder):
 def embedded(tmp_path_factory, make_settings):
     """The three embedded sources, small."""
     sources = [
-        {"name": name, "type": "embedded", "weight": weight}
+        {"name": name, "path": "embedded", "weight": weight}
         for name, weight in (("prose", 2), ("code", 2), ("math", 1))
     ]
     settings = make_settings(sources, vocab_size=512, block_size=64, max_tokens=40000, max_eval_tokens=5000)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from dynamic_transformers.data.rows import csv_rows
+from dynamic_transformers.data.rows import Csv
 from dynamic_transformers.data.sources import read_records
 from dynamic_transformers.settings import SourceSettings, UserError
 
@@ -60,7 +60,7 @@ FORMATS = {
 
 
 def rows(**settings):
-    return list(read_records(SourceSettings(name="mine", type="hub", **settings)))
+    return list(read_records(SourceSettings(name="mine", **settings)))
 
 
 def read(**settings):
@@ -154,7 +154,7 @@ def test_a_row_that_cannot_be_read_is_one_row(tmp_path, name, content, number, f
     file.write_bytes(content)
     found = rows(path=file.suffix.strip(".").replace("jsonl", "json"), data_files=str(file))
     (broken,) = [row for row in found if row.fault]
-    assert (broken.file, broken.number) == (file, number) and broken.fault.startswith(fault)
+    assert (broken.file, broken.number) == (str(file), number) and broken.fault.startswith(fault)
     assert {row.value for row in found if not row.fault} <= {"a", "b"}
     assert len(found) > 1
 
@@ -268,12 +268,12 @@ def test_mistakes_are_told_in_one_line(folder, settings, words, max_documents):
 
 
 def test_unknown_embedded_source_is_told():
-    with pytest.raises(UserError, match="only prose, code, math"):
-        list(read_records(SourceSettings(name="poems", type="embedded")))
+    with pytest.raises(UserError, match="only the names prose, code, math"):
+        list(read_records(SourceSettings(name="poems", path="embedded")))
 
 
 def test_a_quote_that_nobody_closes_is_no_document(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text('text,id\nfirst,1\n"unclosed one,2\ntwo,3\nthree,4\n')
-    rows = list(csv_rows(file, "text"))
-    assert [row.value for row in rows if not row.fault] == ["first"] and rows[-1].fault
+    rows = list(Csv(",").rows(str(file), None, ()))
+    assert [row.value for row in rows if not row.fault] == [{"text": "first", "id": "1"}] and rows[-1].fault

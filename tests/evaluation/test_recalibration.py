@@ -65,7 +65,7 @@ def model_of(make_settings, data_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prose(model_of, make_settings, tmp_path_factory):
     """Data of another domain, with the model's tokenizer."""
-    domain = {"dataset_configs": [{"name": "prose", "type": "embedded"}]}
+    domain = {"dataset_configs": [{"name": "prose", "path": "embedded"}]}
     tokenizer = {"tokenizer_name": str(model_of("sdt"))}
     return prepare(make_settings(data=domain | tokenizer), tmp_path_factory.mktemp("data") / "prose")
 

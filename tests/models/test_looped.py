@@ -98,7 +98,7 @@ def test_a_pass_costs_what_a_layer_does(account):
 
     def flops(*overrides):
         values = {
-            "data": {"dataset_configs": [{"name": "math", "type": "embedded"}]},
+            "data": {"dataset_configs": [{"name": "math", "path": "embedded"}]},
             "training": {"max_steps": 1},
         }
         settings = settings_from_dict(values, overrides=overrides)

@@ -23,7 +23,7 @@ QUICK = {
 
 def merged(**parameters):
     settings = {
-        "data": {"dataset_configs": [{"name": "math", "type": "embedded"}]},
+        "data": {"dataset_configs": [{"name": "math", "path": "embedded"}]},
         "training": {"max_steps": 3},
     }
     return settings_from_parameters(**{"settings": json.dumps(settings)} | QUICK | parameters)
@@ -35,7 +35,7 @@ def test_parameters_go_over_the_settings(monkeypatch):
     assert merged().tracking.mlflow is False  # nowhere to track to
     changed = merged(
         overrides=["model.size=micro", "data.block_size=64"],
-        dataset_configs='[{"name": "code", "type": "embedded"}]',
+        dataset_configs='[{"name": "code", "path": "embedded"}]',
         max_flops=1e9,
         mlflow_uri="http://mlflow.example",
         mlflow_experiment="other",
@@ -83,11 +83,11 @@ def test_a_study_in_the_form_takes_the_place_of_that_of_the_settings():
     settings = json.dumps({"training": {"max_steps": 3}, "study": {"variants": {"old": ["model.type=sdt"]}}})
     changed = merged(
         settings=settings, variants='{"mod": ["model.type=mod"]}', grid='{"run.seed": [0, 1]}',
-        overrides=["study.baseline=mod"], dataset_configs='[{"name": "math", "type": "embedded"}]',
+        overrides=["study.baseline=mod"], dataset_configs='[{"name": "math", "path": "embedded"}]',
     )  # fmt: skip
     assert [run.name for run in study_runs(changed)] == ["mod-seed0", "mod-seed1"]
     assert list(
-        merged(settings=settings, dataset_configs='[{"name": "math", "type": "embedded"}]').study.variants
+        merged(settings=settings, dataset_configs='[{"name": "math", "path": "embedded"}]').study.variants
     ) == ["old"]
 
 

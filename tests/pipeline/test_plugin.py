@@ -80,7 +80,7 @@ class Qwen2LouderForCausalLM(CarriedCode, Qwen2ForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 """
-DATA = {"dataset_configs": [{"name": "math", "type": "embedded"}]}
+DATA = {"dataset_configs": [{"name": "math", "path": "embedded"}]}
 BUDGET = {"training": {"max_steps": 1}, "data": DATA}
 
 

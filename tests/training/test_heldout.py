@@ -37,7 +37,7 @@ def test_loss_is_the_mean_over_targets_and_bits_count_predicted_bytes(architectu
 
 @pytest.fixture(scope="module")
 def two_sources(make_settings, tmp_path_factory):
-    sources = [{"name": name, "type": "embedded", "max_documents": 200} for name in ("math", "code")]
+    sources = [{"name": name, "path": "embedded", "max_documents": 200} for name in ("math", "code")]
     settings = make_settings(data={"dataset_configs": sources, "max_tokens": 8000, "max_eval_tokens": 2000})
     return prepare(settings, tmp_path_factory.mktemp("data") / "two")
 

@@ -1,10 +1,8 @@
-"""Which local files a source consists of, and which commit of the hub."""
+"""Which files a source consists of: of this machine, or behind URLs."""
 
 from __future__ import annotations
 
 import glob
-import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,17 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import fsspec
 from datasets.exceptions import DatasetsError
-from huggingface_hub import HfApi
 
+from dynamic_transformers.data.refusals import one_line, why
 from dynamic_transformers.manifest import file_digest
-from dynamic_transformers.settings import SourceSettings, UserError
+from dynamic_transformers.settings import EMBEDDED, SourceSettings, UserError
 
 # These builders take the files of the working directory when no data_files are named.
-FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text", "webdataset", "xml")
+FILE_BUILDERS = ("arrow", "csv", "datatrove", "json", "parquet", "text", "webdataset", "xml")
 BUILDER_OF_SUFFIX = {
     ".arrow": "arrow",
     ".csv": "csv",
+    ".ds": "datatrove",
     ".json": "json",
     ".jsonl": "json",
     ".ndjson": "json",
@@ -33,7 +33,6 @@ BUILDER_OF_SUFFIX = {
     ".txt": "text",
     ".xml": "xml",
 }
-HUB_SECONDS = 10  # to wait for the hub's answer to which commit is the newest
 READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
 
 Patterns = Mapping[str, Sequence[str]]
@@ -82,19 +81,26 @@ def files_there(source: SourceSettings) -> LocalFiles | None:
     Raises:
         UserError: no such file or folder, the wrong kind of setting, or files of several formats.
     """
-    if source.type == "embedded":
+    if source.path == EMBEDDED:
         return None
     place = f"data.dataset_configs.{source.name}"
     if not source.path:
         raise UserError(f"{place}.path is missing: give a hub name, a folder, or a builder such as json")
     patterns = _patterns(place, source.data_files)
     path = Path(source.path)
+    if source.path == "datatrove":
+        patterns = {split: [_datatrove_files(entry) for entry in group] for split, group in patterns.items()}
     if source.path in FILE_BUILDERS:
         if not patterns:
             raise UserError(f"{place}.data_files is missing: the builder {source.path!r} needs files to read")
         if any("://" in pattern for group in patterns.values() for pattern in group):
             return None
-        return LocalFiles(source.path, *_matching(patterns, Path()))
+        splits, missing = _matching(patterns, Path())
+        if source.path == "datatrove":
+            splits = {
+                split: [file for file in files if file.suffix == ".ds"] for split, files in splits.items()
+            }
+        return LocalFiles(source.path, splits, missing)
     if path.is_file():
         builder = _builder_of(path) or "json"
         raise UserError(
@@ -107,19 +113,48 @@ def files_there(source: SourceSettings) -> LocalFiles | None:
     return None
 
 
-def hub_commit(source: SourceSettings) -> str | None:
-    """Commit that a hub data set's `revision` names, or None when the hub does not say; asked once."""
-    if re.fullmatch("[0-9a-f]{40}", source.revision or ""):
-        return source.revision
-    return _ask_for_commit(str(source.path), source.revision)
+def remote_files(source: SourceSettings) -> dict[str, list[tuple[str, int]]]:
+    """URL and bytes of each file of each split, where `data_files` name some behind URLs.
+
+    Patterns are for those that fsspec can list: `s3://bucket/*.jsonl`. What is asked for by https is taken as
+    it is written. Bytes are 0 where the server does not say.
+
+    Raises:
+        UserError: no such file, no package for this kind of URL, or the server refuses.
+    """
+    place = f"data.dataset_configs.{source.name}"
+    found: dict[str, list[tuple[str, int]]] = {}
+    for split, group in _patterns(place, source.data_files).items():
+        found[split] = []
+        for pattern in group:
+            try:
+                urls = _urls(pattern)
+                if not urls:
+                    raise UserError(f"{place}.data_files: no file matches '{pattern}'")
+                found[split] += [(url, size_of(url)) for url in urls]
+            except UserError:
+                raise
+            except Exception as error:  # whatever the client of that protocol raises
+                raise UserError(f"{place}.data_files: cannot read '{pattern}': {why(error)}") from error
+    return found
 
 
-@cache
-def _ask_for_commit(path: str, revision: str | None) -> str | None:
-    try:
-        return HfApi().dataset_info(path, revision=revision, timeout=HUB_SECONDS).sha
-    except Exception:  # offline, refused, or whatever the hub's HTTP client raises; told when the set is read
-        return None
+def _urls(pattern: str) -> list[str]:
+    if pattern.startswith("file://") or "://" not in pattern:
+        return [str(path) for path in _glob(Path(pattern.removeprefix("file://")))]
+    system, path = fsspec.url_to_fs(pattern)
+    if pattern.startswith(("http://", "https://")) or not glob.has_magic(path):
+        system.info(path)  # raises where there is none
+        return [pattern]
+    return [system.unstrip_protocol(name) for name in sorted(system.glob(path))]
+
+
+def size_of(file: str) -> int:
+    """Bytes of a file, 0 where that is not known."""
+    if "://" not in file:
+        return Path(file).stat().st_size
+    system, path = fsspec.url_to_fs(file)
+    return system.info(path).get("size") or 0
 
 
 def digest_of(file: Path) -> str:
@@ -131,13 +166,6 @@ def digest_of(file: Path) -> str:
 @cache
 def _digest(file: Path, size: int, time: int) -> str:
     return file_digest(file)
-
-
-def one_line(error: BaseException) -> str:
-    """First line of an error of a library."""
-    # "An error occurred while generating the dataset" says nothing; its cause does.
-    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
 def _patterns(place: str, data_files: Any) -> dict[str, list[str]]:
@@ -161,6 +189,11 @@ def _matching(patterns: Patterns, base: Path) -> tuple[dict[str, list[Path]], tu
     return {split: sorted({*chain(*group.values())}) for split, group in found.items()}, missing
 
 
+def _datatrove_files(pattern: str) -> str:
+    """The files of a folder, which has others beside each."""
+    return f"{pattern}/**/*.ds" if Path(pattern).is_dir() else pattern
+
+
 def _glob(pattern: Path) -> list[Path]:
     """Files that a pattern names; what exists as it is written is no pattern, be it `exp[1]/a.jsonl`."""
     base = next(path for path in (pattern, *pattern.parents) if path.exists())
@@ -175,22 +208,51 @@ def _files_of_folder(place: str, source: SourceSettings, folder: Path, patterns:
     if patterns:
         splits, missing = _matching(patterns, folder)
         return LocalFiles(_one_builder(place, [*chain(*splits.values())]), splits, missing)
-    # `datasets` knows which files of a folder belong to which split, but takes the folder's own name for a
-    # pattern: it is shown a copy that consists of links, under a name without special characters.
+    names = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    links = {
+        name.as_posix(): folder / name
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+    }
+    builder, splits = by_card(place, source, links)
+    return LocalFiles(builder, {split: [folder / name for name in found] for split, found in splits.items()})
+
+
+def by_card(
+    place: str, source: SourceSettings, files: Mapping[str, Path | None]
+) -> tuple[str, dict[str, list[str]]]:
+    """What `datasets` makes of a folder by its card or the names in it: the builder, and files by split.
+
+    Args:
+        files: path of each file, by its name in the folder; None: it is not here, its name must do.
+
+    Raises:
+        UserError: no such configuration, or no files of a known format.
+    """
+    # `datasets` takes a folder's own name for a pattern: it is shown a copy that consists of links, under a
+    # name without special characters.
     with tempfile.TemporaryDirectory() as temporary:
         mirror = Path(temporary).resolve() / "data"
+        mirror.mkdir()
+        names = {
+            mirror / name.replace("::", "--"): name for name in files
+        }  # to `datasets`, :: chains addresses
         try:
-            shutil.copytree(folder.absolute(), mirror, copy_function=_link, ignore=_hidden)
+            for link, name in names.items():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if file := files[name]:
+                    link.symlink_to(file.absolute())
+                else:
+                    link.touch()
             built = datasets.load_dataset_builder(str(mirror), name=source.config, cache_dir=temporary)
-        except (*READ_ERRORS, shutil.Error) as error:
-            reason = one_line(error).replace(str(mirror), str(folder))
+        except READ_ERRORS as error:
+            reason = one_line(error).replace(str(mirror), str(source.path))
             raise UserError(f"{place}: cannot read {source.path!r}: {reason}") from error
-        real = folder.absolute()
         splits = {
-            str(split): sorted(folder / Path(name).readlink().relative_to(real) for name in names)
-            for split, names in (built.config.data_files or {}).items()
+            str(split): sorted(names[Path(name)] for name in found)
+            for split, found in (built.config.data_files or {}).items()
         }
-        return LocalFiles(type(built).__module__.rpartition(".")[2], splits)
+        return type(built).__module__.rpartition(".")[2], splits
 
 
 def _one_builder(place: str, files: Sequence[Path]) -> str:
@@ -209,15 +271,6 @@ def _one_builder(place: str, files: Sequence[Path]) -> str:
             "those of another in a source of their own"
         )
     return next(iter(builders), "")
-
-
-def _link(file: str, link: str) -> None:
-    name = Path(file).name.replace("::", "--")  # to `datasets`, :: chains addresses
-    Path(link).with_name(name).symlink_to(file)
-
-
-def _hidden(_: str, names: list[str]) -> list[str]:
-    return [name for name in names if name.startswith(".")]
 
 
 def _builder_of(path: Path) -> str | None:

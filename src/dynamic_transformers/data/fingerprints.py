@@ -6,10 +6,14 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+import fsspec
 from transformers.utils.hub import cached_file
 
-from dynamic_transformers.data.files import FILE_BUILDERS, digest_of, files_there, hub_commit
-from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
+from dynamic_transformers.data.files import FILE_BUILDERS, digest_of, files_there
+from dynamic_transformers.data.hub import URL, hub_commit
+from dynamic_transformers.data.sources import Shard
+from dynamic_transformers.manifest import digest
+from dynamic_transformers.settings import EMBEDDED, DataSettings, SourceSettings, UserError
 
 TOKENIZER = "(tokenizer)"  # beside the sources, none of which can have this name
 # What transformers makes a tokenizer of. What it makes differs between its versions; these do not.
@@ -18,6 +22,8 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
 NOT_FOUND = ("gated_repo", "missing_entries", "connection_errors")
+
+BESIDE = {"datatrove": (".index", ".metadata")}  # endings of files that belong to each file of a builder
 
 # SHA-256 of each file, the commit of a hub data set, or the Python version; None: it cannot be told.
 Fingerprint = dict[str, str | None]
@@ -29,6 +35,29 @@ def fingerprints(data: DataSettings) -> dict[str, Fingerprint | None]:
     if data.tokenizer_name is not None:
         found[TOKENIZER] = _of_tokenizer(data.tokenizer_name)
     return found
+
+
+def shard_identity(source: SourceSettings, shard: Shard) -> str:
+    """Digest of all that the rows of a shard depend on: what is read, which part, and how.
+
+    Of a file of this machine it is the SHA-256, of the hub's the commit, of one behind another URL what the
+    server tells of its state, or else the URL alone.
+    """
+    reading = {
+        name: getattr(source, name) for name in ("type", "text_column", "columns", "filter", "sample_by")
+    }
+    content: object
+    if shard.file is None:  # embedded, or read by `datasets`, which takes the source as a whole
+        places = ("name", "path", "config", "data_files", "split", "validation_split")
+        reading |= {name: getattr(source, name) for name in places}
+        content = _of_source(source)
+    elif "://" not in shard.file:
+        names = [shard.file, *(f"{shard.file}{ending}" for ending in BESIDE.get(shard.builder, ()))]
+        content = [_of_file(Path(name)) for name in names]
+    else:
+        content = shard.file if URL.fullmatch(shard.file) else [shard.file, _state_of(shard.file)]
+    what = {"builder": shard.builder, "part": shard.part, "split": shard.split, "content": content}
+    return digest({**reading, **what})
 
 
 def first_change(made: Mapping[str, Fingerprint | None], now: Mapping[str, Fingerprint | None]) -> str | None:
@@ -52,7 +81,7 @@ def first_change(made: Mapping[str, Fingerprint | None], now: Mapping[str, Finge
 
 
 def _of_source(source: SourceSettings) -> Fingerprint | None:
-    if source.type == "embedded":
+    if source.path == EMBEDDED:
         # The standard library, hence the embedded documents, differ between Python versions.
         return {"Python": platform.python_version()}
     try:
@@ -60,11 +89,24 @@ def _of_source(source: SourceSettings) -> Fingerprint | None:
     except (UserError, OSError):
         return None  # told when the source is read
     if files is not None:
-        return {str(file): _of_file(file) for file in (*files.all, *files.missing)}
+        beside = [Path(f"{file}{ending}") for file in files.all for ending in BESIDE.get(files.builder, ())]
+        return {str(file): _of_file(file) for file in (*files.all, *beside, *files.missing)}
     if source.path in FILE_BUILDERS:
         return {}  # behind URLs
     commit = hub_commit(source)
     return {"commit": commit} if commit else None
+
+
+def _state_of(url: str) -> dict[str, str]:
+    """What tells one state of a file behind a URL from another."""
+    try:
+        system, path = fsspec.url_to_fs(url)
+        facts = system.info(path)
+    except Exception:  # whatever the client of that protocol raises; told when the file is read
+        return {}
+    return {
+        key: str(facts[key]) for key in ("ETag", "etag", "size", "LastModified", "mtime") if facts.get(key)
+    }
 
 
 def _of_file(file: Path) -> str | None:

@@ -54,7 +54,7 @@ def write_tasks(
     for source in data.dataset_configs:
         texts = test_texts(source.name, "perplexity", PERPLEXITY_DOCUMENTS, 0)
         tasks[f"perplexity_{source.name}"] = [{"text": text[:PERPLEXITY_CHARACTERS]} for text in texts]
-        if not (source.type == "embedded" and source.name == "math"):  # which is generated
+        if not (source.path == "embedded" and source.name == "math"):  # which is generated
             least = CONTEXT_CHARACTERS + CHOICE_CHARACTERS
             written[source.name] = test_texts(source.name, "cloze", CLOZE_DOCUMENTS, least)
     tasks["cloze"] = cloze(written, data.cloze_examples)

@@ -1,4 +1,4 @@
-"""Rows of local files, read one by one, so that a broken one is a row and not the end of the file."""
+"""Records of one file, read one by one, so that a broken one is a row and not the end of the file."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import fsspec
 import pyarrow
-import pyarrow.parquet
 
 FIRST_ROWS = 100  # a column that none of them has is a mistake, not a broken row
+SHARD_BYTES = 64 * 2**20  # of a file that can be divided
+
+Part = tuple[int, int]
 
 csv.field_size_limit(sys.maxsize)
 
@@ -26,159 +29,298 @@ csv.field_size_limit(sys.maxsize)
 class Row(NamedTuple):
     """One record of a source.
 
-    value: what stands in the text column, a str where the record is sound; bytes that are no UTF-8 become
-        lone surrogates, as Python's `surrogateescape` makes them.
-    number: the line of a text file, else the number of the record, from 1.
+    value: of a reader of this file, the columns of the record by name; of a source, a text, a conversation
+        or token ids. Bytes that are no UTF-8 become lone surrogates, by Python's `surrogateescape`.
+    file: path or URL.
+    number: from 1, the line of a text file, counted from where its part begins, else the record's number.
     fault: why there is no value; `value` is then what was read.
+    dropped: the source's filter leaves it out; there is no value.
     """
 
     value: Any
-    file: Path | None
+    file: str | None
     number: int
     fault: str | None = None
+    dropped: bool = False
 
 
-class NoSuchColumnError(ValueError):
-    """The text column is not there; the message names those that are."""
-
-    def __init__(self, columns: Iterable[str]) -> None:
-        super().__init__(", ".join(columns))
+class UnreadableError(ValueError):
+    """A file that cannot be read by its format's rules; the message is one line that names it."""
 
 
-def text_rows(file: Path, column: str) -> Iterator[Row]:
-    """Each line of a text file, without its end."""
-    if column != "text":
-        raise NoSuchColumnError(["text"])
-    with _open_text(file, "\n") as stream:
-        for number, line in enumerate(stream, 1):
-            yield Row(line.rstrip("\r\n"), file, number)
+class Reader:
+    """How files of one format are read: as a whole, unless a subclass knows how to divide them.
+
+    A part of a file is a pair of its first record and the one behind its last, from 0; the subclass `Lines`
+    counts bytes where a file is no compressed one.
+    """
+
+    def columns(self, file: str) -> list[str]:
+        """Names of the columns, nested ones with dots; none where no record has any."""
+        return names_of(row.value for row in islice(self.rows(file, None, ()), FIRST_ROWS) if not row.fault)
+
+    def rows(self, file: str, part: Part | None, columns: Sequence[str]) -> Iterator[Row]:
+        """The records of a part, or of all; `columns` are those that are needed, none means all."""
+        raise NotImplementedError
+
+    def count(self, file: str, most: int | None = None) -> int:
+        """Number of records, or `most` where there are at least as many."""
+        return sum(1 for _ in islice(self.rows(file, None, ()), most))
+
+    def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
+        """What one process each may read of a file of `size` bytes, or of some records; and bytes, about."""
+        return [(records, size)]
 
 
-def json_rows(file: Path, column: str) -> Iterator[Row]:
-    """The objects of a file with one on each line, or of a file that is one JSON list."""
-    rows = _json_list(file)
-    if rows is None:
-        rows = _json_lines(file)
-    first = list(islice(rows, FIRST_ROWS))
-    columns = list(dict.fromkeys(key for row in first if isinstance(row.value, dict) for key in row.value))
-    if columns and column not in columns:
-        raise NoSuchColumnError(columns)
-    for row in chain(first, rows):
-        if row.fault:
-            yield row
-        elif not isinstance(row.value, dict):
-            yield row._replace(fault=f"{type(row.value).__name__} instead of an object")
-        elif column not in row.value:
-            yield row._replace(fault=f"no {column!r}")
-        else:
-            yield row._replace(value=row.value[column])
+class Csv(Reader):
+    """Records under a header."""
 
+    def __init__(self, delimiter: str) -> None:
+        self.delimiter = delimiter
 
-def csv_rows(file: Path, column: str) -> Iterator[Row]:
-    """The records of a file with a header; `.tsv` is separated by tabs, everything else by commas."""
-    with _open_text(file, "") as stream:
+    def columns(self, file: str) -> list[str]:
+        """The header."""
+        with _open_text(file) as stream:
+            return next(self._reader(stream), [])
+
+    def rows(self, file: str, part: Part | None, columns: Sequence[str]) -> Iterator[Row]:
+        """As `Reader.rows`."""
+        yield from islice(self._all(file), *(part or (None,)))
+
+    def _reader(self, stream: IO[str]) -> Any:
         # Strict: a quote that nobody closes would make one text of all rows behind it.
-        reader = csv.reader(stream, delimiter="\t" if ".tsv" in file.suffixes else ",", strict=True)
-        header = next(reader, [])
-        if column not in header:
-            raise NoSuchColumnError(header)
-        place = header.index(column)
-        while True:
-            try:
-                record = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield Row("", file, reader.line_num, str(error))
-                continue
-            if len(record) == len(header):
-                yield Row(record[place], file, reader.line_num)
-            elif record:
-                fault = f"{len(record)} columns instead of {len(header)}"
-                yield Row(",".join(record), file, reader.line_num, fault)
+        return csv.reader(stream, delimiter=self.delimiter, strict=True)
+
+    def _all(self, file: str) -> Iterator[Row]:
+        with _open_text(file) as stream:
+            reader = self._reader(stream)
+            header = next(reader, [])
+            while True:
+                try:
+                    record = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield Row("", file, reader.line_num, str(error))
+                    continue
+                if len(record) == len(header):
+                    yield Row(dict(zip(header, record, strict=True)), file, reader.line_num)
+                elif record:
+                    fault = f"{len(record)} columns instead of {len(header)}"
+                    yield Row(",".join(record), file, reader.line_num, fault)
 
 
-def parquet_rows(file: Path, column: str) -> Iterator[Row]:
-    """The rows of a parquet file."""
-    with file.open("rb") as stream:
-        table = pyarrow.parquet.ParquetFile(stream)
-        _check_column(table.schema_arrow, column)
-        yield from _column_rows(file, column, table.iter_batches(1024, columns=[column]))
+class Text(Reader):
+    """A text file as one record, its column `text`."""
+
+    def columns(self, file: str) -> list[str]:
+        """`text`."""
+        return ["text"]
+
+    def rows(self, file: str, part: Part | None, columns: Sequence[str]) -> Iterator[Row]:
+        """As `Reader.rows`."""
+        if part is None or part[0] == 0:
+            with _open_text(file) as stream:
+                yield Row({"text": stream.read()}, file, 1)
 
 
-def arrow_rows(file: Path, column: str) -> Iterator[Row]:
-    """The rows of an Arrow file, or of a stream as `datasets` writes it."""
-    with pyarrow.memory_map(str(file)) as stream:
+class Lines(Text):
+    """The lines of a text file, without their ends. Parts are bytes, unless the file is compressed."""
+
+    def rows(self, file: str, part: Part | None, columns: Sequence[str]) -> Iterator[Row]:
+        """As `Reader.rows`."""
+        if part is None or self.in_bytes(file):
+            return (self.row(file, *record) for record in self.records(_lines(file, part)))
+        return islice(self.rows(file, None, columns), *part)
+
+    def row(self, file: str, number: int, begin: int, text: str) -> Row:
+        """The record that stands from the byte `begin` on."""
+        return Row({"text": text.rstrip("\r\n")}, file, number)
+
+    def records(self, lines: Iterable[tuple[int, int, str]]) -> Iterable[tuple[int, int, str]]:
+        """Number, first byte and text of each record."""
+        return lines
+
+    def in_bytes(self, file: str) -> bool:
+        """Whether a part of this file is counted in bytes."""
+        return _opener(file) is None
+
+    def ends_record(self, line: bytes) -> bool:
+        """Whether a new record, or nothing, begins behind this line."""
+        return True
+
+    def count(self, file: str, most: int | None = None) -> int:
+        """As `Reader.count`; nothing is parsed."""
+        return sum(1 for _ in islice(self.records(_lines(file, None)), most))
+
+    def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
+        """As `Reader.parts`; a file of this machine is cut at ends of records."""
+        if not self.in_bytes(file):
+            return [(records, size)]
+        begin, end = self._bytes_of(file, records, size) if records else (0, size)
+        if "://" in file or end - begin <= SHARD_BYTES:
+            return [((begin, end) if records else None, end - begin)]
+        cuts = [begin]
+        with Path(file).open("rb") as stream:
+            while end - cuts[-1] > SHARD_BYTES:
+                stream.seek(cuts[-1] + SHARD_BYTES - 1)
+                stream.readline()
+                for line in iter(stream.readline, b""):
+                    if self.ends_record(line):
+                        break
+                if stream.tell() >= end:
+                    break
+                cuts.append(stream.tell())
+        return [((cut, after), after - cut) for cut, after in zip(cuts, [*cuts[1:], end], strict=True)]
+
+    def _bytes_of(self, file: str, records: Part, size: int) -> Part:
+        first, last = records
+        places = (begin for _, begin, _ in self.records(_lines(file, None)))
+        begin = next(islice(places, first, None), size) if first else 0
+        end = next(islice(places, last - first - (first > 0), None), size)
+        return begin, max(begin, end)
+
+
+class Paragraphs(Lines):
+    """Runs of lines between empty ones."""
+
+    def records(self, lines: Iterable[tuple[int, int, str]]) -> Iterator[tuple[int, int, str]]:
+        """As `Lines.records`."""
+        number, begin, found = 0, 0, []
+        for place, start, line in lines:
+            if line.strip():
+                if not found:
+                    number, begin = place, start
+                found.append(line.rstrip("\r\n"))
+            elif found:
+                yield number, begin, "\n".join(found)
+                found = []
+        if found:
+            yield number, begin, "\n".join(found)
+
+    def ends_record(self, line: bytes) -> bool:
+        """As `Lines.ends_record`."""
+        return not line.strip()
+
+
+class Json(Lines):
+    """The objects of a file with one on each line, or of a file that is one JSON list."""
+
+    def columns(self, file: str) -> list[str]:
+        """As `Reader.columns`."""
+        return Reader.columns(self, file)
+
+    def rows(self, file: str, part: Part | None, columns: Sequence[str]) -> Iterator[Row]:
+        """As `Reader.rows`."""
+        rows = None if self.in_bytes(file) else _json_list(file)
+        if rows is None:
+            return super().rows(file, part, columns)
+        return islice(rows, *(part or (None,)))
+
+    def row(self, file: str, number: int, begin: int, text: str) -> Row:
+        """As `Lines.row`."""
         try:
-            table = pyarrow.ipc.open_file(stream)
-            batches = map(table.get_batch, range(table.num_record_batches))
-        except pyarrow.ArrowInvalid:
-            stream.seek(0)
-            batches = table = pyarrow.ipc.open_stream(stream)
-        _check_column(table.schema, column)
-        yield from _column_rows(file, column, batches)
+            return _json_row(json.loads(text), file, number)
+        except (ValueError, RecursionError) as error:
+            return Row(text, file, number, f"broken JSON ({str(error).removesuffix(': line 1')})")
+
+    def records(self, lines: Iterable[tuple[int, int, str]]) -> Iterator[tuple[int, int, str]]:
+        """As `Lines.records`."""
+        return (line for line in lines if line[2] and not line[2].isspace())
+
+    def in_bytes(self, file: str) -> bool:
+        """As `Lines.in_bytes`; what may be a list is not cut."""
+        return super().in_bytes(file) and not _begins_list(file)
+
+    def count(self, file: str, most: int | None = None) -> int:
+        """As `Reader.count`."""
+        return super().count(file, most) if self.in_bytes(file) else Reader.count(self, file, most)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
-    "text": text_rows,
-    "json": json_rows,
-    "csv": csv_rows,
-    "parquet": parquet_rows,
-    "arrow": arrow_rows,
-}
-OPENERS: dict[bytes, Callable[[Path], Any]] = {
+# What a cut or damaged file raises, of whatever format and compression.
+DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
+_OPENERS: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
-    b"\x28\xb5\x2f\xfd": lambda file: pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd"),
+    b"\x28\xb5\x2f\xfd": lambda stream: pyarrow.CompressedInputStream(pyarrow.PythonFile(stream), "zstd"),
 }
-# What a cut or damaged file raises, of whatever format and compression.
-DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
 
 
-def _json_lines(file: Path) -> Iterator[Row]:
-    with _open_text(file, "\n") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.isspace():
-                continue
-            try:
-                yield Row(json.loads(line), file, number)
-            except (ValueError, RecursionError) as error:
-                yield Row(line, file, number, f"broken JSON ({str(error).removesuffix(': line 1')})")
+def names_of(records: Iterable[Any]) -> list[str]:
+    """Keys of all records, nested ones with dots, in the order in which they come."""
+    names: dict[str, None] = {}
+
+    def add(record: Any, prefix: str) -> None:
+        for key, value in record.items():
+            names[f"{prefix}{key}"] = None
+            if isinstance(value, dict):
+                add(value, f"{prefix}{key}.")
+
+    for record in records:
+        add(record, "")
+    return list(names)
 
 
-def _json_list(file: Path) -> Iterator[Row] | None:
+def open_binary(file: str) -> IO[bytes]:
+    """A file of this machine, or one behind a URL, as it is."""
+    if "://" in file:
+        return fsspec.open(file, "rb").open()  # type: ignore[return-value]
+    return Path(file).open("rb")
+
+
+def _opener(file: str) -> Any:
+    """What decompresses a file; None where nothing need."""
+    with open_binary(file) as stream:
+        start = stream.read(6)
+    return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
+
+
+def _open(file: str) -> IO[bytes]:
+    """The bytes of a file, decompressed."""
+    opener = _opener(file)
+    stream = open_binary(file)
+    return stream if opener is None else opener(stream)
+
+
+def _open_text(file: str) -> IO[str]:
+    """A file as text, its line ends as they are; a byte order mark is skipped."""
+    return io.TextIOWrapper(_open(file), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _lines(file: str, part: Part | None) -> Iterator[tuple[int, int, str]]:
+    """Number, first byte and text of each line, its end included."""
+    begin, end = part or (0, None)
+    with _open(file) as stream:
+        if begin:
+            stream.seek(begin)
+        # A buffer of its own: pyarrow's streams and some of fsspec's know no lines, or are slow at them.
+        reader = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore[type-var]
+        for number, line in enumerate(reader, 1):
+            if end is not None and begin >= end:
+                return
+            encoding = "utf-8-sig" if begin == 0 else "utf-8"
+            yield number, begin, line.decode(encoding, "surrogateescape")
+            begin += len(line)
+
+
+def _begins_list(file: str) -> bool:
+    with _open(file) as stream:
+        return stream.read(64).decode("utf-8-sig", "replace").lstrip().startswith("[")
+
+
+def _json_list(file: str) -> Iterator[Row] | None:
     """None unless the whole file is one list."""
-    with _open_text(file, "\n") as stream:
-        if not (start := stream.readline()).lstrip().startswith("["):
-            return None
+    if not _begins_list(file):
+        return None
+    with _open_text(file) as stream:
         try:
-            values = json.loads(start + stream.read())
+            values = json.loads(stream.read())
         except (ValueError, RecursionError):
             return None
-    return (Row(value, file, number) for number, value in enumerate(values, 1))
+    return (_json_row(value, file, number) for number, value in enumerate(values, 1))
 
 
-def _check_column(schema: pyarrow.Schema, column: str) -> None:
-    if column not in schema.names:
-        raise NoSuchColumnError(schema.names)
-
-
-def _column_rows(file: Path, column: str, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Row]:
-    number = 0
-    for batch in batches:
-        array = batch.column(column)
-        text = pyarrow.types.is_string(array.type) or pyarrow.types.is_large_string(array.type)
-        # As bytes: converted as text, one wrong byte would refuse the whole batch.
-        for value in (array.cast(pyarrow.large_binary()) if text else array).to_pylist():
-            number += 1
-            decoded = value.decode(errors="surrogateescape") if text and value is not None else value
-            yield Row(decoded, file, number)
-
-
-def _open_text(file: Path, newline: str) -> IO[str]:
-    """A file, compressed or not, as text; a byte order mark is skipped."""
-    with file.open("rb") as stream:
-        start = stream.read(6)
-    opener = next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), io.FileIO)
-    return io.TextIOWrapper(opener(file), encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+def _json_row(value: Any, file: str, number: int) -> Row:
+    fault = None if isinstance(value, dict) else f"{type(value).__name__} instead of an object"
+    return Row(value, file, number, fault)

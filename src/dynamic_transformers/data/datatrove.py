@@ -1,0 +1,102 @@
+"""Token ids of the files that datatrove's DocumentTokenizer writes.
+
+Beside `x.ds`, the tokens as uint16 or uint32, stand `x.ds.index`, the end of each document in tokens as
+uint64, and `x.ds.metadata`, whose first line is `tokenizer|bytes of a token`. All are little-endian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers.utils.hub import cached_file
+
+from dynamic_transformers.data.refusals import why
+from dynamic_transformers.data.rows import Part, Reader, Row, UnreadableError
+from dynamic_transformers.data.tables import divided
+
+PIECE = 1024  # documents; no part is smaller
+
+
+class Datatrove(Reader):
+    """The documents of a file as token ids (N,), without what begins and ends them."""
+
+    def columns(self, file: str) -> list[str]:
+        """None: there are only tokens."""
+        _open(file)
+        return []
+
+    def rows(self, file: str, part: Part | None, columns: Sequence[str]) -> Iterator[Row]:
+        """As `Reader.rows`; `value` is an array.
+
+        Raises:
+            UnreadableError: files that do not belong together, or no tokenizer that the metadata name.
+        """
+        ends, tokens = _open(file)
+        markers = _markers(file)
+        first, last = part or (0, len(ends))
+        for number in range(first, min(last, len(ends))):
+            begin = int(ends[number - 1]) if number else 0
+            document = np.array(tokens[begin : int(ends[number])])
+            inner = np.flatnonzero(~np.isin(document, markers))
+            yield Row(document[inner[0] : inner[-1] + 1] if len(inner) else document[:0], file, number + 1)
+
+    def count(self, file: str, most: int | None = None) -> int:
+        """As `Reader.count`, from the index."""
+        documents = len(_open(file)[0])
+        return documents if most is None else min(documents, most)
+
+    def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
+        """As `Reader.parts`, from the index."""
+        ends, tokens = _open(file)
+        borders = np.array([*range(0, len(ends), PIECE), len(ends)])
+        sizes = np.diff(np.concatenate([[0], ends])[borders]) * tokens.itemsize
+        return divided(records, np.diff(borders).tolist(), sizes.tolist())
+
+
+def tokenizer_of(file: str) -> str | None:
+    """The tokenizer that a file's metadata name; None where there are none, or they name none."""
+    metadata = Path(f"{file}.metadata")
+    if not metadata.is_file():
+        return None
+    name = metadata.read_text(encoding="utf-8").partition("\n")[0].rpartition("|")[0]
+    return None if name in ("", "Unknown Tokenizer") else name
+
+
+def _open(file: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the documents in tokens, and all tokens, mapped."""
+    if Path(f"{file}.loss").exists():
+        raise UnreadableError(f"{file}.loss: masks of datatrove are not read; write the folder without them")
+    index = Path(f"{file}.index")
+    if not index.is_file():
+        raise UnreadableError(f"{index} is missing: datatrove writes it beside {file}")
+    ends = np.fromfile(index, dtype="<u8").astype(np.int64)
+    size = Path(file).stat().st_size
+    width = size // int(ends[-1]) if len(ends) and ends[-1] else 0
+    if width not in (2, 4) or width * int(ends[-1]) != size or np.any(np.diff(ends, prepend=0) < 0):
+        raise UnreadableError(
+            f"{file}: {size} bytes do not fit the index beside it: one of them is cut off or another's"
+        )
+    return ends, np.memmap(file, dtype=f"<u{width}", mode="r")
+
+
+def _markers(file: str) -> np.ndarray:
+    """Ids that begin and end documents: the special tokens of the tokenizer."""
+    tokenizer = tokenizer_of(file)
+    if tokenizer is None:
+        raise UnreadableError(f"{file}.metadata names no tokenizer: its tokens cannot be read")
+    try:
+        return np.array(_special_tokens(tokenizer))
+    except OSError as error:
+        raise UnreadableError(f"{file}.metadata: its tokenizer {tokenizer}: {why(error)}") from error
+
+
+@cache
+def _special_tokens(name: str) -> tuple[int, ...]:
+    """Ids of the special tokens of a tokenizer: of the hub, of a folder, or of a tokenizer.json."""
+    found = name if Path(name).is_file() else cached_file(name, "tokenizer.json")
+    tokens = Tokenizer.from_file(str(found)).get_added_tokens_decoder()
+    return tuple(number for number, token in tokens.items() if token.special)
