@@ -220,14 +220,31 @@ class DataSettings:
     processes: Count | None = None  # that tokenize; None: one for each core, where there is enough to do
     batch_size: Annotated[int, In("[1, 1048576]")] = 8  # blocks per device and forward pass
     max_tokens: Count | None = None  # of the training split; None: as many as the weights allow
+    exhausted: Annotated[str, OneOf("stop", "repeat", "redistribute")] = "stop"  # where a source runs dry
+    max_epochs: Annotated[float, In("[1, inf)")] = 4.0  # of a source in the mixture; more gives a warning
+    packing: Annotated[str | None, OneOf("concatenate", "best_fit")] = (
+        None  # of documents into blocks; None: best_fit where a source has conversations, else concatenate
+    )
     validation_split_percentage: Annotated[float, In("(0, 100)")] = 5.0
     test_split_percentage: Annotated[float, In("(0, 100)")] = 5.0
     max_eval_tokens: Count = 65536  # of the validation and of the test split, each
     min_characters: Annotated[int, In("[0, inf)")] = 32
+    max_document_characters: Count | None = None  # None: documents of any length
+    long_documents: Annotated[str, OneOf("cut", "filter")] = "cut"  # what becomes of longer ones
     max_broken_fraction: Fraction = 0.01
     cloze_examples: Annotated[int, In("[0, inf)")] = 64
     arithmetic_examples: Annotated[int, In("[0, inf)")] = 64
     output_dir: Annotated[str | None, Place()] = None  # None: run.output_dir/data/<digest of these settings>
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether a source has conversations."""
+        return any(source.type == "finetune" for source in self.dataset_configs)
+
+    @property
+    def packs_by_best_fit(self) -> bool:
+        """What `packing` comes to."""
+        return self.packing == "best_fit" or (self.packing is None and self.has_conversations)
 
 
 @dataclass

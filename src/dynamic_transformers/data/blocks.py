@@ -68,7 +68,7 @@ class BlockWriter:
         folder.mkdir()
         self.block_size, self.dtype = block_size, token_dtype(vocab_size)
         self.target_counts = np.zeros(vocab_size, dtype=np.int64)  # how often each id is a target
-        self.added = self.written = self.bytes = 0
+        self.added = self.written = self.bytes = self.padding = 0
         names = [TOKENS, ENDS, SOURCES, BYTES, *([TARGETS] if masked else [])]
         self._files = {name: HashedFile(folder / name) for name in names}
         self._waiting: list[Piece] = []
@@ -79,6 +79,7 @@ class BlockWriter:
         self._waiting.append(piece)
         self.added += len(piece.input_ids)
         self._ends.append((self.added, piece.source))
+        self.padding += len(piece.input_ids) if piece.source == PADDING else 0
         if self.added - self.written >= FLUSH_TOKENS:
             self._write(8 * self.block_size)  # targets are whole bytes
 
@@ -93,6 +94,8 @@ class BlockWriter:
             "tokens": self.written,
             "target_tokens": int(self.target_counts.sum()),
             "bytes": self.bytes,
+            "padding_tokens": self.padding,
+            "dropped_tokens": self.added - self.written,
             "token_dtype": self.dtype.str,
             "sha256": digest(files),
             "files": files,

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from datetime import date
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dynamic_transformers.data.encoding import Encoded
 from dynamic_transformers.settings import UserError
 
 # Every turn ends with the end of text, which also begins the conversation, as it does documents.
@@ -35,21 +36,6 @@ GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 logger = logging.getLogger("dynamic_transformers")
-
-
-class EncodedConversation(NamedTuple):
-    """One conversation of N tokens.
-
-    Attributes:
-        input_ids: (N,) int32.
-        targets: (N,) bool, the tokens of the assistant's turns, which have a loss; never the first token.
-        num_bytes: (N,) uint32, UTF-8 bytes of the text that each token stands for, 0 for special tokens. A
-            token that holds the end of a role's header and the beginning of a turn counts only the turn's.
-    """
-
-    input_ids: np.ndarray
-    targets: np.ndarray
-    num_bytes: np.ndarray
 
 
 class ConversationEncoder:
@@ -107,8 +93,10 @@ class ConversationEncoder:
         self._closing = re.compile(rf"({spellings})\s*\Z")
         self._has_warned = False
 
-    def __call__(self, messages: Sequence[dict[str, Any]]) -> EncodedConversation:
+    def __call__(self, messages: Sequence[dict[str, Any]]) -> Encoded:
         """Encode one conversation: messages with `role`, `content` and what else the template reads.
+
+        A token that holds the end of a role's header and the beginning of a turn counts the turn's bytes.
 
         Raises:
             ValueError: the template refuses it, no turn of the assistant has a loss, it is no valid UTF-8, or
@@ -147,7 +135,7 @@ class ConversationEncoder:
             np.diff(_before(widths)[ends], prepend=0),
         )
         num_bytes[special] = 0
-        return EncodedConversation(ids, targets, num_bytes.astype(np.uint32))
+        return Encoded(ids, num_bytes.astype(np.uint32), targets)
 
     def _break(self, value: Any) -> Any:
         """Put BREAK behind the first character of every spelling of a special token."""

@@ -15,7 +15,8 @@ from dynamic_transformers.settings import DataSettings, SourceSettings
 
 SPLITS = ("train", "validation", "test")
 # What becomes of a record that is no document, as the account of a source names it.
-QUARANTINED, FILTERED = "quarantined", "filtered"
+QUARANTINED, FILTERED, UNUSED = "quarantined", "filtered", "unused"
+RANKS = 1 << 64  # different ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +27,24 @@ class Document:
     cut: whether there was more of it.
     """
 
-    value: Any
+    value: str | list[dict[str, Any]] | np.ndarray
     digest: bytes
     split: str
     cut: bool = False
+
+    @property
+    def text(self) -> str:
+        """What it says; nothing for token ids."""
+        if isinstance(self.value, str):
+            return self.value
+        return "" if isinstance(self.value, np.ndarray) else text_of_messages(self.value)
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """A record that is no document.
 
-    outcome: QUARANTINED or FILTERED.
+    outcome: QUARANTINED, FILTERED or UNUSED.
     reason: in words.
     """
 
@@ -46,13 +54,30 @@ class Rejected:
 
 def document_of(row: Row, shard: Shard, source: SourceSettings, data: DataSettings) -> Document | Rejected:
     """What a row becomes; neither order, seed nor the other rows matter."""
+    if row.dropped:
+        return Rejected(FILTERED, "left out by the source's filter")
     value = row.value
     if reason := row.fault or _broken(value):
         return Rejected(QUARANTINED, reason)
     if isinstance(value, str) and len(value) < data.min_characters:
         return Rejected(FILTERED, "too short")
     digest = hashlib.sha256(_content(value)).digest()
-    return Document(value, digest, split_of(digest, data))
+    split = "validation" if shard.split == "validation" else split_of(digest, data)
+    ratio = source.train_subset_ratio
+    if split == "train" and ratio is not None and rank(digest, 0, "subset") >= ratio * RANKS:
+        return Rejected(UNUSED, "not of the part that train_subset_ratio asks for")
+    document = Document(value, digest, split)
+    limit = data.max_document_characters
+    if limit is None or _characters(document) <= limit:
+        return document
+    if data.long_documents == "cut" and isinstance(value, str):
+        return Document(value[:limit], digest, split, cut=True)
+    return Rejected(FILTERED, "too long")
+
+
+def text_of_messages(messages: list[dict[str, Any]]) -> str:
+    """What the messages of a conversation say."""
+    return "\n".join(str(message.get("content") or "") for message in messages)
 
 
 def split_of(digest: bytes, data: DataSettings) -> str:
@@ -68,6 +93,11 @@ def split_of(digest: bytes, data: DataSettings) -> str:
 def rank(digest: bytes, seed: int, purpose: str) -> int:
     """The first 64 bits of a hash that orders documents: adding one does not reorder the others."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{purpose}:".encode() + digest).digest()[:8])
+
+
+def _characters(document: Document) -> int:
+    """Characters of a document; of token ids their number, which is less."""
+    return len(document.value) if isinstance(document.value, np.ndarray) else len(document.text)
 
 
 def _content(value: Any) -> bytes:

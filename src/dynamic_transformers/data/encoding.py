@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
+
+if TYPE_CHECKING:  # it imports transformers, which texts need not
+    from dynamic_transformers.data.conversations import ConversationEncoder
 
 PART_CHARACTERS = 100_000  # of a long text that is tokenized in parts, which bounds the memory that it takes
 WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")
@@ -122,3 +125,26 @@ def _bytes_by_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarr
         widths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
         ends = np.concatenate([[0], np.cumsum(widths)])[ends]
     return np.diff(ends, prepend=0)
+
+
+class DocumentEncoder:
+    """Encodes documents of each kind.
+
+    Args:
+        texts: encodes texts, and adds the markers to token ids.
+        conversations: encodes messages; None where no source has any.
+    """
+
+    def __init__(self, texts: Encoder, conversations: ConversationEncoder | None):
+        self.texts, self.conversations = texts, conversations
+
+    def other(self, value: list[dict[str, Any]] | np.ndarray) -> Encoded:
+        """A conversation or token ids.
+
+        Raises:
+            ValueError: the chat template refuses the conversation.
+        """
+        if isinstance(value, np.ndarray):
+            return self.texts.of_tokens(value)
+        assert self.conversations is not None
+        return self.conversations(value)

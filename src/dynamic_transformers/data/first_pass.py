@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.documents import rank
-from dynamic_transformers.data.encoding import Encoder
+from dynamic_transformers.data.encoding import DocumentEncoder, Encoder
 from dynamic_transformers.data.fingerprints import shard_identity
 from dynamic_transformers.data.merging import ShardFolder
 from dynamic_transformers.data.mixing import shares
@@ -29,6 +29,7 @@ BYTES_OF_A_PROCESS = 16 << 20  # for fewer, the start of one more does not pay
 # What a shard depends on, beside its source and the tokenizer.
 SHARD_SETTINGS = (
     *("validation_split_percentage", "test_split_percentage", "min_characters", "arithmetic_examples"),
+    *("max_document_characters", "long_documents"),
 )
 
 logger = logging.getLogger("dynamic_transformers")
@@ -38,7 +39,7 @@ logger = logging.getLogger("dynamic_transformers")
 class EncodeJob:
     """A shard to be tokenized into a folder.
 
-    tokenizer: file of the tokenizer.
+    tokenizer: folder of the tokenizer.
     markers: ids of what begins and what ends a document.
     """
 
@@ -61,27 +62,28 @@ class SampleJob:
 
 
 def encode_all(
-    data: DataSettings, tokenizer: PreTrainedTokenizerFast, tokenizer_file: Path, work: Path
+    data: DataSettings, tokenizer: PreTrainedTokenizerFast, tokenizer_folder: Path, work: Path
 ) -> tuple[list[Account], list[ShardFolder]]:
     """Tokenize what is not tokenized yet; an account for each source, and all shards.
 
     Args:
+        tokenizer_folder: where the tokenizer lies.
         work: holds a folder for each finished shard.
 
     Raises:
         UserError: a source cannot be read.
     """
     markers = marker_ids(tokenizer)
-    made_with = digest(
-        [file_digest(tokenizer_file), markers, {name: getattr(data, name) for name in SHARD_SETTINGS}]
-    )
+    settings = {name: getattr(data, name) for name in SHARD_SETTINGS}
+    rules = [file_digest(tokenizer_folder / "tokenizer.json"), tokenizer.chat_template, markers, settings]
+    made_with = digest(rules)
     jobs = [
         EncodeJob(
             work / digest([made_with, shard_identity(source, shard)])[:16],
             shard,
             source,
             data,
-            tokenizer_file,
+            tokenizer_folder,
             markers,
         )
         for source in data.dataset_configs
@@ -138,20 +140,29 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
 def _encode(job: EncodeJob) -> int:
     """Do a job; the number of its tokens."""
     with fresh_folder(job.folder) as folder:
-        write_shard(folder, job.shard, job.source, job.data, _encoder(job.tokenizer, job.markers))
+        encoder = _encoder(job.tokenizer, job.markers, job.source.type == "finetune")
+        write_shard(folder, job.shard, job.source, job.data, encoder)
     return Account.read(job.folder).tokens
 
 
 @cache
-def _encoder(tokenizer: Path, markers: tuple[int, int]) -> Encoder:
-    return Encoder(Tokenizer.from_file(str(tokenizer)), *markers)
+def _encoder(tokenizer: Path, markers: tuple[int, int], chat: bool) -> DocumentEncoder:
+    texts = Encoder(Tokenizer.from_file(str(tokenizer / "tokenizer.json")), *markers)
+    if not chat:
+        return DocumentEncoder(texts, None)
+    # Not above: texts need neither transformers nor the seconds and the memory that it takes.
+    from transformers import PreTrainedTokenizerFast
+
+    from dynamic_transformers.data.conversations import ConversationEncoder
+
+    return DocumentEncoder(texts, ConversationEncoder(PreTrainedTokenizerFast.from_pretrained(tokenizer)))
 
 
 def _sample(job: SampleJob) -> list[tuple[int, str]]:
     sample = Sample(job.characters)
-    for document in documents_of(job.shard, job.source, job.data, Account()):
-        if document.split == "train" and isinstance(document.value, str):
-            sample.add(rank(document.digest, 0, "sample"), document.value)
+    for _, document in documents_of(job.shard, job.source, job.data, Account()):
+        if document.split == "train" and document.text:
+            sample.add(rank(document.digest, 0, "sample"), document.text)
     return sample.texts()
 
 

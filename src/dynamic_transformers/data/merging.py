@@ -11,26 +11,19 @@ import os
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from dynamic_transformers.data.blocks import Piece, token_dtype
-from dynamic_transformers.data.documents import SPLITS, rank
+from dynamic_transformers.data.documents import RANKS, SPLITS, rank
+from dynamic_transformers.data.pools import CANDIDATE, ORDERED, Choice, Pool
 from dynamic_transformers.data.shards import INDEX, INDEX_FILE, TARGETS, TEXTS, TOKENS, WIDTHS
 
-COMPARED, ORDERED = 1 << 18, 1 << 20  # documents at once, about
+COMPARED = 1 << 18  # documents at once, about
 OPEN_FILES = 400
-RANKS = 1 << 64  # different ranks
-BUCKET_BITS = 16
-BUCKETS = 1 << BUCKET_BITS  # of ranks, by their first bits
-
-# A document that stays: its rank among those of its source, its rank in the mixture, where its tokens are.
-CANDIDATE = np.dtype(
-    [("choose", "<u8"), ("place", "<u8"), ("shard", "<u4"), ("row", "<u4"), ("tokens", "<u4")]
-)
 
 
 class ShardFolder(NamedTuple):
@@ -107,66 +100,6 @@ class Shards:
 
 
 @dataclass
-class Pool:
-    """Documents of one source in one split, each once, in a file of CANDIDATE.
-
-    Attributes:
-        documents, tokens: their numbers.
-        bucket_tokens: tokens by the first bits of `choose`, (BUCKETS,).
-    """
-
-    file: Path
-    documents: int = 0
-    tokens: int = 0
-    bucket_tokens: np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, dtype=np.int64))
-
-    def add(self, candidates: np.ndarray) -> None:
-        """Append documents."""
-        with self.file.open("ab") as file:
-            candidates.tofile(file)
-        self.documents += len(candidates)
-        self.tokens += int(candidates["tokens"].sum(dtype=np.int64))
-        np.add.at(self.bucket_tokens, _bucket_of(candidates["choose"]), candidates["tokens"])
-
-    def parts(self) -> Iterator[np.ndarray]:
-        """All documents, some at a time."""
-        if not self.documents:
-            return
-        with self.file.open("rb") as file:
-            while len(part := np.fromfile(file, CANDIDATE, ORDERED)):
-                yield part
-
-    def choose(self, quota: float) -> Choice:
-        """The documents of the lowest ranks, as few as have `quota` tokens, or all."""
-        if quota >= self.tokens:
-            return Choice(RANKS - 1, self.documents, self.tokens)
-        sums = np.cumsum(self.bucket_tokens)
-        bucket = int(np.searchsorted(sums, quota, side="left"))
-        inside = [part[_bucket_of(part["choose"]) == bucket] for part in self.parts()]
-        ordered = np.sort(np.concatenate(inside), order="choose")
-        before = sums[bucket] - self.bucket_tokens[bucket]
-        reached = before + np.cumsum(ordered["tokens"], dtype=np.int64)
-        last = int(np.searchsorted(reached, quota, side="left"))
-        rank = int(ordered["choose"][last])
-        documents = sum(int((part["choose"] <= rank).sum()) for part in self.parts())
-        return Choice(rank, documents, int(reached[last]), int(ordered["tokens"][last]))
-
-
-class Choice(NamedTuple):
-    """Documents of a pool up to a rank.
-
-    last: `choose` of the last one.
-    documents, tokens: their numbers.
-    last_tokens: of the last one, where there are others behind it.
-    """
-
-    last: int
-    documents: int
-    tokens: int
-    last_tokens: int = 0
-
-
-@dataclass
 class Duplicates:
     """Documents that another one is equal to."""
 
@@ -237,6 +170,8 @@ def mixture(shards: Shards, pools: Sequence[Pool], choices: Sequence[Sequence[Ch
                     taken = (candidates["choose"] <= choice.last) & (places >= low) & (places <= high)
                     here.append(np.copy(candidates[taken]))
                     here[-1]["place"] = places[taken]
+                    if choice.cut_tokens:
+                        here[-1]["tokens"][here[-1]["choose"] == choice.last] = choice.last_tokens
         for entry in np.sort(np.concatenate(here), order=("place", "shard", "row")):
             yield shards.piece(int(entry["shard"]), int(entry["row"]), int(entry["tokens"]))
 
@@ -288,10 +223,6 @@ def _candidates(found: np.ndarray, seed: int) -> np.ndarray:
         ranks = (rank(digest, seed, purpose) for digest in digests)
         candidates[column] = np.fromiter(ranks, "<u8", len(found))
     return candidates
-
-
-def _bucket_of(ranks: np.ndarray) -> np.ndarray:
-    return (ranks >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
 
 
 def _place(places: np.ndarray, epoch: int) -> np.ndarray:

@@ -6,23 +6,29 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dynamic_transformers.data.blocks import BlockWriter, Piece, unigram_loss
+from dynamic_transformers.data.blocks import unigram_loss
+from dynamic_transformers.data.conversations import PLAIN_TEMPLATE
 from dynamic_transformers.data.documents import SPLITS
 from dynamic_transformers.data.files import digest_of
 from dynamic_transformers.data.fingerprints import fingerprints, first_change
 from dynamic_transformers.data.first_pass import encode_all, sample_all
-from dynamic_transformers.data.merging import Choice, Duplicates, Pool, Shards, each_once, lowest, mixture
-from dynamic_transformers.data.mixing import quotas, shares
+from dynamic_transformers.data.merging import Shards, each_once, lowest, mixture
 from dynamic_transformers.data.probes import write_tasks
-from dynamic_transformers.data.shards import Account
+from dynamic_transformers.data.splits import (
+    check_broken,
+    check_splits,
+    choose,
+    source_facts,
+    warn,
+    write_split,
+)
 from dynamic_transformers.data.tokenization import load_pretrained_tokenizer, train_tokenizer
 from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.manifest import MANIFEST, digest, fresh_folder, read_manifest, write_manifest
@@ -35,7 +41,7 @@ logger = logging.getLogger("dynamic_transformers")
 
 
 def data_config(settings: Settings) -> dict[str, Any]:
-    """The settings that the data depend on: the seed, and the data settings but batch size, place, processes."""
+    """The settings that the data depend on: the seed, and the data settings but batch, place, processes."""
     config = dataclasses.asdict(settings.data)
     del config["batch_size"], config["output_dir"], config["processes"]
     return {**config, "seed": settings.run.seed}
@@ -176,33 +182,23 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
     tokenizer = _tokenizer(data)
     tokenizer.save_pretrained(folder / "tokenizer")
     tokenizer_files = _digests((folder / "tokenizer").iterdir())
-    accounts, finished = encode_all(data, tokenizer, folder / "tokenizer" / "tokenizer.json", work)
-    _check_broken(data, accounts)
+    accounts, finished = encode_all(data, tokenizer, folder / "tokenizer", work)
+    check_broken(data, accounts)
     lines = [json.dumps(record) + "\n" for account in accounts for record in account.quarantine]
     (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    names = [source.name for source in data.dataset_configs]
-    weights = {source.name: source.weight for source in data.dataset_configs}
     shutil.rmtree(work / "pools", ignore_errors=True)
     with closing(Shards(finished, len(tokenizer))) as shards:
-        pools, duplicates = each_once(shards, len(names), seed, work / "pools")
-        for number, name in enumerate(names):
-            _check_splits(name, data, {split: pools[split][number].documents for split in SPLITS})
-        splits: dict[str, dict[str, Any]] = {}
-        counts: dict[str, np.ndarray] = {}
-        chosen: dict[str, list[list[Choice]]] = {}
+        pools, duplicates = each_once(shards, len(data.dataset_configs), seed, work / "pools")
+        check_splits(data, pools)
+        chosen = {split: choose(data, split, pools[split]) for split in SPLITS}
+        splits, counts = {}, {}
         for split in SPLITS:
-            asked = quotas(
-                {name: pool.tokens for name, pool in zip(names, pools[split], strict=True)},
-                weights,
-                data.max_tokens if split == "train" else data.max_eval_tokens,
-                "stop",
-            )
-            chosen[split] = [
-                [pool.choose(asked[name])] for name, pool in zip(names, pools[split], strict=True)
-            ]
             pieces = mixture(shards, pools[split], chosen[split])
-            splits[split], counts[split] = _write_split(folder / split, pieces, data, len(tokenizer))
+            splits[split], counts[split] = write_split(folder / split, pieces, data, tokenizer)
+        sources = source_facts(data, accounts, duplicates, pools, chosen["train"])
+        warn(data, sources)
+        names = [source.name for source in data.dataset_configs]
 
         def test_texts(source: str, purpose: str, count: int, shortest: int) -> list[str]:
             return lowest(shards, pools["test"][names.index(source)], purpose, count, shortest)
@@ -210,7 +206,7 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
         questions = set().union(*(account.questions for account in accounts))
         write_tasks(folder / "tasks", test_texts, questions, data)
     return {
-        "sources": _source_facts(names, weights, accounts, pools, duplicates, chosen),
+        "sources": sources,
         "splits": splits,
         # What a training reads. Neither where the data came from nor what made them is part of it.
         "content_digest": digest(
@@ -236,94 +232,10 @@ def _tokenizer(data: DataSettings) -> PreTrainedTokenizerFast:
         return load_pretrained_tokenizer(data.tokenizer_name)
     texts = sample_all(data, TOKENIZER_CHARACTERS)
     tokenizer = train_tokenizer(texts, data.vocab_size)
+    if data.has_conversations:
+        tokenizer.chat_template = PLAIN_TEMPLATE
     logger.info("tokenizer: %d entries, trained on %d documents", len(tokenizer), len(texts))
     return tokenizer
-
-
-def _write_split(
-    folder: Path, pieces: Iterable[Piece], data: DataSettings, vocab_size: int
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Write a split; returns its facts, and how often each token id is a target."""
-    writer = BlockWriter(folder, data.block_size, vocab_size)
-    documents = 0
-    for piece in pieces:
-        writer.add(piece)
-        documents += 1
-    facts = {"documents": documents, **writer.close()}
-    if not facts["blocks"]:
-        raise UserError(
-            f"the {folder.name} split has {writer.added} tokens, less than "
-            f"data.block_size={data.block_size}: give it more documents or a smaller block"
-        )
-    logger.info(
-        "%s: %d tokens of %d documents in %d blocks", folder.name, writer.added, documents, facts["blocks"]
-    )
-    return facts, writer.target_counts
-
-
-def _check_broken(data: DataSettings, accounts: Sequence[Account]) -> None:
-    for source, account in zip(data.dataset_configs, accounts, strict=True):
-        broken, records = account.records["quarantined"], account.records.total()
-        if broken > data.max_broken_fraction * records:
-            first = account.quarantine[0]
-            raise UserError(
-                f"data.dataset_configs.{source.name}: {broken} of {records} records are broken, more than "
-                f"data.max_broken_fraction={data.max_broken_fraction}; the first is "
-                f"{first['file'] or 'the source'}, row {first['row']}, {first['reason']}: "
-                f"{first['record'][:60]}"
-            )
-
-
-def _check_splits(name: str, data: DataSettings, documents: Mapping[str, int]) -> None:
-    percentages = {
-        "validation": data.validation_split_percentage,
-        "test": data.test_split_percentage,
-        "train": 100 - data.validation_split_percentage - data.test_split_percentage,
-    }
-    for split, percentage in percentages.items():
-        if percentage > 0 and not documents[split]:
-            raise UserError(
-                f"data.dataset_configs.{name}: none of its {sum(documents.values())} usable documents falls "
-                f"into the {split} split ({percentage:g} %); give it more documents or that split another "
-                "percentage"
-            )
-
-
-def _source_facts(
-    names: Sequence[str],
-    weights: Mapping[str, float],
-    accounts: Sequence[Account],
-    pools: Mapping[str, Sequence[Pool]],
-    duplicates: Sequence[Duplicates],
-    chosen: Mapping[str, Sequence[Sequence[Choice]]],
-) -> list[dict[str, Any]]:
-    """The account of each source.
-
-    documents_in is the sum of documents_used (trained on), unused (of the training split, beyond the source's
-    part of the mixture), held_out (of the validation and test splits, evaluated on or not), filtered (too
-    short), duplicates and quarantined (broken).
-    """
-    total = sum(choice.tokens for choices in chosen["train"] for choice in choices)
-    facts = []
-    for number, (name, asked) in enumerate(shares(weights).items()):
-        records, choices = accounts[number].records, chosen["train"][number]
-        used, tokens = choices[0].documents, sum(choice.tokens for choice in choices)
-        facts.append(
-            {
-                "name": name,
-                "documents_in": records.total(),
-                "documents_used": used,
-                "unused": pools["train"][number].documents - used,
-                "held_out": sum(pools[split][number].documents for split in ("validation", "test")),
-                "filtered": records["filtered"],
-                "duplicates": duplicates[number].documents,
-                "quarantined": records["quarantined"],
-                "tokens": tokens,
-                "proportion_asked": asked,
-                "proportion_realised": tokens / total,
-            }
-        )
-    return facts
 
 
 def _digests(files: Iterable[Path]) -> dict[str, str]:

@@ -23,8 +23,9 @@ import numpy as np
 
 from dynamic_transformers.data import arithmetic
 from dynamic_transformers.data.blocks import token_dtype
-from dynamic_transformers.data.documents import SPLITS, Document, Rejected, document_of
-from dynamic_transformers.data.encoding import Encoded, Encoder
+from dynamic_transformers.data.documents import QUARANTINED, SPLITS, Document, Rejected, document_of
+from dynamic_transformers.data.encoding import DocumentEncoder, Encoded
+from dynamic_transformers.data.rows import Row
 from dynamic_transformers.data.sources import Shard, read_shard
 from dynamic_transformers.manifest import write_json
 from dynamic_transformers.settings import DataSettings, SourceSettings
@@ -75,6 +76,13 @@ class Account:
         self.quarantine = [*self.quarantine, *other.quarantine][:QUARANTINE_RECORDS]
         self.questions |= other.questions
 
+    def reject(self, source: str, row: Row, why: Rejected) -> None:
+        """Count a record that is no document, and keep it if it is one of the first that are broken."""
+        self.records[why.outcome] += 1
+        if why.outcome == QUARANTINED and len(self.quarantine) < QUARANTINE_RECORDS:
+            place = {"source": source, "file": row.file and str(row.file), "row": row.number}
+            self.quarantine.append({**place, "reason": why.reason, "record": repr(row.value)[:200]})
+
     def write(self, folder: Path) -> None:
         """Write it into a shard's folder."""
         values = vars(self) | {"questions": sorted(self.questions)}
@@ -90,7 +98,7 @@ class Account:
 
 
 def write_shard(
-    folder: Path, shard: Shard, source: SourceSettings, data: DataSettings, encoder: Encoder
+    folder: Path, shard: Shard, source: SourceSettings, data: DataSettings, encoder: DocumentEncoder
 ) -> None:
     """Read a shard and write its folder, which is there and empty.
 
@@ -99,30 +107,30 @@ def write_shard(
     """
     account = Account()
     writer = ShardWriter(folder, encoder)
-    for document in documents_of(shard, source, data, account):
-        writer.add(document)
+    for row, document in documents_of(shard, source, data, account):
+        try:
+            writer.add(document)
+        except ValueError as error:  # the chat template refuses it
+            account.reject(source.name, row, Rejected(QUARANTINED, str(error)))
+            continue
+        account.records["documents"] += 1
+        account.cut += document.cut
+        if document.split == "train" and data.arithmetic_examples:
+            account.questions.update(filter(arithmetic.could_be_asked, arithmetic.expressions(document.text)))
     account.tokens = writer.close()
     account.write(folder)
 
 
 def documents_of(
     shard: Shard, source: SourceSettings, data: DataSettings, account: Account
-) -> Iterator[Document]:
+) -> Iterator[tuple[Row, Document]]:
     """The documents of a shard; what becomes of the other records goes into the account."""
     for row in read_shard(source, shard):
         found = document_of(row, shard, source, data)
         if isinstance(found, Rejected):
-            account.records[found.outcome] += 1
-            if found.outcome == "quarantined" and len(account.quarantine) < QUARANTINE_RECORDS:
-                place = {"source": source.name, "file": row.file and str(row.file), "row": row.number}
-                record = repr(row.value)[:200]
-                account.quarantine.append({**place, "reason": found.reason, "record": record})
-            continue
-        account.records["documents"] += 1
-        account.cut += found.cut
-        if found.split == "train" and isinstance(found.value, str) and data.arithmetic_examples:
-            account.questions.update(filter(arithmetic.could_be_asked, arithmetic.expressions(found.value)))
-        yield found
+            account.reject(source.name, row, found)
+        else:
+            yield row, found
 
 
 class ShardWriter:
@@ -132,24 +140,31 @@ class ShardWriter:
         folder: is there and empty.
     """
 
-    def __init__(self, folder: Path, encoder: Encoder):
+    def __init__(self, folder: Path, encoder: DocumentEncoder):
         self.folder, self.encoder = folder, encoder
-        self.dtype = token_dtype(encoder.vocab_size)
+        self.dtype = token_dtype(encoder.texts.vocab_size)
         self._files = {name: (folder / name).open("wb") for name in (TOKENS, WIDTHS, TARGETS, TEXTS)}
         self._index: list[tuple] = []
         self._waiting: list[Document] = []
         self._waiting_characters = self._tokens = 0
 
     def add(self, document: Document) -> None:
-        """Take one more document."""
+        """Take one more document.
+
+        Raises:
+            ValueError: it is a conversation that the chat template refuses.
+        """
+        if not isinstance(document.value, str):
+            self._write(document, self.encoder.other(document.value))
+            return
         self._waiting.append(document)
         self._waiting_characters += len(document.value)
         if self._waiting_characters >= BATCH_CHARACTERS:
-            self._write()
+            self._write_texts()
 
     def close(self) -> int:
         """Write what is left, and the index; returns the number of tokens."""
-        self._write()
+        self._write_texts()
         for file in self._files.values():
             file.close()
         index = np.array(self._index, dtype=INDEX)
@@ -157,16 +172,18 @@ class ShardWriter:
         index[order].tofile(self.folder / INDEX_FILE)
         return self._tokens
 
-    def _write(self) -> None:
-        texts = [document.value for document in self._waiting]
-        for document, encoded in zip(self._waiting, self.encoder(texts), strict=True):
-            self._write_one(document, encoded)
+    def _write_texts(self) -> None:
+        encoded = self.encoder.texts([document.text for document in self._waiting])
+        for document, tokens in zip(self._waiting, encoded, strict=True):
+            self._write(document, tokens)
         self._waiting, self._waiting_characters = [], 0
 
-    def _write_one(self, document: Document, encoded: Encoded) -> None:
+    def _write(self, document: Document, encoded: Encoded) -> None:
         ids, widths, targets = encoded
         size = np.min_scalar_type(widths.max()).itemsize
-        text = document.value.encode() if document.split == "test" else b""
+        text = b""
+        if document.split == "test":
+            text = (document.text or self.encoder.texts.backend.decode(ids[1:-1].tolist())).encode()
         self._index.append(
             (
                 np.frombuffer(document.digest, ">u8"),

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from dynamic_transformers.data.encoding import Encoder
 from dynamic_transformers.settings import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -91,6 +92,11 @@ def marker_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
     begin = tokenizer.convert_tokens_to_ids(str(tokenizer.bos_token)) if tokenizer.bos_token else end
     assert isinstance(begin, int) and isinstance(end, int)
     return begin, end
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Encoder:
+    """What encodes texts as documents are."""
+    return Encoder(tokenizer.backend_tokenizer, *marker_ids(tokenizer))
 
 
 class Sample:
