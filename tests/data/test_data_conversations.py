@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dynamic_transformers.data.conversations import BREAK, PLAIN_TEMPLATE, ConversationEncoder
+from dynamic_transformers.data.conversations import (
+    BREAK,
+    PLAIN_TEMPLATE,
+    ConversationEncoder,
+    _of_tokens,
+)
 from dynamic_transformers.data.tokenization import END_OF_TEXT, exact_tokenizer, train_tokenizer
 from dynamic_transformers.settings import UserError
 
@@ -48,7 +53,7 @@ ALPACA = (
 # Calls of tools; answers of tools, one after the other, share one turn of the user.
 TOOLS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
-    "{% generation %}{% if m.content %}{{ m.content }}{% endif %}"
+    "{% generation %}{% if m.content is defined %}{{ m.content }}{% endif %}"
     "{% for call in m.tool_calls or [] %}"
     "{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
@@ -62,8 +67,9 @@ TOOLS = (
 QWEN3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "{% set thought, _, answer = m.content.rpartition('</think>\n\n') %}"
-    "{% if loop.last %}{{ (thought or '<think>') + '</think>\n\n' }}{% endif %}{{ answer }}"
-    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if loop.last %}{{ (thought or '<think>') + '</think>\n\n' }}{% endif %}"
+    "{% generation %}{{ answer + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {
@@ -157,6 +163,14 @@ def test_without_generation_blocks_the_prefixes_give_the_same(make_tokenizer, te
     assert not caplog.records
 
 
+def test_generation_blocks_decide_where_the_prefixes_would_say_another_thing(make_tokenizer):
+    tokenizer = make_tokenizer(QWEN3)
+    encoded = ConversationEncoder(tokenizer)(CONVERSATIONS["multi"])
+    ids, mask = by_transformers(tokenizer, CONVERSATIONS["multi"])
+    assert encoded.input_ids.tolist() == ids and encoded.targets.tolist() == [bool(value) for value in mask]
+    assert target_text(tokenizer, encoded)[0] == "a router.<|im_end|>\n"
+
+
 def test_turns_by_eye(make_tokenizer):
     tokenizer = make_tokenizer(without_generation(CHATML))
     encoded = ConversationEncoder(tokenizer)(CONVERSATIONS["multi"])
@@ -236,8 +250,15 @@ def test_a_tokenizer_with_a_word_marker_at_the_beginning(make_texts):
     assert (encoder(talk("ab <s></s>", "de")).input_ids < 2).sum() == 3
 
 
+def test_a_tokenizer_without_special_tokens():
+    backend = Tokenizer(models.BPE({"a": 0, "\n": 1}, []))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    encoded = ConversationEncoder(exact_tokenizer(backend, chat_template=template))(talk("aa", "a\n"))
+    assert [array.tolist() for array in encoded] == [[0, 0, 0, 1], [False, False, True, True], [1, 1, 1, 1]]
+
+
 def test_a_template_that_takes_thoughts_out_gives_a_loss_to_the_last_turn(make_tokenizer, caplog):
-    tokenizer = make_tokenizer(QWEN3)
+    tokenizer = make_tokenizer(without_generation(QWEN3))
     encoder = ConversationEncoder(tokenizer)
     thought = "<think>hm</think>\n\n"
     with caplog.at_level(logging.WARNING):
@@ -245,8 +266,18 @@ def test_a_template_that_takes_thoughts_out_gives_a_loss_to_the_last_turn(make_t
         assert target_text(tokenizer, encoded) == [thought + "d<|im_end|>"]
         assert target_text(tokenizer, encoder(talk("a", "b", "c", "d"))) == ["<think></think>\n\nd<|im_end|>"]
     assert len(caplog.records) == 1 and "have no loss" in caplog.text
-    with pytest.raises(ValueError, match="no turn of the assistant has a loss"):
+    with pytest.raises(ValueError, match="another way once others follow"):
         encoder(talk("a", thought + "b", "c"))
+
+
+def test_a_template_that_writes_the_question_in_another_way_once_answered_gives_no_loss(make_tokenizer):
+    template = CHATML.replace("{% else %}", "{% else %}{{ 'Now: ' if loop.last else '' }}")
+    with pytest.raises(ValueError, match="another way once others follow"):
+        ConversationEncoder(make_tokenizer(without_generation(template)))(talk("a", "b"))
+
+
+def test_bytes_of_offsets_that_step_back():
+    assert _of_tokens(np.array([1, 1, 2, 1, 1]), np.array([1, 3, 2, 5])).tolist() == [1, 3, 0, 2]
 
 
 def test_an_opening_turn_that_the_template_does_not_allow_first_has_no_loss(make_tokenizer):
@@ -286,9 +317,9 @@ def test_the_plain_template_needs_the_end_of_text_only(make_texts):
         (PHI, talk("a", "b", system="c"), "the chat template refuses it: no system, please"),
         (CHATML, talk(None, "b"), "the chat template refuses it: .*content"),
         (CHATML, talk(5, "b"), "the chat template refuses it"),
-        (CHATML, [], "no turn of the assistant has a loss"),
-        (CHATML, talk("a"), "no turn of the assistant has a loss"),
-        (without_generation(CHATML), talk("a"), "no turn of the assistant has a loss"),
+        (CHATML, [], "there is no turn of the assistant"),
+        (CHATML, talk("a"), "there is no turn of the assistant"),
+        (without_generation(CHATML), talk("a"), "there is no turn of the assistant"),
         (CHATML, talk("a\ud800", "b"), "no valid UTF-8"),
         (CHATML, talk(BREAK, "b"), "U\\+FDD0"),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Any
 
@@ -30,9 +30,12 @@ PLAIN_TEMPLATE = (
 )
 
 BREAK = "\ufdd0"  # stands in the spelling of a special token while the template is rendered; no character
-TODAY = date(2024, 7, 26)  # for templates that write the date: the one that Llama 3 was trained with
+TODAY = date(
+    2024, 7, 26
+)  # for templates that write the date; Llama 3.1's writes this one if it knows no other
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+NEVER = "(?!)"  # a pattern that matches nothing
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 logger = logging.getLogger("dynamic_transformers")
@@ -56,7 +59,7 @@ class ConversationEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        """Take over the tokenizer's template and a copy of its rules.
+        """Take over the template and a copy of the rules of a tokenizer that `exact_tokenizer` made.
 
         Raises:
             UserError: the tokenizer has no chat template, or a broken one.
@@ -78,9 +81,7 @@ class ConversationEncoder:
         self._template_values = tokenizer.special_tokens_map
 
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.post_processor = None  # type: ignore[assignment]  # which may trim offsets
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._backend.encode_special_tokens = False  # its name means: as text
         # Special tokens are found before the text is normalized, when a broken spelling is none.
         steps = [normalizers.Replace(BREAK, ""), self._backend.normalizer]
         self._backend.normalizer = normalizers.Sequence([step for step in steps if step])
@@ -88,9 +89,8 @@ class ConversationEncoder:
         added = self._backend.get_added_tokens_decoder()
         special = {token.content: id_ for id_, token in added.items() if token.special}
         self._special_ids = np.array(list(special.values()))
-        spellings = "|".join(map(re.escape, special)) or "(?!)"
-        self._beginning = re.compile(f"(?={spellings}).", re.DOTALL)
-        self._closing = re.compile(rf"({spellings})\s*\Z")
+        self._beginning = re.compile(_beginnings(special))
+        self._closing = re.compile(rf"({'|'.join(map(re.escape, special)) or NEVER})\s*\Z")
         self._has_warned = False
 
     def __call__(self, messages: Sequence[dict[str, Any]]) -> Encoded:
@@ -100,12 +100,14 @@ class ConversationEncoder:
 
         Raises:
             ValueError: the template refuses it, no turn of the assistant has a loss, it is no valid UTF-8, or
-                it spells a special token that this tokenizer or template cannot take as text.
+                it spells a special token that this tokenizer or template cannot take as text. The message is
+                one line.
         """
         messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
         broken = self._break(messages)
         text, spans = self._render(broken)
-        if broken != messages and text.replace(BREAK, "") != self._render(messages)[0]:
+        spelt = broken != messages
+        if spelt and text.replace(BREAK, "") != self._render(messages)[0]:
             raise ValueError("the chat template acts on the spelling of a special token in a message")
         if not self._has_generation:
             spans = self._turns(broken, text)
@@ -115,7 +117,8 @@ class ConversationEncoder:
         ids = np.array(encoding.ids, dtype=np.int32)
         starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         special = np.isin(ids, self._special_ids)
-        if any(BREAK in text[start:end] for start, end in zip(starts[special], ends[special], strict=True)):
+        found = zip(starts[special], ends[special], strict=True)
+        if spelt and any(BREAK in text[start:end] for start, end in found):
             raise ValueError("a message spells a special token, which this tokenizer cannot take as text")
 
         in_turn = np.zeros(len(text), dtype=bool)
@@ -125,15 +128,9 @@ class ConversationEncoder:
         targets = turn_characters[ends] > turn_characters[starts]
         targets[:1] = False
         if not targets.any():
-            raise ValueError("no turn of the assistant has a loss")
+            raise ValueError("there is no turn of the assistant")
 
-        # Tokens that share a character share its offsets: the running maximum counts it for the first.
-        ends = np.maximum.accumulate(ends)
-        num_bytes = np.where(
-            targets,
-            np.diff(_before(widths * in_turn)[ends], prepend=0),
-            np.diff(_before(widths)[ends], prepend=0),
-        )
+        num_bytes = np.where(targets, _of_tokens(widths * in_turn, ends), _of_tokens(widths, ends))
         num_bytes[special] = 0
         return Encoded(ids, num_bytes.astype(np.uint32), targets)
 
@@ -169,6 +166,10 @@ class ConversationEncoder:
         """Where the assistant's turns begin and end in the text of all messages."""
         turns = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
         spans = [span for index in turns if (span := self._turn(messages, index, text))]
+        if turns and not spans:
+            raise ValueError(
+                "the chat template writes each turn of the assistant in another way once others follow"
+            )
         if len(spans) < len(turns) and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -194,6 +195,14 @@ class ConversationEncoder:
         return len(before), len(before) + len(self._closing.sub(r"\1", turn))
 
 
+def _beginnings(spellings: Iterable[str]) -> str:
+    """Pattern of a first character that the rest of a spelling follows; quick where there are a thousand."""
+    rests: dict[str, list[str]] = {}
+    for spelling in spellings:
+        rests.setdefault(re.escape(spelling[0]), []).append(re.escape(spelling[1:]))
+    return "|".join(f"{first}(?={'|'.join(rest)})" for first, rest in rests.items()) or NEVER
+
+
 def _utf8_widths(text: str) -> np.ndarray:
     """UTF-8 bytes of each character; a BREAK has none."""
     try:
@@ -202,6 +211,11 @@ def _utf8_widths(text: str) -> np.ndarray:
         raise ValueError("no valid UTF-8") from error
     widths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
     return widths * (codes != ord(BREAK))
+
+
+def _of_tokens(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Sum of the characters' values for each token; a character that tokens share counts for the first."""
+    return np.diff(_before(values)[np.maximum.accumulate(ends)], prepend=0)
 
 
 def _before(values: np.ndarray) -> np.ndarray:
