@@ -90,7 +90,7 @@ class SourceFiles(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Records of a file, from the first and to the one behind the last; None: all."""
+    """Records of a file of `size` bytes, the first and the one behind the last; None: all."""
 
     file: str
     size: int
@@ -123,9 +123,8 @@ def shards_of(source: SourceSettings) -> list[Shard]:
         key = "split" if split == "train" else "validation_split"
         pieces = _pieces(source, files, f"{place}.{key}={asked}", asked)
         for piece in _first(source, files.builder, pieces, most):
-            reader = _reader(source, files.builder, piece.file)
             with _told(place, piece.file):
-                parts = reader.parts(piece.file, piece.records, piece.size)
+                parts = _parts(source, files.builder, piece)
             for part, size in parts:
                 found.append(Shard(source.name, len(found), piece.file, files.builder, part, split, size))
     if files is not None and found:
@@ -289,7 +288,7 @@ def _pieces(source: SourceSettings, files: SourceFiles, setting: str, asked: str
         for (file, size), count in zip(splits[part.splitname], counts[part.splitname], strict=True):
             first, last = max(part.from_ - start, 0), min(part.to - start, count)
             if first < last:
-                pieces.append(Piece(file, size * (last - first) // count, (first, last)))
+                pieces.append(Piece(file, size, (first, last)))
             start += count
     return pieces
 
@@ -307,6 +306,17 @@ def _first(source: SourceSettings, builder: str, pieces: list[Piece], most: int 
         most -= last - first
         if most <= 0:
             return
+
+
+def _parts(source: SourceSettings, builder: str, piece: Piece) -> list[tuple[Part | None, int]]:
+    """The parts of a piece in shards; a file that is not of this machine is not divided."""
+    file, size, records = piece
+    reader = _reader(source, builder, file)
+    if "://" not in file:
+        return reader.parts(file, records, size)
+    if records and isinstance(reader, Lines):  # has to be looked at for where they end
+        return [(reader.part(_copy(source, file), records, size), size)]
+    return [(records, size)]
 
 
 def _count(source: SourceSettings, builder: str, file: str, most: int | None = None) -> int:
