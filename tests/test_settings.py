@@ -104,7 +104,7 @@ def test_a_number_outside_its_range_is_refused(path, base, hint):
 )
 def test_a_text_is_one_of_its_words_and_never_empty(path, base, hint):
     key = named(path).replace(".0.", "[0].")
-    with pytest.raises(UserError, match="is empty|with path=embedded a name too"):
+    with pytest.raises(UserError, match=r"is empty|with path=embedded a name too"):
         settings_from_dict(changed(path, ""))
     for choice in [entry for entry in constraints_of(hint) if isinstance(entry, OneOf)]:
         with pytest.raises(UserError) as error:

@@ -251,7 +251,9 @@ _OPENERS: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
-    b"\x28\xb5\x2f\xfd": lambda stream: pyarrow.CompressedInputStream(pyarrow.PythonFile(stream), "zstd"),
+    b"\x28\xb5\x2f\xfd": lambda stream: pyarrow.CompressedInputStream(
+        pyarrow.PythonFile(stream, "r"), "zstd"
+    ),
 }
 
 

@@ -130,7 +130,7 @@ def shards_of(source: SourceSettings) -> list[Shard]:
     if files is not None and found:
         file = str(found[0].file)
         with _told(place, file):
-            columns = _reader(source, files.builder, file).columns(at_hand(file))
+            columns = _reader(source, files.builder, file).columns(_seen(source, file))
         _fields(source, columns, file)
     return found
 
@@ -322,7 +322,7 @@ def _parts(source: SourceSettings, builder: str, piece: Piece) -> list[tuple[Par
 def _count(source: SourceSettings, builder: str, file: str, most: int | None = None) -> int:
     with _told(_place(source), file):
         # The footer of a table says it; anything else has to be here to be counted.
-        copy = at_hand(file) if builder == "parquet" else _copy(source, file)
+        copy = _seen(source, file) if builder == "parquet" else _copy(source, file)
         return _reader(source, builder, file).count(copy, most)
 
 
@@ -333,6 +333,11 @@ def _copy(source: SourceSettings, file: str) -> str:
     if source.streaming:
         return at_hand(file)
     return fetched(file) if URL.fullmatch(file) else str(datasets.DownloadManager().download(file))
+
+
+def _seen(source: SourceSettings, file: str) -> str:
+    """Where a file's beginning or end can be looked at: the hub gives these without the whole."""
+    return at_hand(file) if URL.fullmatch(file) else _copy(source, file)
 
 
 def _fields(source: SourceSettings, columns: Sequence[str], file: str) -> Fields:
