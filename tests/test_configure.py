@@ -66,8 +66,8 @@ def test_an_experiment_is_a_difference_to_the_default(tmp_path):
             "[0].tpye: no such key; did you mean data.dataset_configs[0].type?",
         ),
         (
-            "data.dataset_configs=[{name: x, train_subset_ratio: 1}]",
-            "[0].train_subset_ratio: no such key; there are name",
+            "data.dataset_configs=[{name: x, shuffle: 1}]",
+            "[0].shuffle: no such key; there are name",
         ),
         ("data.dataset_configs=[{name:x}]", "YAML wants a space behind a colon"),
         ("data.dataset_configs=[{name: x, data_files: *.jsonl}]", "is written in quotes"),

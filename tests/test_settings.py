@@ -33,7 +33,9 @@ KINDS = {
     for kind, is_kind in {
         "number": lambda base: {int, float} & {base, *typing.get_args(base)},
         "text": lambda base: base is str,
-        "other": lambda base: base is bool or typing.get_args(base)[:1] == (str,) or base is typing.Any,
+        "other": lambda base: (
+            base in (bool, typing.Any) or typing.get_args(base)[:1] in [(str,), (list[typing.Any],)]
+        ),
     }.items()
 }
 
@@ -102,7 +104,7 @@ def test_a_number_outside_its_range_is_refused(path, base, hint):
 )
 def test_a_text_is_one_of_its_words_and_never_empty(path, base, hint):
     key = named(path).replace(".0.", "[0].")
-    with pytest.raises(UserError, match="is empty"):
+    with pytest.raises(UserError, match=r"is empty|with path=embedded a name too"):
         settings_from_dict(changed(path, ""))
     for choice in [entry for entry in constraints_of(hint) if isinstance(entry, OneOf)]:
         with pytest.raises(UserError) as error:
@@ -176,7 +178,7 @@ PRETRAINED = {
         ({"data": {"dataset_configs": []}}, "data.dataset_configs is empty"),
         ({"data": {"dataset_configs": [{"name": "a"}, {"name": "a"}]}}, "names must differ"),
         ({"data": {"dataset_configs": [{"name": "a/b"}]}}, "becomes part of file names"),
-        ({"data": {"dataset_configs": [{"path": "json"}]}}, "data.dataset_configs[0].name is empty"),
+        ({"data": {"dataset_configs": [{"weight": 2}]}}, "data.dataset_configs[0]: give a path"),
         ({"evaluation": {"tasks": []}}, "evaluation.tasks is empty"),
         ({"training": {"max_tokens": 5}}, "exactly one of"),
         ({"training": {"max_steps": None}}, "given: none"),

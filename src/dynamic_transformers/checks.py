@@ -118,12 +118,6 @@ def check_data(data: DataSettings) -> None:
     """Refuse no source, sources that cannot be told apart, and splits that leave nothing to train on."""
     if not data.dataset_configs:
         raise UserError("data.dataset_configs is empty: name at least one source")
-    for index, source in enumerate(data.dataset_configs):
-        if not source.name:
-            raise UserError(
-                f"data.dataset_configs[{index}]: give a path; with path=embedded a name too, of "
-                "which there are prose, code and math"
-            )
     names = [source.name for source in data.dataset_configs]
     if len(set(names)) != len(names):
         raise UserError(f"data.dataset_configs: names must differ, got {', '.join(names)}")

@@ -110,11 +110,20 @@ def settings_from_dict(*values: dict[str, Any], overrides: Sequence[str] = ()) -
 
 
 def name_sources(sources: Sequence[SourceSettings]) -> None:
-    """Give each source without a name one of its own, of the last part of its path and its configuration."""
+    """Give each source without a name one of its own, of the last part of its path and its configuration.
+
+    Raises:
+        UserError: it has no path either, or is an embedded one, which its name chooses.
+    """
     taken = {source.name for source in sources}
-    for source in sources:
-        if source.name or source.path in (None, EMBEDDED):
+    for index, source in enumerate(sources):
+        if source.name:
             continue
+        if source.path in (None, EMBEDDED):
+            raise UserError(
+                f"data.dataset_configs[{index}]: give a path; with path=embedded a name too, of "
+                "which there are prose, code and math"
+            )
         parts = (PurePath(str(source.path)).name, source.config)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(filter(None, parts))).strip("-.") or "source"
         candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))

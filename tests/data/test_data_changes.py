@@ -191,7 +191,7 @@ def test_another_python_has_other_embedded_documents(make_settings, monkeypatch)
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """A hub that knows one commit of each data set; its `answers` are by path."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -211,6 +211,7 @@ def hub(monkeypatch):
     }
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("dynamic_transformers.data.hub.HfApi", lambda: huggingface_hub.HfApi(address))
     _ask_for_commit.cache_clear()

@@ -244,7 +244,9 @@ def by_card(
                     link.symlink_to(file.absolute())
                 else:
                     link.touch()
-            built = datasets.load_dataset_builder(str(mirror), name=source.config, cache_dir=temporary)
+            built = datasets.load_dataset_builder(
+                str(mirror), name=source.config, data_files=source.data_files, cache_dir=temporary
+            )
         except READ_ERRORS as error:
             reason = one_line(error).replace(str(mirror), str(source.path))
             raise UserError(f"{place}: cannot read {source.path!r}: {reason}") from error
@@ -252,7 +254,10 @@ def by_card(
             str(split): sorted(names[Path(name)] for name in found)
             for split, found in (built.config.data_files or {}).items()
         }
-        return type(built).__module__.rpartition(".")[2], splits
+        # It takes the first configuration's format for that of all.
+        formats = {_builder_of(Path(name)) for found in splits.values() for name in found}
+        by_module = type(built).__module__.rpartition(".")[2]
+        return (formats.pop() if len(formats) == 1 else None) or by_module, splits
 
 
 def _one_builder(place: str, files: Sequence[Path]) -> str:

@@ -14,12 +14,14 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, RevisionResolutionError
 
 from dynamic_transformers.settings import SourceSettings
 
 HUB_SECONDS = 10  # to wait for the hub's answer to which commit is the newest
-CARDS = ("README.md", ".huggingface.yaml")  # say which files belong to which configuration and split
+# What says which files belong to which configuration and split. The last one says nothing, but nearly every
+# data set has it: where there is nothing to fetch the hub's client warns.
+CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json", ".gitattributes")
 URL = re.compile("hf://datasets/([^@]+)@([0-9a-f]{40})/(.+)")
 
 
@@ -40,7 +42,10 @@ class HubFiles(NamedTuple):
 
 
 def hub_commit(source: SourceSettings) -> str | None:
-    """Commit that a hub data set's `revision` names, or None when the hub does not say; asked once."""
+    """Commit that a hub data set's `revision` names, as the hub or else its cache says; asked once.
+
+    None where neither does.
+    """
     if re.fullmatch("[0-9a-f]{40}", source.revision or ""):
         return source.revision
     return _ask_for_commit(str(source.path), source.revision)
@@ -51,7 +56,19 @@ def _ask_for_commit(path: str, revision: str | None) -> str | None:
     try:
         return HfApi().dataset_info(path, revision=revision, timeout=HUB_SECONDS).sha
     except Exception:  # offline, refused, or whatever the hub's HTTP client raises; told when the set is read
+        pass
+    try:
+        api = HfApi()
+        return api.resolve_revision(
+            path, repo_type="dataset", revision=revision, local_files_only=True
+        ).resolved
+    except (RevisionResolutionError, ValueError):  # or no name of a data set
         return None
+
+
+def _cards(path: str, revision: str | None) -> Path:
+    """Folder of a commit in the hub's cache, with its cards."""
+    return Path(snapshot_download(path, repo_type="dataset", revision=revision, allow_patterns=list(CARDS)))
 
 
 def hub_files(source: SourceSettings) -> HubFiles:
@@ -63,8 +80,10 @@ def hub_files(source: SourceSettings) -> HubFiles:
         OSError: the hub refuses or cannot be reached, and the cache does not have it.
     """
     path = str(source.path)
-    revision = hub_commit(source) or source.revision
-    folder = Path(snapshot_download(path, repo_type="dataset", revision=revision, allow_patterns=list(CARDS)))
+    # By its name first: then the cache knows, without the hub, which commit that is.
+    folder = _cards(path, source.revision)
+    if (commit := hub_commit(source)) not in (None, folder.name):
+        folder = _cards(path, commit)  # a newer one has come: a process stays at the first
     try:
         tree = get_cached_repo_tree(path, repo_type="dataset", revision=folder.name)
         sizes = {file.path: file.size for file in tree}

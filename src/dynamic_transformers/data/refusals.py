@@ -37,6 +37,8 @@ def why(error: BaseException) -> str:
         return f"not in the hub's cache, and the hub cannot be reached: {one_line(causes[-1])}"
     if any(isinstance(cause, EntryNotFoundError) for cause in causes):
         return "the hub has no such file"
+    if "range requests" in str(error):
+        return "its server gives files as a whole only: set streaming: false"
     return one_line(error)
 
 

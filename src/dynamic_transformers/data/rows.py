@@ -67,8 +67,12 @@ class Reader:
         """Number of records, or `most` where there are at least as many."""
         return sum(1 for _ in islice(self.rows(file, None, ()), most))
 
+    def part(self, file: str, records: Part | None, size: int) -> Part | None:
+        """Some records of a file of `size` bytes as a part of it."""
+        return records
+
     def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
-        """What one process each may read of a file of `size` bytes, or of some records; and bytes, about."""
+        """The same in what one process each may read; and bytes, about."""
         return [(records, size)]
 
 
@@ -153,13 +157,24 @@ class Lines(Text):
         """As `Reader.count`; nothing is parsed."""
         return sum(1 for _ in islice(self.records(_lines(file, None)), most))
 
+    def part(self, file: str, records: Part | None, size: int) -> Part | None:
+        """As `Reader.part`."""
+        if records is None or not self.in_bytes(file):
+            return records
+        first, last = records
+        places = (begin for _, begin, _ in self.records(_lines(file, None)))
+        begin = next(islice(places, first, None), size) if first else 0
+        end = next(islice(places, last - first - (first > 0), None), size)
+        return begin, max(begin, end)
+
     def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
-        """As `Reader.parts`; a file of this machine is cut at ends of records."""
+        """As `Reader.parts`, cut at ends of records."""
         if not self.in_bytes(file):
             return [(records, size)]
-        begin, end = self._bytes_of(file, records, size) if records else (0, size)
-        if "://" in file or end - begin <= SHARD_BYTES:
-            return [((begin, end) if records else None, end - begin)]
+        part = self.part(file, records, size)
+        begin, end = part or (0, size)
+        if end - begin <= SHARD_BYTES:
+            return [(part, end - begin)]
         cuts = [begin]
         with Path(file).open("rb") as stream:
             while end - cuts[-1] > SHARD_BYTES:
@@ -172,13 +187,6 @@ class Lines(Text):
                     break
                 cuts.append(stream.tell())
         return [((cut, after), after - cut) for cut, after in zip(cuts, [*cuts[1:], end], strict=True)]
-
-    def _bytes_of(self, file: str, records: Part, size: int) -> Part:
-        first, last = records
-        places = (begin for _, begin, _ in self.records(_lines(file, None)))
-        begin = next(islice(places, first, None), size) if first else 0
-        end = next(islice(places, last - first - (first > 0), None), size)
-        return begin, max(begin, end)
 
 
 class Paragraphs(Lines):
@@ -243,7 +251,9 @@ _OPENERS: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
-    b"\x28\xb5\x2f\xfd": lambda stream: pyarrow.CompressedInputStream(pyarrow.PythonFile(stream), "zstd"),
+    b"\x28\xb5\x2f\xfd": lambda stream: pyarrow.CompressedInputStream(
+        pyarrow.PythonFile(stream, "r"), "zstd"
+    ),
 }
 
 

@@ -90,7 +90,7 @@ class SourceFiles(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Records of a file, from the first and to the one behind the last; None: all."""
+    """Records of a file of `size` bytes, the first and the one behind the last; None: all."""
 
     file: str
     size: int
@@ -123,15 +123,14 @@ def shards_of(source: SourceSettings) -> list[Shard]:
         key = "split" if split == "train" else "validation_split"
         pieces = _pieces(source, files, f"{place}.{key}={asked}", asked)
         for piece in _first(source, files.builder, pieces, most):
-            reader = _reader(source, files.builder, piece.file)
             with _told(place, piece.file):
-                parts = reader.parts(piece.file, piece.records, piece.size)
+                parts = _parts(source, files.builder, piece)
             for part, size in parts:
                 found.append(Shard(source.name, len(found), piece.file, files.builder, part, split, size))
     if files is not None and found:
         file = str(found[0].file)
         with _told(place, file):
-            columns = _reader(source, files.builder, file).columns(at_hand(file))
+            columns = _reader(source, files.builder, file).columns(_seen(source, file))
         _fields(source, columns, file)
     return found
 
@@ -289,7 +288,7 @@ def _pieces(source: SourceSettings, files: SourceFiles, setting: str, asked: str
         for (file, size), count in zip(splits[part.splitname], counts[part.splitname], strict=True):
             first, last = max(part.from_ - start, 0), min(part.to - start, count)
             if first < last:
-                pieces.append(Piece(file, size * (last - first) // count, (first, last)))
+                pieces.append(Piece(file, size, (first, last)))
             start += count
     return pieces
 
@@ -309,10 +308,21 @@ def _first(source: SourceSettings, builder: str, pieces: list[Piece], most: int 
             return
 
 
+def _parts(source: SourceSettings, builder: str, piece: Piece) -> list[tuple[Part | None, int]]:
+    """The parts of a piece in shards; a file that is not of this machine is not divided."""
+    file, size, records = piece
+    reader = _reader(source, builder, file)
+    if "://" not in file:
+        return reader.parts(file, records, size)
+    if records and isinstance(reader, Lines):  # has to be looked at for where they end
+        return [(reader.part(_copy(source, file), records, size), size)]
+    return [(records, size)]
+
+
 def _count(source: SourceSettings, builder: str, file: str, most: int | None = None) -> int:
     with _told(_place(source), file):
         # The footer of a table says it; anything else has to be here to be counted.
-        copy = at_hand(file) if builder == "parquet" else _copy(source, file)
+        copy = _seen(source, file) if builder == "parquet" else _copy(source, file)
         return _reader(source, builder, file).count(copy, most)
 
 
@@ -323,6 +333,11 @@ def _copy(source: SourceSettings, file: str) -> str:
     if source.streaming:
         return at_hand(file)
     return fetched(file) if URL.fullmatch(file) else str(datasets.DownloadManager().download(file))
+
+
+def _seen(source: SourceSettings, file: str) -> str:
+    """Where a file's beginning or end can be looked at: the hub gives these without the whole."""
+    return at_hand(file) if URL.fullmatch(file) else _copy(source, file)
 
 
 def _fields(source: SourceSettings, columns: Sequence[str], file: str) -> Fields:

@@ -39,8 +39,8 @@ class Parquet(Reader):
             return _at_most(table.metadata.num_rows, most)
 
     def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
-        """As `Reader.parts`; a file of this machine is divided."""
-        if "://" in file or size <= SHARD_BYTES:
+        """As `Reader.parts`."""
+        if size <= SHARD_BYTES:
             return [(records, size)]
         with _parquet(file) as table:
             groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
@@ -72,8 +72,8 @@ class Arrow(Reader):
             return _at_most(sum(batch.num_rows for batch in batches), most)
 
     def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
-        """As `Reader.parts`; a file of this machine is divided."""
-        if "://" in file or size <= SHARD_BYTES:
+        """As `Reader.parts`."""
+        if size <= SHARD_BYTES:
             return [(records, size)]
         with _arrow(file) as (_, batches):
             sizes = [(batch.num_rows, batch.nbytes) for batch in batches]
