@@ -13,6 +13,7 @@ import yaml
 from dynamic_transformers.command_line import add_plugin_argument, flag_of, path, run_command
 from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
+from dynamic_transformers.evaluation.task_texts import add_task_texts_arguments, task_texts_command
 from dynamic_transformers.manifest import input_folder, read_manifest
 from dynamic_transformers.preflight import check_places, preflight
 from dynamic_transformers.settings import PRECISIONS, ModelSettings, Settings, UserError
@@ -255,6 +256,7 @@ COMMANDS = {
     "export": (export_command, add_export_arguments, "a run's checkpoint as a Hugging Face folder"),
     "calibrate": (calibrate_command, add_calibrate_arguments, "thresholds for another domain or capacity"),
     "bench": (bench_command, add_bench_arguments, "run lm-eval on an exported model"),
+    "task-texts": (task_texts_command, add_task_texts_arguments, "texts of tasks, for data.decontaminate"),
     "routing": (routing_command, add_routing_arguments, "show which tokens each layer computes"),
     "sync": (sync_command, add_sync_arguments, "send to MLflow what it has missed of runs"),
     "compare": (compare_command, add_compare_arguments, "evaluate finished runs; table, plots and report"),
@@ -265,7 +267,7 @@ def main() -> None:
     """Entry of `dynamic-transformers`."""
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if name not in COMMANDS:
-        lines = [f"  {command:9}  {text}" for command, (_, _, text) in COMMANDS.items()]
+        lines = [f"  {command:10}  {text}" for command, (_, _, text) in COMMANDS.items()]
         usage = "\n".join(["usage: dynamic-transformers COMMAND ...", "", *lines])
         asked = name in ("-h", "--help")
         print(

@@ -27,6 +27,7 @@ logger = logging.getLogger("dynamic_transformers")
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+NOT_INSTALLED = "lm-eval is not installed: pip install 'lm-eval[hf]'"
 NON_CAUSAL_LABEL = "non-causal upper bound"
 SHORTEST_CONTEXT = 128  # tokens; lm-eval refuses a choice that is longer than the context
 BOOTSTRAP_ITERATIONS = 100  # lm-eval's 100 000 take minutes; means, our usual case, have a closed form
@@ -79,12 +80,12 @@ def run_benchmarks(
 
         from dynamic_transformers.evaluation.language_model import CountingLM
     except ModuleNotFoundError as error:
-        raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
+        raise UserError(NOT_INSTALLED) from error
     if data_dir is None and needs_data_folder(tasks):
         data_dir = _data_dir_of(model_dir)
     specs = expand_tasks(tasks, data_dir)
     with log_level("lm_eval", logging.WARNING), _bars_on_terminals_only():
-        manager, loaded = _load_tasks(specs, confirm_run_unsafe_code, task_dir)
+        manager, loaded = load_tasks(specs, confirm_run_unsafe_code, task_dir)
         model = load_model(model_dir, config, device, dtype)
         # A pretrained model's own length would go before the task's.
         model.generation_config.max_new_tokens = None
@@ -179,13 +180,21 @@ def _check_selection_rule(config: Any, rule: str) -> None:
         )
 
 
-def _load_tasks(
+def load_tasks(
     specs: dict[str, str | dict[str, Any]], confirm_run_unsafe_code: bool, task_dir: Path | None
 ) -> tuple[TaskManager, list[Any]]:
-    """The manager, and the tasks and groups of `specs`, their data loaded."""
+    """The manager, and the tasks and groups of `specs` (`expand_tasks`), their data loaded.
+
+    Raises:
+        UserError: lm-eval is missing, as `check_tasks`, a task whose data cannot be had, or one beside a
+            group that holds it.
+    """
     check_tasks(list(specs), confirm_run_unsafe_code, task_dir)
     names = [name for name, spec in specs.items() if isinstance(spec, str)]
-    manager = manager_of(names, task_dir)
+    try:
+        manager = manager_of(names, task_dir)
+    except ModuleNotFoundError as error:
+        raise UserError(NOT_INSTALLED) from error
     if confirm_run_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     loaded: list[Any] = []

@@ -30,6 +30,12 @@ def results_path(model_dir: Path, output_path: Path | None) -> Path:
         make_folder(path.parent)
     elif not model_dir.is_dir():
         raise UserError(f"{model_dir}: no such folder")
+    refuse_unwritable(path)
+    return path
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a file that cannot be written into its folder."""
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -37,7 +43,6 @@ def results_path(model_dir: Path, output_path: Path | None) -> Path:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); name another file with --output_path"
         ) from error
-    return path
 
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "*.py")
