@@ -232,6 +232,9 @@ class DataSettings:
     max_document_characters: Count | None = None  # None: documents of any length
     long_documents: Annotated[str, OneOf("cut", "filter")] = "cut"  # what becomes of longer ones
     max_broken_fraction: Fraction = 0.01
+    decontaminate: Annotated[str | None, Place()] = (
+        None  # file of benchmark texts (`dynamic-transformers task-texts`): what quotes them is left out
+    )
     cloze_examples: Annotated[int, In("[0, inf)")] = 64
     arithmetic_examples: Annotated[int, In("[0, inf)")] = 64
     output_dir: Annotated[str | None, Place()] = None  # None: run.output_dir/data/<digest of these settings>

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.rows import Row
 from dynamic_transformers.data.sources import Shard
 from dynamic_transformers.settings import DataSettings, SourceSettings
 
 SPLITS = ("train", "validation", "test")
 # What becomes of a record that is no document, as the account of a source names it.
-QUARANTINED, FILTERED, UNUSED = "quarantined", "filtered", "unused"
+QUARANTINED, FILTERED, UNUSED, CONTAMINATED = "quarantined", "filtered", "unused", "contaminated"
 RANKS = 1 << 64  # different ranks
 
 
@@ -44,7 +45,7 @@ class Document:
 class Rejected:
     """A record that is no document.
 
-    outcome: QUARANTINED, FILTERED or UNUSED.
+    outcome: QUARANTINED, FILTERED, UNUSED or CONTAMINATED.
     reason: in words.
     """
 
@@ -52,7 +53,13 @@ class Rejected:
     reason: str
 
 
-def document_of(row: Row, shard: Shard, source: SourceSettings, data: DataSettings) -> Document | Rejected:
+def document_of(
+    row: Row,
+    shard: Shard,
+    source: SourceSettings,
+    data: DataSettings,
+    contamination: Contamination | None = None,
+) -> Document | Rejected:
     """What a row becomes; neither order, seed nor the other rows matter."""
     if row.dropped:
         return Rejected(FILTERED, "left out by the source's filter")
@@ -67,6 +74,8 @@ def document_of(row: Row, shard: Shard, source: SourceSettings, data: DataSettin
     if split == "train" and ratio is not None and rank(digest, 0, "subset") >= ratio * RANKS:
         return Rejected(UNUSED, "not of the part that train_subset_ratio asks for")
     document = Document(value, digest, split)
+    if contamination and (task := contamination.overlaps(document.text)):
+        return Rejected(CONTAMINATED, f"quotes {task}")
     limit = data.max_document_characters
     if limit is None or _characters(document) <= limit:
         return document

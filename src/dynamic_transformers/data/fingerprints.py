@@ -15,6 +15,7 @@ from dynamic_transformers.data.sources import Shard
 from dynamic_transformers.manifest import digest
 from dynamic_transformers.settings import EMBEDDED, DataSettings, SourceSettings, UserError
 
+BENCHMARKS = "(decontaminate)"
 TOKENIZER = "(tokenizer)"  # beside the sources, none of which can have this name
 # What transformers makes a tokenizer of. What it makes differs between its versions; these do not.
 TOKENIZER_FILES = (
@@ -32,6 +33,8 @@ Fingerprint = dict[str, str | None]
 def fingerprints(data: DataSettings) -> dict[str, Fingerprint | None]:
     """What each source and the tokenizer are made of; None where it cannot be told now: the hub is far."""
     found = {source.name: _of_source(source) for source in data.dataset_configs}
+    if data.decontaminate is not None:
+        found[BENCHMARKS] = {data.decontaminate: _of_file(Path(data.decontaminate))}
     if data.tokenizer_name is not None:
         found[TOKENIZER] = _of_tokenizer(data.tokenizer_name)
     return found
@@ -67,7 +70,7 @@ def first_change(made: Mapping[str, Fingerprint | None], now: Mapping[str, Finge
         if before is None or after is None:
             continue
         some_unknown = None in after.values()
-        whose = "" if name == TOKENIZER else f"source {name}: "
+        whose = "" if name in (BENCHMARKS, TOKENIZER) else f"source {name}: "
         for thing in sorted({*before, *after}):
             old, new = before.get(thing), after.get(thing)
             if old == new or (new is None and some_unknown):

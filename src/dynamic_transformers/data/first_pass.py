@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.documents import rank
 from dynamic_transformers.data.encoding import DocumentEncoder, Encoder
 from dynamic_transformers.data.fingerprints import shard_identity
@@ -75,6 +76,10 @@ def encode_all(
     """
     markers = marker_ids(tokenizer)
     settings = {name: getattr(data, name) for name in SHARD_SETTINGS}
+    if data.decontaminate:
+        found = Contamination.read(Path(data.decontaminate))
+        logger.info("data: what quotes one of %d benchmark texts is left out", found.texts - found.short)
+        settings["decontaminate"] = file_digest(Path(data.decontaminate))
     rules = [file_digest(tokenizer_folder / "tokenizer.json"), tokenizer.chat_template, markers, settings]
     made_with = digest(rules)
     jobs = [

@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from dynamic_transformers.data import arithmetic
 from dynamic_transformers.data.blocks import token_dtype
+from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.documents import QUARANTINED, SPLITS, Document, Rejected, document_of
 from dynamic_transformers.data.encoding import DocumentEncoder, Encoded
 from dynamic_transformers.data.rows import Row
@@ -125,12 +127,18 @@ def documents_of(
     shard: Shard, source: SourceSettings, data: DataSettings, account: Account
 ) -> Iterator[tuple[Row, Document]]:
     """The documents of a shard; what becomes of the other records goes into the account."""
+    contamination = _contamination(data.decontaminate) if data.decontaminate else None
     for row in read_shard(source, shard):
-        found = document_of(row, shard, source, data)
+        found = document_of(row, shard, source, data, contamination)
         if isinstance(found, Rejected):
             account.reject(source.name, row, found)
         else:
             yield row, found
+
+
+@cache
+def _contamination(file: str) -> Contamination:
+    return Contamination.read(Path(file))
 
 
 class ShardWriter:

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.blocks import BlockWriter, Piece
-from dynamic_transformers.data.documents import FILTERED, QUARANTINED, SPLITS, UNUSED
+from dynamic_transformers.data.documents import CONTAMINATED, FILTERED, QUARANTINED, SPLITS, UNUSED
 from dynamic_transformers.data.merging import Duplicates
 from dynamic_transformers.data.mixing import quotas, shares
 from dynamic_transformers.data.packing import Cuts, best_fit, concatenated
@@ -156,9 +156,10 @@ def source_facts(
 
     `documents_in` is the sum of documents_used (trained on), unused (of the training split, beyond the
     source's part of the mixture), held_out (of the validation and test splits, evaluated on or not),
-    filtered, duplicates and quarantined (broken). `tokens_in` is the sum of tokens_used (in the training
-    split's mixture, each once), tokens_unused, tokens_held_out and tokens_of_duplicates; `tokens` counts
-    those of the mixture as often as they are read, and `epochs` how often that is.
+    filtered, contaminated (they quote a benchmark), duplicates and quarantined (broken). `tokens_in` is the
+    sum of tokens_used (in the training split's mixture, each once), tokens_unused, tokens_held_out and
+    tokens_of_duplicates; `tokens` counts those of the mixture as often as they are read, and `epochs` how
+    often that is.
 
     Raises:
         RuntimeError: a sum is wrong: a fault of this program.
@@ -181,6 +182,7 @@ def source_facts(
             "held_out": sum(other.documents for other in held_out.values()),
             "held_out_by_split": {split: other.documents for split, other in held_out.items()},
             "filtered": account.records[FILTERED],
+            "contaminated": account.records[CONTAMINATED],
             "duplicates": duplicates[number].documents,
             "quarantined": account.records[QUARANTINED],
             "shortened": account.cut,
@@ -202,7 +204,10 @@ def source_facts(
 
 
 SUMS = {
-    "documents_in": ("documents_used", "unused", "held_out", "filtered", "duplicates", "quarantined"),
+    "documents_in": (
+        *("documents_used", "unused", "held_out"),
+        *("filtered", "contaminated", "duplicates", "quarantined"),
+    ),
     "tokens_in": ("tokens_used", "tokens_unused", "tokens_held_out", "tokens_of_duplicates"),
 }
 
