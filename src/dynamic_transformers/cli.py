@@ -61,15 +61,15 @@ def train_command(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from dynamic_transformers.export import export
+    from dynamic_transformers.launch.one_process import by_one_process
     from dynamic_transformers.training.display import configure_logging
     from dynamic_transformers.training.trainer import on_cpu, train
 
     configure_logging()
+    data_dir = by_one_process(lambda: data_folder(settings, args.force), "the data")
     state = PartialState(cpu=on_cpu(settings))
     if not state.is_main_process:
         logging.getLogger("dynamic_transformers").setLevel(logging.WARNING)
-    with state.main_process_first():
-        data_dir = data_folder(settings, args.force)
     run_dir = train(settings, data_dir, settings.run_dir, force=args.force)
     if state.is_main_process:
         model_dir = export(run_dir, run_dir / "final_model", force=args.force)
