@@ -19,6 +19,7 @@ from dynamic_transformers.evaluation.exported import load_config, load_model, lo
 from dynamic_transformers.evaluation.recalibration import refuse_an_unset_threshold
 from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
 from dynamic_transformers.evaluation.task_index import check_tasks, manager_of
+from dynamic_transformers.hub_errors import reason_of
 from dynamic_transformers.manifest import MANIFEST, input_folder, read_manifest
 from dynamic_transformers.settings import UserError
 
@@ -84,7 +85,7 @@ def run_benchmarks(
         data_dir = _data_dir_of(model_dir)
     specs = expand_tasks(tasks, data_dir)
     with log_level("lm_eval", logging.WARNING), _bars_on_terminals_only():
-        manager, loaded = _load_tasks(specs, confirm_run_unsafe_code, task_dir)
+        manager, loaded = load_tasks(specs, confirm_run_unsafe_code, task_dir)
         model = load_model(model_dir, config, device, dtype)
         # A pretrained model's own length would go before the task's.
         model.generation_config.max_new_tokens = None
@@ -179,10 +180,14 @@ def _check_selection_rule(config: Any, rule: str) -> None:
         )
 
 
-def _load_tasks(
+def load_tasks(
     specs: dict[str, str | dict[str, Any]], confirm_run_unsafe_code: bool, task_dir: Path | None
 ) -> tuple[TaskManager, list[Any]]:
-    """The manager, and the tasks and groups of `specs`, their data loaded."""
+    """The manager, and the tasks and groups of `specs`, their data loaded.
+
+    Raises:
+        UserError: as `check_tasks`, or data that cannot be had.
+    """
     check_tasks(list(specs), confirm_run_unsafe_code, task_dir)
     names = [name for name, spec in specs.items() if isinstance(spec, str)]
     manager = manager_of(names, task_dir)
@@ -194,8 +199,7 @@ def _load_tasks(
             with log_level("lm_eval.api.task", logging.ERROR if isinstance(spec, dict) else logging.WARNING):
                 found = manager.load([spec])  # which warns that data of our own take no options
         except Exception as error:  # whatever a data set, a hub or a missing package brings up
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"task {name!r} cannot be loaded: {reason}") from error
+            raise UserError(f"task {name!r} cannot be loaded: {reason_of(error)}") from error
         group = found.get("groups", {}).get(name)
         loaded += [group] if group else list(found["tasks"].values())
     try:
