@@ -180,7 +180,10 @@ def push_tasks(hub: HubServer) -> None:
 
 
 def push_sources(hub: HubServer, settings: Settings) -> None:
-    """The data sets that the settings' sources name, of generated arithmetic, beside files nobody needs."""
+    """The data sets that the settings' sources name, of generated arithmetic, beside files nobody needs.
+
+    A source's revision is none, or a commit.
+    """
     texts = [text for _, text in zip(range(400), arithmetic.documents(), strict=False)]
     for source in settings.data.dataset_configs:
         more = SOURCE_COLUMNS.get(str(source.path), {})
@@ -191,7 +194,7 @@ def push_sources(hub: HubServer, settings: Settings) -> None:
             "all/train-00000.parquet": parquet(rows),
             **{f"{config}/{i}.parquet": parquet(rows[100 * i : 100 * i + 100]) for i in range(4)},
         }
-        hub.push("datasets", str(source.path), files, tag="v1")
+        hub.push("datasets", str(source.path), files, commit=source.revision)
 
 
 def push_model(hub: HubServer, name: str, folder: Path) -> None:

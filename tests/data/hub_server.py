@@ -96,16 +96,19 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def push(self, kind: str, repo: str, files: Files, *, tag: str | None = None) -> str:
+    def push(
+        self, kind: str, repo: str, files: Files, *, tag: str | None = None, commit: str | None = None
+    ) -> str:
         """A commit on `main` that consists of these files; gives its SHA-1.
 
         Args:
             kind: models, datasets or spaces.
             tag: another name of the commit.
+            commit: its SHA-1, where settings name one already.
         """
         repository = self.repositories.setdefault(f"{kind}/{repo}", Repository())
         content = f"{kind}/{repo}/{len(repository.commits)}".encode() + b"".join(files.values())
-        commit = hashlib.sha1(content).hexdigest()
+        commit = commit or hashlib.sha1(content).hexdigest()
         repository.commits[commit] = dict(files)
         repository.refs["main"] = commit
         if tag:
