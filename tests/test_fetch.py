@@ -121,25 +121,18 @@ def test_the_suites_run_offline_from_the_folder(fetched, model_dir, tmp_path):
 
 LOAD = f"""
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from dynamic_transformers.data.fingerprints import fingerprints
-from dynamic_transformers.configure import compose_settings
 print(len(AutoTokenizer.from_pretrained("{MODEL}")))
 print(AutoModelForCausalLM.from_pretrained("{MODEL}").config.vocab_size)
-from huggingface_hub import snapshot_download
-for source in compose_settings("paper", []).data.dataset_configs:
-    print(snapshot_download(source.path, repo_type="dataset", local_files_only=True))
 """
 
 
-def test_models_and_data_sets_are_found_offline(fetched):
+def test_models_are_found_offline(fetched):
     answer = run("-c", LOAD, HF_HOME=str(fetched), **OFFLINE)
     assert answer.returncode == 0, answer.stderr
-    size, vocabulary, *snapshots = answer.stdout.splitlines()
+    size, vocabulary = answer.stdout.splitlines()
     assert size == vocabulary
-    assert all(list(Path(snapshot).rglob("*.parquet")) for snapshot in snapshots)
 
 
-@pytest.mark.xfail(reason="sources are not read from the hub's cache yet", strict=True)
 def test_a_fetched_folder_needs_no_hub_to_train(fetched, tmp_path, paper_overrides):
     place = f"run.output_dir={tmp_path}"
     arguments = ("train.py", "--config-name", "paper", *paper_overrides, place, "run.name=run")
@@ -163,7 +156,7 @@ def test_the_files_of_a_source_are_those_of_its_configuration_split_and_revision
     for more, commit, names in (
         ("revision: v1", first, ["small/0", "small/1", "small/2", "small/3"]),
         ("max_documents: 150", second, ["small/0", "small/1"]),
-        ("split: 'test[:10%]'", second, ["held/0", "held/1", "held/2", "held/3"]),
+        ("split: 'test[:10%]'", second, ["held/0"]),
     ):
         folder = tmp_path / names[0][:4] / commit
         answer = fetch(hub, folder, f"data.dataset_configs=[{{{SOURCE}, {more}}}]")
@@ -273,12 +266,15 @@ def test_what_cannot_work_is_refused_before_anything_is_made(hub, tmp_path):
 def test_wrong_names_in_a_source_are_told(hub, tmp_path):
     hub.push("datasets", "someone/web", SETS)
     for change, line in (
-        ("config: tiny", "web: someone/web: BuilderConfig 'tiny' not found. Available: ['all', 'small']"),
+        (
+            "config: tiny",
+            "cannot read 'someone/web': BuilderConfig 'tiny' not found. Available: ['all', 'small']",
+        ),
         (
             "config: small, split: dev",
             "data.dataset_configs.web.split=dev: no such split; there are train, test",
         ),
-        ("revision: v9", "web: someone/web: no such revision"),
+        ("revision: v9", "the hub has no such revision"),
     ):
         source = f"{{name: web, path: someone/web, {change}}}"
         answer = fetch(hub, tmp_path / "folder", f"data.dataset_configs=[{source}]")

@@ -23,14 +23,12 @@ from dynamic_transformers.caches import CACHES, OLD_NAMES
 from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.hub_errors import reason_of
 from dynamic_transformers.manifest import write_json
-from dynamic_transformers.settings import Settings, SourceSettings, UserError
+from dynamic_transformers.settings import EMBEDDED, Settings, SourceSettings, UserError
 
 RECORD = "fetched.json"
 LINE_SECONDS = 30  # between two lines of progress
 # What a model is loaded from; weights in other formats are pickles, which nothing here loads.
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
-# By which `datasets` knows the configurations of a set.
-CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 logger = logging.getLogger("dynamic_transformers")
@@ -130,13 +128,14 @@ def _sources(sources: Sequence[SourceSettings]) -> Iterator[Item]:
     from dynamic_transformers.data.files import FILE_BUILDERS
 
     for source in sources:
-        if source.path is None or source.path in FILE_BUILDERS or Path(source.path).exists():
+        if source.path in (None, EMBEDDED, *FILE_BUILDERS) or Path(source.path).exists():
             if "://" in str(source.data_files):
                 logger.warning(
                     "source %s: not of the hub, and not brought: %s", source.name, source.data_files
                 )
             continue
         asked = {"config": source.config, "revision": source.revision, "split": source.split}
+        asked |= {"validation_split": source.validation_split}
         limits = {"data_files": source.data_files, "max_documents": source.max_documents}
         yield {"kind": "source", "for": source.name, "repository": source.path, **asked, **limits}
 
@@ -175,57 +174,26 @@ def _bring_model(asked: Item, patterns: Sequence[str], folder: Path) -> Item:
 
 
 def _bring_source(settings: Settings, asked: Item, folder: Path) -> Item:
-    import datasets
+    """The files of its shards; the cache then knows the names of all files of the set, too."""
+    from dynamic_transformers.data.hub import CARDS, URL, hub_files
+    from dynamic_transformers.data.sources import shards_of
 
-    place = f"data.dataset_configs.{asked['for']}"
-    with _told(asked):
-        built = datasets.load_dataset_builder(
-            asked["repository"], asked["config"], data_files=asked["data_files"], revision=asked["revision"]
+    source = next(each for each in settings.data.dataset_configs if each.name == asked["for"])
+    urls = dict.fromkeys(str(shard.file) for shard in shards_of(source))
+    matches = [URL.fullmatch(url) for url in urls]
+    if not all(matches):
+        raise UserError(
+            f"{source.name}: {source.path}: only `datasets` can read its files: name them as a source"
         )
-        splits = built.config.data_files or {}
-    named = [part.partition("[")[0].strip() for part in asked["split"].split("+")]  # train[:10%]+test
-    for name in named:
-        if name not in splits:
-            known = ", ".join(map(str, splits))
-            raise UserError(f"{place}.split={asked['split']}: no such split; there are {known}")
-    urls = [url for name in named for url in splits[name]]
-    with _told(asked):
-        urls = _first(urls, asked["max_documents"])
-    start = f"hf://datasets/{asked['repository']}@{built.hash}/"
-    cards = [card for card in CARDS if _is_cached(asked["repository"], card, str(built.hash))]
-    names = [*cards, *(url.removeprefix(start) for url in urls)]
-    return _bring_files("dataset", asked, str(built.hash), names, folder)
-
-
-def _is_cached(repository: str, name: str, commit: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repository, name, repo_type="dataset", revision=commit)
-    return isinstance(found, str)  # else None, or a mark that the repository has no such file
-
-
-def _first(urls: Sequence[str], documents: int | None) -> Sequence[str]:
-    """The files that hold the first documents, where they say how many they hold: parquet does."""
-    import pyarrow.parquet
-    from huggingface_hub import HfFileSystem
-
-    if documents is None or not all(url.endswith(".parquet") for url in urls):
-        return urls
-    before = 0
-    for place, url in enumerate(urls):
-        if before >= documents:
-            return urls[:place]
-        with HfFileSystem().open(url) as stream:
-            before += pyarrow.parquet.read_metadata(stream).num_rows
-    return urls
+    known = hub_files(source)
+    cards = [card for card in CARDS if (known.folder / card).is_file()]
+    return _bring_files(
+        "dataset", asked, known.commit, [*cards, *(match[3] for match in matches if match)], folder
+    )
 
 
 def _bring_files(repo_type: str, asked: Item, revision: str, names: Sequence[str], folder: Path) -> Item:
-    """Files of a repository, all of one commit, into the hub's cache, which notes the commit of `revision`.
-
-    Not by `snapshot_download`: it notes all files of the repository, and those that are left out would then
-    count as missing.
-    """
+    """Files of a repository, all of one commit, into the cache, which notes the commit of `revision`."""
     from huggingface_hub import hf_hub_download
 
     def bring(name: str) -> Path:
