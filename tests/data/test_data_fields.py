@@ -9,9 +9,10 @@ import pytest
 
 from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.data.datatrove import tokenizer_of
-from dynamic_transformers.data.sources import read_records, read_shard, shards_of
+from dynamic_transformers.data.sources import read_shard, shards_of
 from dynamic_transformers.data.tokenization import END_OF_TEXT, train_tokenizer
 from dynamic_transformers.settings import SourceSettings, UserError
+from tests.data.all_rows import read_records
 
 RECORDS = [
     {"title": "T1", "meta": {"text": "one", "lang": "en", "score": 0.25}, "a.b": "flat", "n": 3},

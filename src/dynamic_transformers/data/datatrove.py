@@ -14,9 +14,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers.utils.hub import cached_file
 
-from dynamic_transformers.data.refusals import why
 from dynamic_transformers.data.rows import Part, Reader, Row, UnreadableError
 from dynamic_transformers.data.tables import divided
+from dynamic_transformers.refusals import reason_of
 
 PIECE = 1024  # documents; no part is smaller
 
@@ -91,12 +91,21 @@ def _markers(file: str) -> np.ndarray:
     try:
         return np.array(_special_tokens(tokenizer))
     except OSError as error:
-        raise UnreadableError(f"{file}.metadata: its tokenizer {tokenizer}: {why(error)}") from error
+        raise UnreadableError(f"{file}.metadata: its tokenizer {tokenizer}: {reason_of(error)}") from error
 
 
 @cache
 def _special_tokens(name: str) -> tuple[int, ...]:
-    """Ids of the special tokens of a tokenizer: of the hub, of a folder, or of a tokenizer.json."""
-    found = name if Path(name).is_file() else cached_file(name, "tokenizer.json")
-    tokens = Tokenizer.from_file(str(found)).get_added_tokens_decoder()
+    tokens = named_tokenizer(name).get_added_tokens_decoder()
     return tuple(number for number, token in tokens.items() if token.special)
+
+
+@cache
+def named_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer of the hub, of a folder, or of a tokenizer.json.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = name if Path(name).is_file() else cached_file(name, "tokenizer.json")
+    return Tokenizer.from_file(str(found))

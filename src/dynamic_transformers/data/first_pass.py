@@ -11,9 +11,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dynamic_transformers.data.datatrove import named_tokenizer, tokenizer_of
 from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.documents import rank
-from dynamic_transformers.data.encoding import DocumentEncoder, Encoder
+from dynamic_transformers.data.encoding import DocumentEncoder, Encoder, byte_lengths
 from dynamic_transformers.data.fingerprints import shard_identity
 from dynamic_transformers.data.merging import ShardFolder
 from dynamic_transformers.data.mixing import shares
@@ -23,7 +24,7 @@ from dynamic_transformers.data.sources import Shard, shards_of
 from dynamic_transformers.data.tokenization import Sample, marker_ids
 from dynamic_transformers.data.workers import cores, done_by
 from dynamic_transformers.manifest import digest, file_digest, fresh_folder
-from dynamic_transformers.settings import DataSettings, SourceSettings
+from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
 
 BYTES_OF_A_PROCESS = 16 << 20  # for fewer, the start of one more does not pay
 
@@ -94,6 +95,7 @@ def encode_all(
         for source in data.dataset_configs
         for shard in shards_of(source)
     ]
+    _check_tokens(jobs, tokenizer)
     for unfinished in work.glob(".*.new-*"):
         shutil.rmtree(unfinished)
     left = [job for job in jobs if not job.folder.is_dir()]
@@ -116,6 +118,26 @@ def encode_all(
         told = ", ".join(f"{count} {outcome}" for outcome, count in records.items())
         logger.info("source %s: %d records read: %s", source.name, records.total(), told)
     return accounts, folders
+
+
+def _check_tokens(jobs: list[EncodeJob], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse token ids of another program that this tokenizer has not made, or whose bytes it cannot count.
+
+    Raises:
+        UserError: names the file.
+    """
+    for job in jobs:
+        if job.shard.builder != "datatrove":
+            continue
+        place, file = f"data.dataset_configs.{job.source.name}", job.shard.file
+        made_by = tokenizer_of(str(file))
+        # A file that names none is refused when it is read.
+        if made_by and named_tokenizer(made_by).get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"{place}: {file} holds tokens of {made_by}; give data.tokenizer_name={made_by}")
+        if byte_lengths(tokenizer.backend_tokenizer) is None:
+            raise UserError(
+                f"{place}: bytes are counted of token ids of byte-level tokenizers alone; prepare the texts"
+            )
 
 
 def sample_all(data: DataSettings, characters: int) -> list[str]:
