@@ -92,10 +92,12 @@ class Pool:
         everything = self.first(self.tokens if limit is None else limit)
         if limit is not None:
             everything = _trimmed(everything, limit, 0, whole)
-        rounds, rest = divmod(quota, everything.tokens)
+        # Whole documents end beside the limit: what is missing to it is not read twice.
+        rounds, rest = divmod(quota, self.tokens if limit is None else min(limit, self.tokens))
         if rest < 0.5:
             return [everything] * int(rounds)
-        last = _trimmed(self.first(rest), rest, tolerance * quota, whole)
+        excess = min(tolerance * quota, everything.tokens - rest)
+        last = _trimmed(self.first(rest), rest, excess, whole)
         return [everything] * int(rounds) + [last] * bool(last.documents)
 
 
