@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -36,6 +38,8 @@ SHARD_SETTINGS = (
 
 logger = logging.getLogger("dynamic_transformers")
 
+FileState = tuple[int, int]  # bytes, and time of the last change in ns
+
 
 @dataclass(frozen=True)
 class EncodeJob:
@@ -43,6 +47,7 @@ class EncodeJob:
 
     tokenizer: folder of the tokenizer.
     markers: ids of what begins and what ends a document.
+    state: of the shard's file when its content was identified.
     """
 
     folder: Path
@@ -51,6 +56,7 @@ class EncodeJob:
     data: DataSettings
     tokenizer: Path
     markers: tuple[int, int]
+    state: FileState | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,11 @@ def encode_all(
         logger.info("data: what quotes one of %d benchmark texts is left out", found.texts - found.short)
         settings["decontaminate"] = file_digest(Path(data.decontaminate))
     rules = [file_digest(tokenizer_folder / "tokenizer.json"), tokenizer.chat_template, markers, settings]
-    made_with = digest(rules)
+    made_with = digest([*rules, _program()])
+    # The state first: what changes while its content is identified is then noticed, too.
+    shards = [
+        (source, shard, _state(shard)) for source in data.dataset_configs for shard in shards_of(source)
+    ]
     jobs = [
         EncodeJob(
             work / digest([made_with, shard_identity(source, shard)])[:16],
@@ -91,18 +101,21 @@ def encode_all(
             data,
             tokenizer_folder,
             markers,
+            state,
         )
-        for source in data.dataset_configs
-        for shard in shards_of(source)
+        for source, shard, state in shards
     ]
     _check_tokens(jobs, tokenizer)
     for unfinished in work.glob(".*.new-*"):
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
     left = [job for job in jobs if not job.folder.is_dir()]
     if len(left) < len(jobs):
         logger.info("data: %d of %d shards are there from before", len(jobs) - len(left), len(jobs))
-    with ReadingProgress(len(left), sum(job.shard.size for job in left)) as progress:
-        for job, tokens in done_by(_processes(data, left), _encode, left):
+    with (
+        ReadingProgress(len(left), sum(job.shard.size for job in left)) as progress,
+        closing(done_by(_processes(data, left), _encode, left)) as done,
+    ):
+        for job, tokens in done:
             progress.add(job.shard.size, tokens)
     numbers = {source.name: number for number, source in enumerate(data.dataset_configs)}
     accounts = [Account() for _ in numbers]
@@ -153,9 +166,10 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
         for source in data.dataset_configs
         for shard in shards_of(source)
     ]
-    for job, texts in done_by(_processes(data, jobs), _sample, jobs):
-        for place, text in texts:
-            samples[job.source.name].add(place, text)
+    with closing(done_by(_processes(data, jobs), _sample, jobs)) as done:
+        for job, texts in done:
+            for place, text in texts:
+                samples[job.source.name].add(place, text)
     # Of texts that several sources have, the first source's.
     chosen = {place: text for sample in reversed(samples.values()) for place, text in sample.texts()}
     found = []
@@ -169,7 +183,30 @@ def _encode(job: EncodeJob) -> int:
     with fresh_folder(job.folder) as folder:
         encoder = _encoder(job.tokenizer, job.markers, job.source.type == "finetune")
         write_shard(folder, job.shard, job.source, job.data, encoder)
+        if _state(job.shard) != job.state:
+            raise UserError(
+                f"data.dataset_configs.{job.source.name}: {job.shard.file} was changed while it was read; "
+                "run the same command again when nobody writes there"
+            )
     return Account.read(job.folder).tokens
+
+
+def _state(shard: Shard) -> FileState | None:
+    """Of a file of this machine; None of anything else, and of a file that has gone."""
+    if shard.file is None:
+        return None
+    try:
+        status = Path(shard.file).stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+@cache
+def _program() -> list[str]:
+    """What tells one version of this code, and of what it tokenizes with, from another."""
+    code = [file_digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return [*code, *map(version, ("tokenizers", "transformers"))]
 
 
 @cache
