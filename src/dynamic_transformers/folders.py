@@ -30,6 +30,29 @@ class InUseError(UserError):
 
 _held: set[TextIO] = set()  # the open lock files of this process
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+SECONDS_OF_SILENCE = 60  # of a process that waits
+
+
+class Wait:
+    """The waiting of a process.
+
+    Args:
+        aloud: it says at once what it waits for, and every minute again.
+    """
+
+    def __init__(self, aloud: bool = True) -> None:
+        self.aloud = aloud
+        self.began = time.monotonic()
+        self.silent_until = self.began
+
+    def pause(self, reason: str) -> None:
+        """Sleep for a tenth of the time since the beginning, up to a second."""
+        now = time.monotonic()
+        if self.aloud and now >= self.silent_until:
+            since = f" (for {now - self.began:.0f} s)" if self.silent_until > self.began else ""
+            logger.info("waiting for %s%s", reason, since)
+            self.silent_until = now + SECONDS_OF_SILENCE
+        time.sleep(min(1, 0.001 + (now - self.began) / 10))
 
 
 @contextmanager
@@ -39,7 +62,7 @@ def sole_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     The kernel frees the lock of a process that has died, and what it left half-made is removed.
 
     Args:
-        wait: for the process that writes there now; otherwise that is an error.
+        wait: for the process that writes there now, and say for whom; otherwise that is an error.
 
     Raises:
         InUseError: another process writes there; the line names it and its host.
@@ -76,7 +99,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 def _locked(path: Path, folder: Path, wait: bool) -> TextIO | None:
     """The open lock file, locked; None where nothing can be written, or the file system has no locks."""
-    told = False
+    waiting = Wait()
     while True:
         try:
             file = path.open("a+")
@@ -85,7 +108,7 @@ def _locked(path: Path, folder: Path, wait: bool) -> TextIO | None:
                 raise
             return None  # nobody writes there
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if told else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             owner = file.read() or "another process"
@@ -94,8 +117,7 @@ def _locked(path: Path, folder: Path, wait: bool) -> TextIO | None:
                 raise InUseError(
                     f"{folder}: {owner} writes there now; wait for its end, or choose another name"
                 ) from None
-            logger.info("waiting for %s, which writes %s", owner, folder)
-            told = True
+            waiting.pause(f"{owner}, which writes {folder}")
         except OSError as error:
             file.close()
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):

@@ -76,6 +76,13 @@ def test_lines_are_the_same_wherever_a_file_is_cut(tmp_path, shard_bytes, kind, 
         assert sum(shard.size for shard in shards) == file.stat().st_size
 
 
+def test_a_cut_that_falls_on_a_line_end_stays_there(tmp_path, shard_bytes):
+    (tmp_path / "a.txt").write_text("line\n" * 6)
+    shard_bytes(10)
+    given = source(path="text", data_files=str(tmp_path / "a.txt"))
+    assert [shard.part for shard in shards_of(given)] == [(0, 10), (10, 20), (20, 30)]
+
+
 def test_the_number_of_a_row_and_its_part_find_it(tmp_path, shard_bytes):
     file = tmp_path / "a.jsonl"
     file.write_bytes(LINE_FILES["empty lines"])
@@ -178,6 +185,8 @@ def test_the_first_records_and_parts_of_splits_go_over_files(tmp_path, shard_byt
         "train[-5:]+test[:1]": [*TEXTS[35:40], TEXTS[40]],
     }.items():
         assert values(dataclasses.replace(given, split=split)) == expected
+    some = dataclasses.replace(given, split="train[15:30]+test[5:]", max_documents=7)
+    assert values(some) == TEXTS[15:22]
     both = dataclasses.replace(given, split="test+train", max_documents=30)
     assert values(both) == [*TEXTS[40:], *TEXTS[:10]]
 
