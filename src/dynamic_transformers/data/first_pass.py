@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dynamic_transformers.data.datatrove import check_tokenizer
 from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.documents import rank
 from dynamic_transformers.data.encoding import DocumentEncoder, Encoder
@@ -19,12 +20,13 @@ from dynamic_transformers.data.fingerprints import shard_identity
 from dynamic_transformers.data.merging import ShardFolder
 from dynamic_transformers.data.mixing import shares
 from dynamic_transformers.data.progress import ReadingProgress
+from dynamic_transformers.data.rows import UnreadableError
 from dynamic_transformers.data.shards import Account, documents_of, write_shards
 from dynamic_transformers.data.sources import Shard, shards_of
 from dynamic_transformers.data.tokenization import Sample, marker_ids
 from dynamic_transformers.data.workers import cores, done_by
 from dynamic_transformers.manifest import digest, file_digest, fresh_folder
-from dynamic_transformers.settings import DataSettings, SourceSettings
+from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
 
 BYTES_OF_A_PROCESS = 16 << 20  # for fewer, the start of one more does not pay
 BYTES_TOGETHER = 4 << 20  # of small files in one folder, which costs as much time as 100 kB of text
@@ -90,6 +92,8 @@ def encode_all(
         found = Contamination.read(Path(data.decontaminate))
         logger.info("data: what quotes one of %d benchmark texts is left out", found.texts - found.short)
         settings["decontaminate"] = file_digest(Path(data.decontaminate))
+        for name in (source.name for source in data.dataset_configs if source.path == "datatrove"):
+            logger.warning("source %s: its tokens are not compared with the benchmark texts", name)
     rules = [file_digest(tokenizer_folder / "tokenizer.json"), tokenizer.chat_template, markers, settings]
     made_with = digest(rules)
     jobs = [
@@ -104,6 +108,7 @@ def encode_all(
         for source in data.dataset_configs
         for shards in together(shards_of(source))
     ]
+    _check_tokens(jobs, tokenizer.backend_tokenizer)
     for unfinished in work.glob(".*.new-*"):
         shutil.rmtree(unfinished)
     left = [job for job in jobs if not job.folder.is_dir()]
@@ -148,6 +153,17 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
     for sample in samples.values():
         found += [chosen.pop(place) for place, _ in sample.texts() if place in chosen]
     return found
+
+
+def _check_tokens(jobs: Sequence[EncodeJob], tokenizer: Tokenizer) -> None:
+    for job in jobs:
+        for shard in job.shards:
+            if shard.builder != "datatrove":
+                continue
+            try:
+                check_tokenizer(str(shard.file), tokenizer)
+            except UnreadableError as error:
+                raise UserError(f"data.dataset_configs.{shard.source}: {error}") from error
 
 
 def together(shards: Sequence[Shard]) -> Iterator[tuple[Shard, ...]]:
