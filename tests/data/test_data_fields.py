@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -305,6 +306,9 @@ def test_a_folder_of_datatrove_gives_the_tokens_of_its_documents(datatrove, monk
     assert (shard.builder, shard.part) == ("datatrove", (0, 4))
     assert [row.value.tolist() for row in read_records(given)] == DOCUMENTS
     assert tokenizer_of(shard.file) == str(tmp_path / "tokenizer")
+    metadata = Path(f"{shard.file}.metadata")
+    metadata.write_text(metadata.read_text().replace(f"|{struct.calcsize(letter)}", ""))
+    assert tokenizer_of(shard.file) == str(tmp_path / "tokenizer")
     monkeypatch.setattr("dynamic_transformers.data.datatrove.PIECE", 1)
     monkeypatch.setattr("dynamic_transformers.data.tables.SHARD_BYTES", 1)
     shards = shards_of(given)
@@ -323,6 +327,10 @@ def test_a_folder_of_datatrove_gives_the_tokens_of_its_documents(datatrove, monk
         (lambda file: file.write_bytes(file.read_bytes()[:-2]), "do not fit the index beside it"),
         (lambda file: file.with_name(f"{file.name}.loss").touch(), "masks of datatrove are not read"),
         (lambda file: file.with_name(f"{file.name}.metadata").unlink(), "names no tokenizer"),
+        (
+            lambda file: file.with_name(f"{file.name}.metadata").write_text("Unknown Tokenizer\n1\n1 T"),
+            "names no tokenizer",
+        ),
         (
             lambda file: file.with_name(f"{file.name}.metadata").write_text("Unknown Tokenizer|2\n1\n1 T"),
             "names no tokenizer",

@@ -63,7 +63,8 @@ def tokenizer_of(file: str) -> str | None:
     metadata = Path(f"{file}.metadata")
     if not metadata.is_file():
         return None
-    name = metadata.read_text(encoding="utf-8").partition("\n")[0].rpartition("|")[0]
+    line = metadata.read_text(encoding="utf-8").partition("\n")[0]
+    name = line.rpartition("|")[0] or line  # early versions write the name alone
     return None if name in ("", "Unknown Tokenizer") else name
 
 
