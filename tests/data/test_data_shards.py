@@ -76,6 +76,18 @@ def test_lines_are_the_same_wherever_a_file_is_cut(tmp_path, shard_bytes, kind, 
         assert sum(shard.size for shard in shards) == file.stat().st_size
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_paragraphs_are_the_same_wherever_a_file_is_cut(tmp_path, shard_bytes, end):
+    paragraphs = [[f"line {line} of {index}" for line in range(index % 4 + 1)] for index in range(12)]
+    text = (end + " " + end + end).join(end.join(lines) for lines in paragraphs)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    given = source(path="text", data_files=str(tmp_path / "a.txt"), sample_by="paragraph")
+    for size in range(1, 80):
+        shard_bytes(size)
+        assert len(shards_of(given)) > 3
+        assert values(given) == ["\n".join(lines) for lines in paragraphs]
+
+
 def test_a_cut_that_falls_on_a_line_end_stays_there(tmp_path, shard_bytes):
     (tmp_path / "a.txt").write_text("line\n" * 6)
     shard_bytes(10)
