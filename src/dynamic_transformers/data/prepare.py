@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -152,13 +152,24 @@ def _serves(folder: Path, config: dict[str, Any]) -> bool:
 
 def _refuse_others(folder: Path, asked: dict[str, Any], made: dict[str, Any], remedy: str) -> None:
     """Refuse data of other settings; what has become of their sources does not count."""
+    shared = {source["name"] for source in asked["dataset_configs"]}
+    shared &= {source["name"] for source in made["dataset_configs"]}
+    now, then = _by_name(asked, shared), _by_name(made, shared)
     differing = [
-        f"{'run' if key == 'seed' else 'data'}.{key}={value} (there {made.get(key)})"
-        for key, value in asked.items()
-        if key != "fingerprints" and value != made.get(key)
+        f"{key}={now.get(key)} (there {then.get(key)})" for key in now | then if now.get(key) != then.get(key)
     ]
     if differing:
         raise UserError(f"{folder}: holds data of other settings: {', '.join(differing)}; {remedy}")
+
+
+def _by_name(config: dict[str, Any], sources: Container[str]) -> dict[str, Any]:
+    """Settings of `data_config` by their full names, those of these sources one by one."""
+    settings = {f"data.{key}": value for key, value in config.items() if key not in ("fingerprints", "seed")}
+    settings["data.dataset_configs"] = [source["name"] for source in config["dataset_configs"]]
+    for source in config["dataset_configs"]:
+        if (name := source["name"]) in sources:
+            settings |= {f"data.dataset_configs.{name}.{key}": value for key, value in source.items()}
+    return {**settings, "run.seed": config["seed"]}
 
 
 def work_folder(output_dir: Path) -> Path:
