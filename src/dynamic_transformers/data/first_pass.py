@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,6 +75,33 @@ def encode_all(
     Raises:
         UserError: a source cannot be read.
     """
+    jobs = encode_jobs(data, all_shards(data), tokenizer, tokenizer_folder, work)
+    for unfinished in work.glob(".*.new-*"):
+        shutil.rmtree(unfinished)
+    encode(data, jobs)
+    return finished_shards(data, [(job.folder, job.shard) for job in jobs])
+
+
+def all_shards(data: DataSettings) -> list[Shard]:
+    """The shards of all sources, in the order of these.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    return [shard for source in data.dataset_configs for shard in shards_of(source)]
+
+
+def encode_jobs(
+    data: DataSettings,
+    shards: Iterable[Shard],
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_folder: Path,
+    work: Path,
+) -> list[EncodeJob]:
+    """A job for each shard, whose folder in `work` is named after all that its content depends on.
+
+    The account there names source and file: shards that are equal in all else have a folder each.
+    """
     markers = marker_ids(tokenizer)
     settings = {name: getattr(data, name) for name in SHARD_SETTINGS}
     if data.decontaminate:
@@ -82,35 +110,42 @@ def encode_all(
         settings["decontaminate"] = file_digest(Path(data.decontaminate))
     rules = [file_digest(tokenizer_folder / "tokenizer.json"), tokenizer.chat_template, markers, settings]
     made_with = digest(rules)
-    jobs = [
-        EncodeJob(
-            work / digest([made_with, shard_identity(source, shard)])[:16],
-            shard,
-            source,
-            data,
-            tokenizer_folder,
-            markers,
-        )
-        for source in data.dataset_configs
-        for shard in shards_of(source)
-    ]
-    for unfinished in work.glob(".*.new-*"):
-        shutil.rmtree(unfinished)
+    sources = {source.name: source for source in data.dataset_configs}
+
+    def job(shard: Shard) -> EncodeJob:
+        source = sources[shard.source]
+        name = digest([made_with, source.name, shard.file, shard_identity(source, shard)])[:16]
+        return EncodeJob(work / name, shard, source, data, tokenizer_folder, markers)
+
+    return [job(shard) for shard in shards]
+
+
+def encode(data: DataSettings, jobs: Sequence[EncodeJob]) -> None:
+    """Do the jobs whose folders are not there yet, and show how far it is.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
     left = [job for job in jobs if not job.folder.is_dir()]
     if len(left) < len(jobs):
         logger.info("data: %d of %d shards are there from before", len(jobs) - len(left), len(jobs))
     with ReadingProgress(len(left), sum(job.shard.size for job in left)) as progress:
         for job, tokens in done_by(_processes(data, left), _encode, left):
             progress.add(job.shard.size, tokens)
+
+
+def finished_shards(
+    data: DataSettings, shards: Sequence[tuple[Path, Shard]]
+) -> tuple[list[Account], list[ShardFolder]]:
+    """An account for each source, and all shards, of which each comes with its finished folder."""
     numbers = {source.name: number for number, source in enumerate(data.dataset_configs)}
     accounts = [Account() for _ in numbers]
     folders = []
-    for job in jobs:
-        number = numbers[job.source.name]
-        accounts[number].add(Account.read(job.folder))
-        folders.append(
-            ShardFolder(job.folder, number, job.shard.split == "validation", job.source.type == "finetune")
-        )
+    for folder, shard in shards:
+        number = numbers[shard.source]
+        accounts[number].add(Account.read(folder))
+        masked = data.dataset_configs[number].type == "finetune"
+        folders.append(ShardFolder(folder, number, shard.split == "validation", masked))
     for source, account in zip(data.dataset_configs, accounts, strict=True):
         records = account.records
         told = ", ".join(f"{count} {outcome}" for outcome, count in records.items())
