@@ -1,6 +1,8 @@
 """Data that several steps tokenize in groups of shards, `--data-shards`."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from components import image_of
 from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.settings import PROJECT_ROOT
 from pipelines.cluster import LOCAL, ClusterSettings, StepSettings
 from pipelines.comparison import prepared_in_groups
 from pipelines.compile import compile_pipeline, main
@@ -111,6 +114,16 @@ def test_logs_are_named_after_their_group_or_run(tmp_path):
         (tmp_path / "x" / place).touch()
     collect_logs(tmp_path / "x", ["mod-seed0"], tmp_path / "logs")
     assert {path.name for path in (tmp_path / "logs").iterdir()} == set(places.values())
+
+
+def test_a_run_here_plans_first(tmp_path, micro_overrides):
+    sources = "data.dataset_configs=[{name: gone, path: json, data_files: /nowhere/gone.jsonl}]"
+    options = (f"run.output_dir={tmp_path}", "--variants", "standard", "--data-shards", "2", sources)
+    command = [sys.executable, "-m", "pipelines.run", *options, *micro_overrides]
+    result = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "plan-data" in result.stderr and "Traceback" not in result.stdout + result.stderr
+    assert "gone.jsonl" in (tmp_path / "quickstart" / "logs" / "plan-data.log").read_text()
 
 
 def write_corpus(folder):

@@ -305,8 +305,7 @@ def test_what_are_no_data_of_these_settings_do_not_come_in(
 
 
 def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_overrides):
-    overrides = (*micro_overrides, "training.log_every=1", "--data-shards", "2")
-    command = pipeline_command(tmp_path, "mod,stt", *overrides)
+    command = pipeline_command(tmp_path, "mod,stt", *micro_overrides, "training.log_every=1")
     options = dict(
         cwd=PROJECT_ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -324,9 +323,6 @@ def test_what_finished_of_a_failed_pipeline_is_compared(tmp_path, micro_override
     (run,) = json.loads((report / "comparison.json").read_text())["runs"]
     assert run["architecture"] == "mod" and run["efficiency"]["prefill_tokens_per_second"] > 0
     assert "without stt-seed0" in (report / "report.html").read_text()
-    logs = {path.stem for path in (tmp_path / "quickstart" / "logs").glob("*.log")}
-    in_groups = {"plan-data", "tokenize-shards-1", "tokenize-shards-2", "merge-data"}
-    assert in_groups | {"train-mod-seed0", "train-stt-seed0"} <= logs and "prepare-data" not in logs
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("dynamic-transformers")
     runs = {entry.info.run_name: entry for entry in client.search_runs([experiment.experiment_id])}
