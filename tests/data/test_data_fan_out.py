@@ -125,3 +125,8 @@ def test_each_shard_is_dealt_once_and_no_group_has_much_more_than_its_part(sizes
     if len(set(sizes)) == 1:  # also where nobody knows sizes
         counts = [len(group) for group in groups]
         assert max(counts) - min(counts) <= 1
+
+
+def test_the_largest_shards_are_dealt_first():
+    entries = [{"shard": {"size": size}} for size in (1, 1, 2)]
+    assert [len(group) for group in dealt(entries, 2)] == [1, 2]
