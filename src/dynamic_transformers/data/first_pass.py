@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -83,14 +83,44 @@ class SampleJob(Job):
 def encode_all(
     data: DataSettings, tokenizer: PreTrainedTokenizerFast, tokenizer_folder: Path, work: Path
 ) -> tuple[list[Account], list[ShardFolder]]:
-    """Tokenize what is not tokenized yet; an account for each source, and all shards.
+    """Tokenize what is not tokenized yet; an account for each source, and all finished folders.
 
     Args:
         tokenizer_folder: where the tokenizer lies.
-        work: holds a folder for each finished shard.
+        work: holds the finished folders.
 
     Raises:
         UserError: a source cannot be read.
+    """
+    jobs = encode_jobs(data, all_shards(data), tokenizer, tokenizer_folder, work)
+    for unfinished in work.glob(".*.new-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    encode(data, jobs)
+    return finished_shards(data, [(job.folder, job.shards[0]) for job in jobs])
+
+
+def all_shards(data: DataSettings) -> list[tuple[Shard, ...]]:
+    """The shards of all sources, in the order of these, those together that share a folder.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    return [shards for source in data.dataset_configs for shards in together(shards_of(source))]
+
+
+def encode_jobs(
+    data: DataSettings,
+    shards: Iterable[tuple[Shard, ...]],
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_folder: Path,
+    work: Path,
+) -> list[EncodeJob]:
+    """A job for each folder in `work`, which is named after all that its content depends on.
+
+    The account there names source and files: shards that are equal in all else have a folder each.
+
+    Raises:
+        UserError: a file's tokens are those of another tokenizer.
     """
     markers = marker_ids(tokenizer)
     settings = {name: getattr(data, name) for name in SHARD_SETTINGS}
@@ -102,27 +132,27 @@ def encode_all(
             logger.warning("source %s: its tokens are not compared with the benchmark texts", name)
     rules = [file_digest(tokenizer_folder / "tokenizer.json"), tokenizer.chat_template, markers, settings]
     made_with = digest([*rules, _program()])
-    # The state first: what changes while its content is identified is then noticed, too.
-    grouped = [
-        (source, shards, [_state(shard) for shard in shards])
-        for source in data.dataset_configs
-        for shards in together(shards_of(source))
-    ]
-    jobs = [
-        EncodeJob(
-            shards,
-            source,
-            data,
-            work / digest([made_with, *(shard_identity(source, shard) for shard in shards)])[:16],
-            tokenizer_folder,
-            markers,
-            states,
-        )
-        for source, shards, states in grouped
-    ]
+    sources = {source.name: source for source in data.dataset_configs}
+
+    def job(shards: tuple[Shard, ...]) -> EncodeJob:
+        source = sources[shards[0].source]
+        # The states first: what changes while its content is identified is then noticed, too.
+        states = [_state(shard) for shard in shards]
+        contents = [[shard.file, shard_identity(source, shard)] for shard in shards]
+        name = digest([made_with, source.name, contents])[:16]
+        return EncodeJob(shards, source, data, work / name, tokenizer_folder, markers, states)
+
+    jobs = [job(each) for each in shards]
     _check_tokens(jobs, tokenizer.backend_tokenizer)
-    for unfinished in work.glob(".*.new-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return jobs
+
+
+def encode(data: DataSettings, jobs: Sequence[EncodeJob]) -> None:
+    """Do the jobs whose folders are not there yet, and show how far it is.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
     left = [job for job in jobs if not job.folder.is_dir()]
     if len(left) < len(jobs):
         logger.info("data: %d of %d shards are there from before", len(jobs) - len(left), len(jobs))
@@ -132,18 +162,25 @@ def encode_all(
     ):
         for job, tokens in done:
             progress.add(job.size, tokens)
+
+
+def finished_shards(
+    data: DataSettings, folders: Sequence[tuple[Path, Shard]]
+) -> tuple[list[Account], list[ShardFolder]]:
+    """An account for each source, and all finished folders, each of which comes with its first shard."""
     numbers = {source.name: number for number, source in enumerate(data.dataset_configs)}
     accounts = [Account() for _ in numbers]
-    folders = []
-    for job in jobs:
-        number, wins = numbers[job.source.name], job.shards[0].split == "validation"
-        accounts[number].add(Account.read(job.folder))
-        folders.append(ShardFolder(job.folder, number, wins, job.source.type == "finetune"))
+    found = []
+    for folder, shard in folders:
+        number = numbers[shard.source]
+        accounts[number].add(Account.read(folder))
+        masked = data.dataset_configs[number].type == "finetune"
+        found.append(ShardFolder(folder, number, shard.split == "validation", masked))
     for source, account in zip(data.dataset_configs, accounts, strict=True):
         records = account.records
         told = ", ".join(f"{count} {outcome}" for outcome, count in records.items())
         logger.info("source %s: %d records read: %s", source.name, records.total(), told)
-    return accounts, folders
+    return accounts, found
 
 
 def sample_all(data: DataSettings, characters: int) -> list[str]:
