@@ -51,6 +51,26 @@ def micro_overrides():
 
 
 @pytest.fixture(scope="session")
+def paper_overrides():
+    """Command-line overrides with which `paper` takes seconds; sources and model stay as configured."""
+    return (
+        "data.block_size=64",
+        "data.batch_size=2",
+        "data.max_eval_tokens=500",
+        "data.cloze_examples=0",
+        "data.arithmetic_examples=0",
+        "model.capacity_warmup_steps=1",
+        "training.max_flops=null",
+        "training.max_steps=2",
+        "training.gradient_accumulation_steps=1",
+        "tracking.mlflow=false",
+        "system.num_workers=0",
+        "system.device=cpu",
+        "evaluation.tasks=[quick_test]",
+    )
+
+
+@pytest.fixture(scope="session")
 def make_settings(tmp_path_factory):
     """Settings of a micro run; keyword arguments are `group={key: value}`."""
     output_dir = str(tmp_path_factory.mktemp("outputs"))

@@ -88,9 +88,8 @@ def test_help_and_mistakes_come_at_once(arguments, code, message):
     result = python("-c", SHOW_IMPORTS, *arguments)
     *lines, imported = result.stderr.splitlines()
     assert (result.returncode, imported) == (code, "[]")
-    assert len(lines) <= 1 + (len(COMMANDS) + 2) * (message.endswith("not a command")) and "".join(
-        lines
-    ).startswith(message)
+    usage = (2 + len(COMMANDS)) * message.endswith("not a command")
+    assert len(lines) <= 1 + usage and "".join(lines).startswith(message)
 
 
 PRINTING = """
@@ -190,10 +189,13 @@ def test_every_test_file_is_collected(request):
     collected = {item.path for item in request.session.items}
     files = set((PROJECT_ROOT / "tests").rglob("*.py"))
     helpers = {
+        "all_rows.py",
         "conftest.py",
         "fake_kfp.py",
         "fake_kubernetes.py",
         "fake_trainer.py",
+        "hub_contents.py",
+        "hub_server.py",
         "live_bytes.py",
         "real_docker.py",
         "run_contents.py",

@@ -62,6 +62,20 @@ def test_a_writer_that_waits_gets_its_turn(holder, tmp_path, caplog):
     assert f"waiting for process {holder.pid}" in caplog.text
 
 
+def test_a_writer_that_waits_says_so_again(holder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(folders, "SECONDS_OF_SILENCE", 0.5)
+    caplog.set_level("INFO", "dynamic_transformers")
+    threading.Timer(2.2, holder.kill).start()
+    with sole_writer(tmp_path / "out", wait=True):
+        pass
+    first, *again = caplog.messages
+    assert (
+        first
+        == f"waiting for process {holder.pid} on {socket.gethostname()}, which writes {tmp_path / 'out'}"
+    )
+    assert again[0] == f"{first} (for 1 s)" and 2 <= len(again) <= 4
+
+
 def write_many(folder, count):
     for _ in range(count):
         with fresh_folder(folder) as temporary:

@@ -4,6 +4,9 @@ import os
 
 # Idle OpenMP threads spin and take the cores from whatever else runs; torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# evaluate has a switch of its own, without which it would wait minutes for a hub that is not there.
+if offline := os.environ.get("HF_HUB_OFFLINE"):
+    os.environ.setdefault("HF_EVALUATE_OFFLINE", offline)
 
 __version__ = "0.1.0"
 

@@ -129,6 +129,11 @@ def check_data(data: DataSettings) -> None:
             )
     for source in data.dataset_configs:
         check_source(source)
+        if source.path == "datatrove" and data.tokenizer_name is None:
+            raise UserError(
+                f"data.dataset_configs.{source.name}: has tokens: name the tokenizer that made them in "
+                "data.tokenizer_name; the first line of the .metadata files says which"
+            )
     if data.validation_split_percentage + data.test_split_percentage >= 100:
         raise UserError("data.validation_split_percentage + data.test_split_percentage must be below 100")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ import yaml
 from dynamic_transformers.command_line import add_plugin_argument, flag_of, path, run_command
 from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
+from dynamic_transformers.evaluation.task_index import check_tasks
 from dynamic_transformers.evaluation.task_texts import add_task_texts_arguments, task_texts_command
+from dynamic_transformers.fetch import fetch, in_units, offline_environment, use_folder
 from dynamic_transformers.manifest import input_folder, read_manifest
-from dynamic_transformers.preflight import check_places, preflight
+from dynamic_transformers.preflight import check_places, check_writable, preflight
 from dynamic_transformers.settings import PRECISIONS, ModelSettings, Settings, UserError
 from dynamic_transformers.study import single_run
 from dynamic_transformers.tracking.sync import add_sync_arguments, sync_command
@@ -53,6 +56,26 @@ def prepare_command(args: argparse.Namespace) -> None:
     print(f"data: {folder}")
 
 
+def fetch_command(args: argparse.Namespace) -> None:
+    """`fetch`: bring what the settings need of the hub into a folder, and say how it is used."""
+    use_folder(args.output_dir)
+    settings = settings_of(args)
+    options = settings.evaluation
+    options.tasks = args.tasks or options.tasks
+    options.confirm_run_unsafe_code |= args.confirm_run_unsafe_code
+    check_writable("--output_dir", args.output_dir)
+    check_tasks(options.tasks, options.confirm_run_unsafe_code, options.own_tasks)
+    # Not above: what is refused is refused at once, without seconds of imports.
+    from dynamic_transformers.training.display import configure_logging
+
+    configure_logging()
+    items = fetch(settings, args.output_dir)
+    folder = args.output_dir.absolute()
+    print(f"fetched: {folder} ({in_units(sum(item['bytes'] for item in items))})")
+    arguments = [f"--config-name={args.config_name}", *args.overrides]
+    print(f"offline: {offline_environment(folder)} python train.py {shlex.join(arguments)}")
+
+
 def train_command(args: argparse.Namespace) -> None:
     """`train` and `train.py`: prepare, train, export."""
     settings = settings_of(args)
@@ -61,15 +84,15 @@ def train_command(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from dynamic_transformers.export import export
+    from dynamic_transformers.launch.one_process import by_one_process
     from dynamic_transformers.training.display import configure_logging
     from dynamic_transformers.training.trainer import on_cpu, train
 
     configure_logging()
+    data_dir = by_one_process(lambda: data_folder(settings, args.force), "the data")
     state = PartialState(cpu=on_cpu(settings))
     if not state.is_main_process:
         logging.getLogger("dynamic_transformers").setLevel(logging.WARNING)
-    with state.main_process_first():
-        data_dir = data_folder(settings, args.force)
     run_dir = train(settings, data_dir, settings.run_dir, force=args.force)
     if state.is_main_process:
         model_dir = export(run_dir, run_dir / "final_model", force=args.force)
@@ -196,6 +219,22 @@ def read_text(file: Path) -> str:
         ) from error
 
 
+def add_fetch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `fetch`."""
+    parser.add_argument("--output_dir", type=path, required=True, help="becomes an HF_HOME")
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        help="suites or tasks of lm-eval, separated by commas (default: evaluation.tasks)",
+    )
+    parser.add_argument(
+        "--confirm_run_unsafe_code",
+        action="store_true",
+        help="the suite code: lm-eval runs the hub's code_eval when it loads its tasks",
+    )
+    add_config_arguments(parser)
+
+
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `export`."""
     parser.add_argument("run_dir", type=path)
@@ -252,6 +291,11 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "prepare": (prepare_command, add_config_arguments, "mix, tokenize and pack data"),
+    "fetch": (
+        fetch_command,
+        add_fetch_arguments,
+        "bring what a configuration needs of the hub into a folder",
+    ),
     "train": (train_command, add_config_arguments, "prepare if need be, train one model, export it"),
     "export": (export_command, add_export_arguments, "a run's checkpoint as a Hugging Face folder"),
     "calibrate": (calibrate_command, add_calibrate_arguments, "thresholds for another domain or capacity"),

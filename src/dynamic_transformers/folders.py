@@ -30,6 +30,29 @@ class InUseError(UserError):
 
 _held: set[TextIO] = set()  # the open lock files of this process
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+SECONDS_OF_SILENCE = 60  # of a process that waits
+
+
+class Wait:
+    """The waiting of a process.
+
+    Args:
+        aloud: it says at once what it waits for, and every minute again.
+    """
+
+    def __init__(self, aloud: bool = True) -> None:
+        self.aloud = aloud
+        self.began = time.monotonic()
+        self.silent_until = self.began
+
+    def pause(self, reason: str) -> None:
+        """Sleep for a tenth of the time since the beginning, up to a second."""
+        now = time.monotonic()
+        if self.aloud and now >= self.silent_until:
+            since = f" (for {now - self.began:.0f} s)" if self.silent_until > self.began else ""
+            logger.info("waiting for %s%s", reason, since)
+            self.silent_until = now + SECONDS_OF_SILENCE
+        time.sleep(min(1, 0.001 + (now - self.began) / 10))
 
 
 @contextmanager
@@ -39,7 +62,7 @@ def sole_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     The kernel frees the lock of a process that has died, and what it left half-made is removed.
 
     Args:
-        wait: for the process that writes there now; otherwise that is an error.
+        wait: for the process that writes there now, and say for whom; otherwise that is an error.
 
     Raises:
         InUseError: another process writes there; the line names it and its host.
@@ -76,7 +99,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 def _locked(path: Path, folder: Path, wait: bool) -> TextIO | None:
     """The open lock file, locked; None where nothing can be written, or the file system has no locks."""
-    told = False
+    waiting = Wait()
     while True:
         try:
             file = path.open("a+")
@@ -85,7 +108,7 @@ def _locked(path: Path, folder: Path, wait: bool) -> TextIO | None:
                 raise
             return None  # nobody writes there
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if told else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             owner = file.read() or "another process"
@@ -94,8 +117,7 @@ def _locked(path: Path, folder: Path, wait: bool) -> TextIO | None:
                 raise InUseError(
                     f"{folder}: {owner} writes there now; wait for its end, or choose another name"
                 ) from None
-            logger.info("waiting for %s, which writes %s", owner, folder)
-            told = True
+            waiting.pause(f"{owner}, which writes {folder}")
         except OSError as error:
             file.close()
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -127,9 +149,14 @@ def check_target(folder: Path) -> None:
 
 def new_sibling(folder: Path) -> Path:
     """An empty folder beside `folder`, to be filled and put in its place."""
-    sibling = folder.parent / f".{folder.name}.new-{uuid.uuid4().hex[:12]}"
+    sibling = _free_sibling(folder)
     make_folder(sibling)
     return sibling
+
+
+def _free_sibling(folder: Path) -> Path:
+    """A name that the next writer of `folder` sweeps away."""
+    return folder.parent / f".{folder.name}.new-{uuid.uuid4().hex[:12]}"
 
 
 def put_in_place(new: Path, folder: Path) -> None:
@@ -188,6 +215,17 @@ def sweep(folder: Path) -> None:
                 path.rename(folder)  # killed between two renames
             else:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(path: Path, folder: Path) -> None:
+    """Remove a folder that lies beside `folder`, if it is there: nobody finds half of it, however this ends.
+
+    Call it as the sole writer of `folder`. What cannot be removed stays as it is.
+    """
+    aside = _free_sibling(folder)
+    with suppress(OSError):
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def make_folder(folder: Path) -> None:

@@ -324,7 +324,6 @@ class SystemSettings:
 
     precision: Annotated[str, OneOf(*PRECISIONS)] = "fp32"
     device: Annotated[str, OneOf("auto", "cpu", "cuda")] = "auto"
-    num_workers: Annotated[int, In("[0, 1024]")] = 0
     compile: bool = False  # training forwards by torch.compile, as one graph; needs a C++ compiler
 
 

@@ -165,6 +165,22 @@ def test_data_of_other_settings_are_replaced_by_force_alone(settings, tmp_path):
     assert read_manifest(folder)["block_size"] == 8
 
 
+def test_of_sources_only_the_settings_that_differ_are_told(settings, tmp_path):
+    folder = prepare(settings, tmp_path / "data")
+    (source,) = settings.data.dataset_configs
+    for sources, told in (
+        (
+            (replace(source, text_column="body"),),
+            "data.dataset_configs.notes.text_column=body (there text); name",
+        ),
+        ((source, replace(source, name="b")), "data.dataset_configs=['notes', 'b'] (there ['notes']); name"),
+    ):
+        other = replace(settings, data=replace(settings.data, dataset_configs=list(sources)))
+        with pytest.raises(UserError) as error:
+            prepare(other, folder)
+        assert f"holds data of other settings: {told}" in str(error.value)
+
+
 def test_the_content_is_told_from_what_made_it(settings, notes, tmp_path, monkeypatch):
     first = read_manifest(prepare(settings, tmp_path / "1"))
     monkeypatch.setenv("DYNAMIC_TRANSFORMERS_REVISION", "another")

@@ -3,15 +3,21 @@
 import dataclasses
 import json
 import struct
+from pathlib import Path
 
 import pyarrow
 import pytest
+from tokenizers import Tokenizer, decoders
 
 from dynamic_transformers.configure import settings_from_dict
-from dynamic_transformers.data.datatrove import tokenizer_of
-from dynamic_transformers.data.sources import read_records, read_shard, shards_of
-from dynamic_transformers.data.tokenization import END_OF_TEXT, train_tokenizer
+from dynamic_transformers.data.datatrove import check_tokenizer, tokenizer_of
+from dynamic_transformers.data.prepare import prepare
+from dynamic_transformers.data.rows import UnreadableError
+from dynamic_transformers.data.sources import read_shard, shards_of
+from dynamic_transformers.data.tokenization import END_OF_TEXT, load_pretrained_tokenizer, train_tokenizer
+from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import SourceSettings, UserError
+from tests.data.all_rows import read_records
 
 RECORDS = [
     {"title": "T1", "meta": {"text": "one", "lang": "en", "score": 0.25}, "a.b": "flat", "n": 3},
@@ -301,6 +307,9 @@ def test_a_folder_of_datatrove_gives_the_tokens_of_its_documents(datatrove, monk
     assert (shard.builder, shard.part) == ("datatrove", (0, 4))
     assert [row.value.tolist() for row in read_records(given)] == DOCUMENTS
     assert tokenizer_of(shard.file) == str(tmp_path / "tokenizer")
+    metadata = Path(f"{shard.file}.metadata")
+    metadata.write_text(metadata.read_text().replace(f"|{struct.calcsize(letter)}", ""))
+    assert tokenizer_of(shard.file) == str(tmp_path / "tokenizer")
     monkeypatch.setattr("dynamic_transformers.data.datatrove.PIECE", 1)
     monkeypatch.setattr("dynamic_transformers.data.tables.SHARD_BYTES", 1)
     shards = shards_of(given)
@@ -320,6 +329,10 @@ def test_a_folder_of_datatrove_gives_the_tokens_of_its_documents(datatrove, monk
         (lambda file: file.with_name(f"{file.name}.loss").touch(), "masks of datatrove are not read"),
         (lambda file: file.with_name(f"{file.name}.metadata").unlink(), "names no tokenizer"),
         (
+            lambda file: file.with_name(f"{file.name}.metadata").write_text("Unknown Tokenizer\n1\n1 T"),
+            "names no tokenizer",
+        ),
+        (
             lambda file: file.with_name(f"{file.name}.metadata").write_text("Unknown Tokenizer|2\n1\n1 T"),
             "names no tokenizer",
         ),
@@ -333,3 +346,45 @@ def test_files_of_datatrove_that_cannot_be_read_are_told(datatrove, tmp_path, ha
         list(read_records(given))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith("data.dataset_configs.mine: ")
+
+
+def test_tokens_of_datatrove_are_read_with_their_own_tokenizer_only(datatrove, tmp_path, make_settings):
+    names = {
+        "own": tmp_path / "tokenizer",
+        "more": tmp_path / "more",
+        "other": tmp_path / "other",
+        "none": None,
+    }
+    own = load_pretrained_tokenizer(str(names["own"]))
+    texts = [f"the gate {number} selects a token" for number in range(100)]
+    source = vars(datatrove([own(text, add_special_tokens=False)["input_ids"] for text in texts]))
+    own.add_tokens(["<|im_start|>"])
+    own.save_pretrained(names["more"])
+    train_tokenizer(["12 + 7 = 19"] * 5, 300).save_pretrained(names["other"])
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(texts))
+    made = {}
+    for name, tokenizer in names.items():
+        given = {"tokenizer_name": tokenizer and str(tokenizer), "min_characters": 0}
+        try:
+            folder = prepare(make_settings([source], **given), tmp_path / f"of {name}")
+            made[name] = read_manifest(folder)["sources"][0]
+        except UserError as error:
+            made[name] = str(error)
+    text_source = {"name": "mine", "path": "text", "data_files": str(file)}
+    settings = make_settings([text_source], tokenizer_name=str(names["own"]), min_characters=0)
+    of_texts = read_manifest(prepare(settings, tmp_path / "of texts"))["sources"][0]
+    assert made["own"]["documents_in"] == made["more"]["documents_in"] == 100
+    assert made["own"]["tokens_in"] == made["more"]["tokens_in"] == of_texts["tokens_in"]
+    assert "its tokens are those of" in made["other"] and "data.tokenizer_name does not have" in made["other"]
+    assert "name the tokenizer that made them" in made["none"]
+    assert all(made[name].startswith("data.dataset_configs.mine: ") for name in ("other", "none"))
+
+
+def test_tokens_of_datatrove_need_a_byte_level_tokenizer(datatrove, tmp_path):
+    file = str(shards_of(datatrove(DOCUMENTS))[0].file)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    check_tokenizer(file, tokenizer)
+    tokenizer.decoder = decoders.Metaspace()
+    with pytest.raises(UnreadableError, match="byte-level tokenizers only"):
+        check_tokenizer(file, tokenizer)

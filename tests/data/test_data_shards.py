@@ -67,6 +67,25 @@ def test_lines_are_the_same_wherever_a_file_is_cut(tmp_path, shard_bytes, kind, 
         assert sum(shard.size for shard in shards) == file.stat().st_size
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_paragraphs_are_the_same_wherever_a_file_is_cut(tmp_path, shard_bytes, end):
+    paragraphs = [[f"line {line} of {index}" for line in range(index % 4 + 1)] for index in range(12)]
+    text = (end + " " + end + end).join(end.join(lines) for lines in paragraphs)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    given = source(path="text", data_files=str(tmp_path / "a.txt"), sample_by="paragraph")
+    for size in range(1, 80):
+        shard_bytes(size)
+        assert len(shards_of(given)) > 3
+        assert values(given) == ["\n".join(lines) for lines in paragraphs]
+
+
+def test_a_cut_that_falls_on_a_line_end_stays_there(tmp_path, shard_bytes):
+    (tmp_path / "a.txt").write_text("line\n" * 6)
+    shard_bytes(10)
+    given = source(path="text", data_files=str(tmp_path / "a.txt"))
+    assert [shard.part for shard in shards_of(given)] == [(0, 10), (10, 20), (20, 30)]
+
+
 def test_the_number_of_a_row_and_its_part_find_it(tmp_path, shard_bytes):
     file = tmp_path / "a.jsonl"
     file.write_bytes(LINE_FILES["empty lines"])
@@ -169,6 +188,8 @@ def test_the_first_records_and_parts_of_splits_go_over_files(tmp_path, shard_byt
         "train[-5:]+test[:1]": [*TEXTS[35:40], TEXTS[40]],
     }.items():
         assert values(dataclasses.replace(given, split=split)) == expected
+    some = dataclasses.replace(given, split="train[15:30]+test[5:]", max_documents=7)
+    assert values(some) == TEXTS[15:22]
     both = dataclasses.replace(given, split="test+train", max_documents=30)
     assert values(both) == [*TEXTS[40:], *TEXTS[:10]]
 

@@ -208,7 +208,7 @@ FREE = (
     "training.log_every=3",
     "training.keep_checkpoints=1",
     "training.checkpoint_every=7",
-    "system.num_workers=2",
+    "data.processes=2",
     "tracking.mlflow=false",
     ("training.gradient_accumulation_steps=2", "data.batch_size=2"),  # the same batch of 4
 )

@@ -125,7 +125,7 @@ def test_a_finished_run_is_returned(make_settings, data_dir, tmp_path):
     before = (run_dir / "manifest.json").stat().st_mtime_ns
     # What changes no number does not make it another run.
     same = {"log_every": 5, "eval_every": 2, "checkpoint_every": 3, "keep_checkpoints": None}
-    train(make_settings("mod", training=same, system={"num_workers": 1}), data_dir, run_dir)
+    train(make_settings("mod", training=same), data_dir, run_dir)
     assert (run_dir / "manifest.json").stat().st_mtime_ns == before
 
 

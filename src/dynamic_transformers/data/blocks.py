@@ -215,7 +215,10 @@ class Blocks:
 
     def targets(self, place: int) -> np.ndarray:
         """Which tokens of a block have a loss, (T,) bool: not the first of a piece or of a block."""
-        predicted = self.position_ids(place) != 0
+        return self._with_loss(place, self.position_ids(place))
+
+    def _with_loss(self, place: int, positions: np.ndarray) -> np.ndarray:
+        predicted = positions != 0
         if self._targets is not None:
             span = self._span(place)
             bits = np.unpackbits(self._targets[span.start // 8 : -(-span.stop // 8)])
@@ -227,15 +230,11 @@ class Blocks:
 
         Labels are not shifted; tokens without a loss have none (-100).
         """
-        ids, positions, targets = (
-            torch.from_numpy(np.stack([column(place) for place in places]))
-            for column in (self.input_ids, self.position_ids, self.targets)
-        )
-        return {
-            "input_ids": ids,
-            "position_ids": positions,
-            "labels": ids.masked_fill(~targets, IGNORED),
-        }
+        ids = np.stack([self.input_ids(place) for place in places])
+        positions = np.stack([self.position_ids(place) for place in places])
+        targets = np.stack([self._with_loss(*pair) for pair in zip(places, positions, strict=True)])
+        columns = {"input_ids": ids, "position_ids": positions, "labels": np.where(targets, ids, IGNORED)}
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
 
     def _span(self, place: int) -> slice:
         start = int(self.places[place]) * self.block_size

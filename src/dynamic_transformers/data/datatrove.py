@@ -14,9 +14,10 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers.utils.hub import cached_file
 
-from dynamic_transformers.data.refusals import why
+from dynamic_transformers.data.encoding import byte_lengths
 from dynamic_transformers.data.rows import Part, Reader, Row, UnreadableError
 from dynamic_transformers.data.tables import divided
+from dynamic_transformers.refusals import reason_of
 
 PIECE = 1024  # documents; no part is smaller
 
@@ -62,8 +63,27 @@ def tokenizer_of(file: str) -> str | None:
     metadata = Path(f"{file}.metadata")
     if not metadata.is_file():
         return None
-    name = metadata.read_text(encoding="utf-8").partition("\n")[0].rpartition("|")[0]
+    line = metadata.read_text(encoding="utf-8").partition("\n")[0]
+    name = line.rpartition("|")[0] or line  # early versions write the name alone
     return None if name in ("", "Unknown Tokenizer") else name
+
+
+def check_tokenizer(file: str, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer to which the tokens of a file mean something else.
+
+    Raises:
+        UnreadableError: says so, or that the file's tokenizer cannot be had.
+    """
+    own, given = _tokenizer_of(file).get_vocab(), tokenizer.get_vocab()
+    if not own.items() <= given.items():
+        raise UnreadableError(
+            f"{file}: its tokens are those of {tokenizer_of(file)}, which data.tokenizer_name does not have: "
+            "name that tokenizer there, or one that adds tokens to it"
+        )
+    if byte_lengths(tokenizer) is None:
+        raise UnreadableError(
+            f"{file}: tokens are read with byte-level tokenizers only; give the texts as a source"
+        )
 
 
 def _open(file: str) -> tuple[np.ndarray, np.ndarray]:
@@ -85,18 +105,21 @@ def _open(file: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _markers(file: str) -> np.ndarray:
     """Ids that begin and end documents: the special tokens of the tokenizer."""
-    tokenizer = tokenizer_of(file)
-    if tokenizer is None:
+    tokens = _tokenizer_of(file).get_added_tokens_decoder()
+    return np.array([number for number, token in tokens.items() if token.special])
+
+
+def _tokenizer_of(file: str) -> Tokenizer:
+    name = tokenizer_of(file)
+    if name is None:
         raise UnreadableError(f"{file}.metadata names no tokenizer: its tokens cannot be read")
     try:
-        return np.array(_special_tokens(tokenizer))
+        return _load(name)
     except OSError as error:
-        raise UnreadableError(f"{file}.metadata: its tokenizer {tokenizer}: {why(error)}") from error
+        raise UnreadableError(f"{file}.metadata: its tokenizer {name}: {reason_of(error)}") from error
 
 
 @cache
-def _special_tokens(name: str) -> tuple[int, ...]:
-    """Ids of the special tokens of a tokenizer: of the hub, of a folder, or of a tokenizer.json."""
-    found = name if Path(name).is_file() else cached_file(name, "tokenizer.json")
-    tokens = Tokenizer.from_file(str(found)).get_added_tokens_decoder()
-    return tuple(number for number, token in tokens.items() if token.special)
+def _load(name: str) -> Tokenizer:
+    """A tokenizer of the hub, of a folder, or of a tokenizer.json."""
+    return Tokenizer.from_file(str(name if Path(name).is_file() else cached_file(name, "tokenizer.json")))

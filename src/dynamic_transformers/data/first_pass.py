@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dynamic_transformers.data.datatrove import check_tokenizer
 from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.documents import rank
 from dynamic_transformers.data.encoding import DocumentEncoder, Encoder
@@ -18,14 +22,16 @@ from dynamic_transformers.data.fingerprints import shard_identity
 from dynamic_transformers.data.merging import ShardFolder
 from dynamic_transformers.data.mixing import shares
 from dynamic_transformers.data.progress import ReadingProgress
-from dynamic_transformers.data.shards import Account, documents_of, write_shard
+from dynamic_transformers.data.rows import UnreadableError
+from dynamic_transformers.data.shards import Account, documents_of, write_shards
 from dynamic_transformers.data.sources import Shard, shards_of
 from dynamic_transformers.data.tokenization import Sample, marker_ids
 from dynamic_transformers.data.workers import cores, done_by
 from dynamic_transformers.manifest import digest, file_digest, fresh_folder
-from dynamic_transformers.settings import DataSettings, SourceSettings
+from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
 
 BYTES_OF_A_PROCESS = 16 << 20  # for fewer, the start of one more does not pay
+BYTES_TOGETHER = 4 << 20  # of small files in one folder, which costs as much time as 100 kB of text
 
 # What a shard depends on, beside its source and the tokenizer.
 SHARD_SETTINGS = (
@@ -35,30 +41,42 @@ SHARD_SETTINGS = (
 
 logger = logging.getLogger("dynamic_transformers")
 
+FileState = tuple[int, int]  # bytes, and time of the last change in ns
+
 
 @dataclass(frozen=True)
-class EncodeJob:
-    """A shard to be tokenized into a folder.
+class Job:
+    """Shards of one source and split that are read together: one, or several small ones."""
+
+    shards: tuple[Shard, ...]
+    source: SourceSettings
+    data: DataSettings
+
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        return sum(shard.size for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class EncodeJob(Job):
+    """Shards to be tokenized into a folder.
 
     tokenizer: folder of the tokenizer.
     markers: ids of what begins and what ends a document.
+    states: of the shards' files when their content was identified.
     """
 
     folder: Path
-    shard: Shard
-    source: SourceSettings
-    data: DataSettings
     tokenizer: Path
     markers: tuple[int, int]
+    states: list[FileState | None]
 
 
 @dataclass(frozen=True)
-class SampleJob:
-    """A shard of which texts of about so many characters are taken, to train a tokenizer on."""
+class SampleJob(Job):
+    """Shards of which texts of about so many characters are taken, to train a tokenizer on."""
 
-    shard: Shard
-    source: SourceSettings
-    data: DataSettings
     characters: float
 
 
@@ -80,37 +98,47 @@ def encode_all(
         found = Contamination.read(Path(data.decontaminate))
         logger.info("data: what quotes one of %d benchmark texts is left out", found.texts - found.short)
         settings["decontaminate"] = file_digest(Path(data.decontaminate))
+        for name in (source.name for source in data.dataset_configs if source.path == "datatrove"):
+            logger.warning("source %s: its tokens are not compared with the benchmark texts", name)
     rules = [file_digest(tokenizer_folder / "tokenizer.json"), tokenizer.chat_template, markers, settings]
-    made_with = digest(rules)
+    made_with = digest([*rules, _program()])
+    # The state first: what changes while its content is identified is then noticed, too.
+    grouped = [
+        (source, shards, [_state(shard) for shard in shards])
+        for source in data.dataset_configs
+        for shards in together(shards_of(source))
+    ]
     jobs = [
         EncodeJob(
-            work / digest([made_with, shard_identity(source, shard)])[:16],
-            shard,
+            shards,
             source,
             data,
+            work / digest([made_with, *(shard_identity(source, shard) for shard in shards)])[:16],
             tokenizer_folder,
             markers,
+            states,
         )
-        for source in data.dataset_configs
-        for shard in shards_of(source)
+        for source, shards, states in grouped
     ]
+    _check_tokens(jobs, tokenizer.backend_tokenizer)
     for unfinished in work.glob(".*.new-*"):
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
     left = [job for job in jobs if not job.folder.is_dir()]
     if len(left) < len(jobs):
         logger.info("data: %d of %d shards are there from before", len(jobs) - len(left), len(jobs))
-    with ReadingProgress(len(left), sum(job.shard.size for job in left)) as progress:
-        for job, tokens in done_by(_processes(data, left), _encode, left):
-            progress.add(job.shard.size, tokens)
+    with (
+        ReadingProgress(len(left), sum(job.size for job in left)) as progress,
+        closing(done_by(_processes(data, left), _encode, left)) as done,
+    ):
+        for job, tokens in done:
+            progress.add(job.size, tokens)
     numbers = {source.name: number for number, source in enumerate(data.dataset_configs)}
     accounts = [Account() for _ in numbers]
     folders = []
     for job in jobs:
-        number = numbers[job.source.name]
+        number, wins = numbers[job.source.name], job.shards[0].split == "validation"
         accounts[number].add(Account.read(job.folder))
-        folders.append(
-            ShardFolder(job.folder, number, job.shard.split == "validation", job.source.type == "finetune")
-        )
+        folders.append(ShardFolder(job.folder, number, wins, job.source.type == "finetune"))
     for source, account in zip(data.dataset_configs, accounts, strict=True):
         records = account.records
         told = ", ".join(f"{count} {outcome}" for outcome, count in records.items())
@@ -127,13 +155,14 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
     parts = shares({source.name: source.weight for source in data.dataset_configs})
     samples = {name: Sample(part * characters) for name, part in parts.items()}
     jobs = [
-        SampleJob(shard, source, data, samples[source.name].characters)
+        SampleJob(shards, source, data, samples[source.name].characters)
         for source in data.dataset_configs
-        for shard in shards_of(source)
+        for shards in together(shards_of(source))
     ]
-    for job, texts in done_by(_processes(data, jobs), _sample, jobs):
-        for place, text in texts:
-            samples[job.source.name].add(place, text)
+    with closing(done_by(_processes(data, jobs), _sample, jobs)) as done:
+        for job, texts in done:
+            for place, text in texts:
+                samples[job.source.name].add(place, text)
     # Of texts that several sources have, the first source's.
     chosen = {place: text for sample in reversed(samples.values()) for place, text in sample.texts()}
     found = []
@@ -142,12 +171,60 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
     return found
 
 
+def _check_tokens(jobs: Sequence[EncodeJob], tokenizer: Tokenizer) -> None:
+    for job in jobs:
+        for shard in job.shards:
+            if shard.builder != "datatrove":
+                continue
+            try:
+                check_tokenizer(str(shard.file), tokenizer)
+            except UnreadableError as error:
+                raise UserError(f"data.dataset_configs.{shard.source}: {error}") from error
+
+
+def together(shards: Sequence[Shard]) -> Iterator[tuple[Shard, ...]]:
+    """Shards in their order, small files that follow each other in a split together."""
+    group: list[Shard] = []
+    for shard in shards:
+        size = sum(each.size for each in group) + shard.size
+        if group and (size > BYTES_TOGETHER or not shard.size or shard.split != group[0].split):
+            yield tuple(group)
+            group = []
+        group.append(shard)
+    if group:
+        yield tuple(group)
+
+
 def _encode(job: EncodeJob) -> int:
     """Do a job; the number of its tokens."""
     with fresh_folder(job.folder) as folder:
         encoder = _encoder(job.tokenizer, job.markers, job.source.type == "finetune")
-        write_shard(folder, job.shard, job.source, job.data, encoder)
+        write_shards(folder, job.shards, job.source, job.data, encoder)
+        for shard, state in zip(job.shards, job.states, strict=True):
+            if _state(shard) != state:
+                raise UserError(
+                    f"data.dataset_configs.{job.source.name}: {shard.file} was changed while it was read; "
+                    "run the same command again when nobody writes there"
+                )
     return Account.read(job.folder).tokens
+
+
+def _state(shard: Shard) -> FileState | None:
+    """Of a file of this machine; None of anything else, and of a file that has gone."""
+    if shard.file is None:
+        return None
+    try:
+        status = Path(shard.file).stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+@cache
+def _program() -> list[str]:
+    """What tells one version of this code, and of what it tokenizes with, from another."""
+    code = [file_digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return [*code, *map(version, ("tokenizers", "transformers"))]
 
 
 @cache
@@ -165,14 +242,14 @@ def _encoder(tokenizer: Path, markers: tuple[int, int], chat: bool) -> DocumentE
 
 def _sample(job: SampleJob) -> list[tuple[int, str]]:
     sample = Sample(job.characters)
-    for _, document in documents_of(job.shard, job.source, job.data, Account()):
+    for _, document in documents_of(job.shards, job.source, job.data, Account()):
         if document.split == "train" and document.text:
             sample.add(rank(document.digest, 0, "sample"), document.text)
     return sample.texts()
 
 
-def _processes(data: DataSettings, jobs: list) -> int:
+def _processes(data: DataSettings, jobs: Sequence[Job]) -> int:
     """As many as were asked for, else as there are cores, but none that has hardly anything to do."""
-    size = sum(job.shard.size for job in jobs)
+    size = sum(job.size for job in jobs)
     most = data.processes or min(cores(), 1 + size // BYTES_OF_A_PROCESS)
     return min(most, len(jobs))

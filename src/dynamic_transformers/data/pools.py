@@ -54,7 +54,7 @@ class Pool:
     def add(self, candidates: np.ndarray) -> None:
         """Append documents."""
         with self.file.open("ab") as file:
-            candidates.tofile(file)
+            file.write(candidates.data)  # not tofile: it hides that a disk is full
         self.documents += len(candidates)
         self.tokens += int(candidates["tokens"].sum(dtype=np.int64))
         np.add.at(self.bucket_tokens, _bucket_of(candidates["choose"]), candidates["tokens"])

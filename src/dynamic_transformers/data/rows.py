@@ -149,9 +149,9 @@ class Lines(Text):
         """Whether a part of this file is counted in bytes."""
         return _opener(file) is None
 
-    def ends_record(self, line: bytes) -> bool:
-        """Whether a new record, or nothing, begins behind this line."""
-        return True
+    def to_end_of_record(self, stream: IO[bytes]) -> None:
+        """Read on to where a new record, or nothing, begins."""
+        stream.readline()
 
     def count(self, file: str, most: int | None = None) -> int:
         """As `Reader.count`; nothing is parsed."""
@@ -179,10 +179,7 @@ class Lines(Text):
         with Path(file).open("rb") as stream:
             while end - cuts[-1] > SHARD_BYTES:
                 stream.seek(cuts[-1] + SHARD_BYTES - 1)
-                stream.readline()
-                for line in iter(stream.readline, b""):
-                    if self.ends_record(line):
-                        break
+                self.to_end_of_record(stream)
                 if stream.tell() >= end:
                     break
                 cuts.append(stream.tell())
@@ -206,9 +203,11 @@ class Paragraphs(Lines):
         if found:
             yield number, begin, "\n".join(found)
 
-    def ends_record(self, line: bytes) -> bool:
-        """As `Lines.ends_record`."""
-        return not line.strip()
+    def to_end_of_record(self, stream: IO[bytes]) -> None:
+        """As `Lines.to_end_of_record`; the rest of the first line does not say whether that was empty."""
+        stream.readline()
+        while (line := stream.readline()) and line.strip():
+            pass
 
 
 class Json(Lines):

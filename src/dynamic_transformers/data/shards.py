@@ -1,4 +1,4 @@
-"""The first pass: a shard of a source becomes token ids with an index, in a folder of its own.
+"""The first pass: shards of a source become token ids with an index, in a folder of their own.
 
 A finished shard's folder holds:
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -55,7 +55,7 @@ INDEX = np.dtype(
 
 @dataclass
 class Account:
-    """What became of the records of a shard.
+    """What became of the records of shards.
 
     Attributes:
         records: outcome → how many; their sum is the number of records.
@@ -99,17 +99,21 @@ class Account:
         return cls(**values)
 
 
-def write_shard(
-    folder: Path, shard: Shard, source: SourceSettings, data: DataSettings, encoder: DocumentEncoder
+def write_shards(
+    folder: Path,
+    shards: Sequence[Shard],
+    source: SourceSettings,
+    data: DataSettings,
+    encoder: DocumentEncoder,
 ) -> None:
-    """Read a shard and write its folder, which is there and empty.
+    """Read shards of one source and split, and write their folder, which is there and empty.
 
     Raises:
-        UserError: the shard cannot be read to its end.
+        UserError: a shard cannot be read to its end.
     """
     account = Account()
     writer = ShardWriter(folder, encoder)
-    for row, document in documents_of(shard, source, data, account):
+    for row, document in documents_of(shards, source, data, account):
         try:
             writer.add(document)
         except ValueError as error:  # the chat template refuses it
@@ -124,16 +128,17 @@ def write_shard(
 
 
 def documents_of(
-    shard: Shard, source: SourceSettings, data: DataSettings, account: Account
+    shards: Sequence[Shard], source: SourceSettings, data: DataSettings, account: Account
 ) -> Iterator[tuple[Row, Document]]:
-    """The documents of a shard; what becomes of the other records goes into the account."""
+    """The documents of shards; what becomes of the other records goes into the account."""
     contamination = _contamination(data.decontaminate) if data.decontaminate else None
-    for row in read_shard(source, shard):
-        found = document_of(row, shard, source, data, contamination)
-        if isinstance(found, Rejected):
-            account.reject(source.name, row, found)
-        else:
-            yield row, found
+    for shard in shards:
+        for row in read_shard(source, shard):
+            found = document_of(row, shard, source, data, contamination)
+            if isinstance(found, Rejected):
+                account.reject(source.name, row, found)
+            else:
+                yield row, found
 
 
 @cache
@@ -177,7 +182,7 @@ class ShardWriter:
             file.close()
         index = np.array(self._index, dtype=INDEX)
         order = np.lexsort(index["digest"].T[::-1])
-        index[order].tofile(self.folder / INDEX_FILE)
+        (self.folder / INDEX_FILE).write_bytes(index[order].data)  # not tofile: it hides that a disk is full
         return self._tokens
 
     def _write_texts(self) -> None:

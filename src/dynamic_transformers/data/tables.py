@@ -172,7 +172,8 @@ def _at_most(count: int, most: int | None) -> int:
 @contextmanager
 def _parquet(file: str) -> Iterator[pyarrow.parquet.ParquetFile]:
     with open_binary(file) as stream:
-        yield pyarrow.parquet.ParquetFile(stream)
+        # Buffers of their own: otherwise all that is read of a row group, however large, is held at once.
+        yield pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from dynamic_transformers.evaluation.recalibration import refuse_an_unset_thresh
 from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
 from dynamic_transformers.evaluation.task_index import check_tasks, manager_of
 from dynamic_transformers.manifest import MANIFEST, input_folder, read_manifest
+from dynamic_transformers.refusals import reason_of
 from dynamic_transformers.settings import UserError
 
 logger = logging.getLogger("dynamic_transformers")
@@ -203,8 +204,7 @@ def load_tasks(
             with log_level("lm_eval.api.task", logging.ERROR if isinstance(spec, dict) else logging.WARNING):
                 found = manager.load([spec])  # which warns that data of our own take no options
         except Exception as error:  # whatever a data set, a hub or a missing package brings up
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"task {name!r} cannot be loaded: {reason}") from error
+            raise UserError(f"task {name!r} cannot be loaded: {reason_of(error)}") from error
         group = found.get("groups", {}).get(name)
         loaded += [group] if group else list(found["tasks"].values())
     try:

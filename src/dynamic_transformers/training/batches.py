@@ -8,13 +8,17 @@ same batches.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 
 from dynamic_transformers.data.loading import load_split
 from dynamic_transformers.settings import Settings
+
+Item = TypeVar("Item")
 
 
 class BlockOrder:
@@ -24,14 +28,14 @@ class BlockOrder:
         if size < 1:
             raise ValueError("no blocks to train on")
         self.size, self.seed = size, seed
-        self._epoch, self._order = -1, []
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def __getitem__(self, place: int) -> int:
         epoch, offset = divmod(place, self.size)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator).tolist()
-        return self._order[offset]
+            self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator)
+        return int(self._order[offset])
 
 
 class MicroBatches:
@@ -69,9 +73,12 @@ class MicroBatches:
 def training_batches(
     settings: Settings, data_dir: Path, accelerator: Accelerator, first_step: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless micro-batches of this rank from a step onwards, as `Blocks.batch` gives them."""
+    """Endless micro-batches of this rank from a step onwards, as `Blocks.batch` gives them.
+
+    The next one is read while the training computes; for a GPU it is in pinned memory.
+    """
     blocks = load_split(data_dir, "train")
-    sampler = MicroBatches(
+    places = MicroBatches(
         BlockOrder(len(blocks), settings.run.seed),
         settings.data.batch_size,
         settings.training.gradient_accumulation_steps,
@@ -79,4 +86,22 @@ def training_batches(
         accelerator.num_processes,
         first_step,
     )
-    return map(blocks.batch, sampler)
+    batches = map(blocks.batch, places)
+    if accelerator.device.type == "cuda":
+        batches = map(pinned, batches)
+    return read_ahead(batches)
+
+
+def pinned(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same in memory from which a GPU copies without waiting."""
+    return {name: tensor.pin_memory() for name, tensor in batch.items()}
+
+
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Endless items, each made by a thread while the one before it is used."""
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(next, items)
+        while True:
+            item = coming.result()
+            coming = thread.submit(next, items)
+            yield item

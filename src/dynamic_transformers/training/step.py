@@ -84,7 +84,7 @@ class OptimizerStep:
         losses: dict[str, torch.Tensor] = {}
         routing: dict[tuple[int, str], torch.Tensor] = {}
         for index, batch in enumerate(batches):
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             syncs = index == self.accumulation - 1
             with contextlib.nullcontext() if syncs else accelerator.no_sync(self.model):
                 outputs = self.model(**batch, num_items_in_batch=targets, use_cache=False)

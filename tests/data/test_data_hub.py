@@ -1,0 +1,101 @@
+"""`paper` end to end against the loopback hub, and that this hub is one to the libraries."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dynamic_transformers.configure import compose_settings
+from dynamic_transformers.settings import PROJECT_ROOT
+from tests.data.hub_contents import parquet, push_model, push_sources
+from tests.data.hub_server import Fault, HubServer
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with HubServer() as hub:
+        yield hub
+
+
+def test_paper_trains_from_a_slow_hub_that_breaks_off(hub, tmp_path, paper_overrides):
+    settings = compose_settings("paper", [])
+    push_sources(hub, settings)
+    push_model(hub, str(settings.model.pretrained), tmp_path)
+    hub.faults = [
+        Fault("cdn", "GET", times=2, cut=100),
+        Fault("datasets/.*README", times=1, status=429, headers={"Retry-After": "1"}),
+        Fault("resolve", "GET", times=1, status=503),
+        Fault("cdn", "GET", pause=0.2),
+    ]
+    place = (f"run.output_dir={tmp_path}", "run.name=run")
+    answer = subprocess.run(
+        [sys.executable, "train.py", "--config-name", "paper", *paper_overrides, *place],
+        cwd=PROJECT_ROOT,
+        env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert answer.returncode == 0, answer.stderr
+    run = tmp_path / "run"
+    assert json.loads((run / "final_model" / "config.json").read_text())["model_type"] == "qwen2"
+    (manifest,) = tmp_path.glob("data/*/manifest.json")
+    made = json.loads(manifest.read_text())
+    for source in settings.data.dataset_configs:
+        commit = hub.repositories[f"datasets/{source.path}"].refs["main"]
+        assert made["config"]["fingerprints"][source.name] == {"commit": commit}
+    assert [entry["documents_in"] for entry in made["sources"]] == [400] * len(made["sources"])
+    assert not hub.asked("/all/")
+
+
+FILES = {f"{folder}/{n}.parquet": parquet([{"text": f"{folder} {n}"}]) for folder in "ab" for n in range(4)}
+
+
+def test_trees_of_many_pages_and_revisions(hub, tmp_path):
+    first = hub.push("datasets", "o/d", {"README.md": b"# d\n", **FILES}, tag="v1")
+    second = hub.push("datasets", "o/d", {"README.md": b"# d, again\n"})
+    api = HfApi(endpoint=hub.url)
+    assert sorted(api.list_repo_files("o/d", repo_type="dataset", revision="v1")) == ["README.md", *FILES]
+    assert api.list_repo_files("o/d", repo_type="dataset") == ["README.md"]
+    assert [api.dataset_info("o/d", revision=name).sha for name in ("v1", "main", first)] == [
+        first,
+        second,
+        first,
+    ]
+    # Its instances are cached by their arguments.
+    files = HfFileSystem(endpoint=hub.url, skip_instance_cache=True)
+    assert files.glob("datasets/o/d@v1/**/*.parquet") == [f"datasets/o/d@v1/{name}" for name in FILES]
+    found = api.get_paths_info("o/d", ["a/1.parquet", "none"], repo_type="dataset", revision="v1")
+    assert [(info.path, vars(info)["size"]) for info in found] == [("a/1.parquet", len(FILES["a/1.parquet"]))]
+    for name in ("README.md", "a/1.parquet"):
+        path = api.hf_hub_download("o/d", name, repo_type="dataset", revision="v1", cache_dir=tmp_path)
+        assert Path(path).read_bytes() == {"README.md": b"# d\n", **FILES}[name]
+        assert first in path
+
+
+def test_what_is_not_there_or_not_for_everybody(hub, tmp_path):
+    hub.push("models", "o/m", {"config.json": b"{}"})
+    hub.gate("models", "o/m", "right")
+    for repo, file, revision, token, error in (
+        ("o/none", "config.json", "main", None, RepositoryNotFoundError),
+        ("o/m", "config.json", "main", None, GatedRepoError),
+        ("o/m", "config.json", "main", "wrong", GatedRepoError),
+        ("o/m", "none.json", "main", "right", RemoteEntryNotFoundError),
+        ("o/m", "config.json", "v9", "right", RevisionNotFoundError),
+    ):
+        api = HfApi(endpoint=hub.url, token=token)
+        with pytest.raises(error):
+            api.hf_hub_download(repo, file, revision=revision, cache_dir=tmp_path)
+    path = HfApi(endpoint=hub.url, token="right").hf_hub_download("o/m", "config.json", cache_dir=tmp_path)
+    assert Path(path).read_bytes() == b"{}"
