@@ -57,7 +57,7 @@ def test_each_job_has_its_result(processes):
 
 def test_an_error_ends_the_other_jobs():
     began = time.monotonic()
-    with pytest.raises(UserError, match="b.jsonl is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         list(done_by(2, fail_or_wait, [600, 0, 600, 600]))
     assert time.monotonic() - began < 60 and not multiprocessing.active_children()
 
@@ -75,7 +75,7 @@ def test_a_killed_worker_is_told_in_one_line(tmp_path):
         os.kill(workers_that_wait(tmp_path, 1)[0].pid, signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(UserError, match="was killed, .*data.processes") as error:
+    with pytest.raises(UserError, match=r"was killed, .*data\.processes") as error:
         list(done_by(2, note_and_wait, [str(tmp_path)] * 2))
     assert "\n" not in str(error.value) and not multiprocessing.active_children()
 
