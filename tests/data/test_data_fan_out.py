@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_transformers.data import rows, tables
+from dynamic_transformers.data import first_pass, rows, tables
 from dynamic_transformers.data.fan_out import dealt, merge_groups, plan_shards, tokenize_group
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.manifest import read_manifest
@@ -34,6 +34,7 @@ def corpus(tmp_path, make_texts, make_source, make_settings, monkeypatch):
     """Settings of sources in several formats, some in several shards, with broken and with equal records."""
     monkeypatch.setattr(rows, "SHARD_BYTES", 20_000)
     monkeypatch.setattr(tables, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(first_pass, "BYTES_TOGETHER", 20_000)
     folder = tmp_path / "corpus"
     folder.mkdir()
     shared = make_texts(30, seed=9)

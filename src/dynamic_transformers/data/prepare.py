@@ -126,6 +126,10 @@ def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
     except Interrupted:
         logger.warning("data: interrupted; finished shards stay, and the same command goes on from there")
         raise
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not say where it is
+            error.filename = str(output_dir)
+        raise
     return output_dir
 
 
