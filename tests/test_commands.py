@@ -189,6 +189,7 @@ def test_every_test_file_is_collected(request):
     collected = {item.path for item in request.session.items}
     files = set((PROJECT_ROOT / "tests").rglob("*.py"))
     helpers = {
+        "all_rows.py",
         "conftest.py",
         "fake_kfp.py",
         "fake_kubernetes.py",

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
-from dynamic_transformers.data.documents import Document
 from dynamic_transformers.data.loading import load_split, load_tokenizer
-from dynamic_transformers.data.tokenization import encode, load_pretrained_tokenizer
+from dynamic_transformers.data.tokenization import encoder_of, load_pretrained_tokenizer
 from dynamic_transformers.evaluation.exported import load_model
 from dynamic_transformers.evaluation.harness import run_benchmarks
 from dynamic_transformers.evaluation.results import add_results, identity, read_results
@@ -79,8 +78,7 @@ def is_stock(architecture):
 
 
 def ids_of_training(data_dir):
-    documents = [Document(text, "math", b"") for text in HARD_TEXTS]
-    return [found.input_ids[1:-1].tolist() for found in encode(load_tokenizer(data_dir), documents)]
+    return [found.input_ids[1:-1].tolist() for found in encoder_of(load_tokenizer(data_dir))(HARD_TEXTS)]
 
 
 @pytest.fixture(scope="module", params=ALL)
@@ -162,7 +160,7 @@ def test_bench_scores_the_tokens_of_training(exported, data_dir, tmp_path):
     (tmp_path / "tasks/perplexity_hard.jsonl").write_text(rows)
     found = run_benchmarks(exported[1], ["dt_perplexity_hard"], data_dir=tmp_path, batch_size=1)
     model, nats, size = load_model(exported[1]), 0.0, 0
-    for document in encode(load_tokenizer(data_dir), [Document(text, "math", b"") for text in texts]):
+    for document in encoder_of(load_tokenizer(data_dir))(texts):
         ids = torch.from_numpy(document.input_ids[:-1]).long()[None]  # the end of text is not scored
         scores = model(input_ids=ids.to(model.device)).logits.log_softmax(-1).cpu()
         nats -= scores[0, :-1].gather(1, ids[0, 1:, None]).sum().item()
@@ -184,7 +182,7 @@ def test_a_foreign_tokenizer_beside_a_qwen2_configuration(tmp_path):
     (tmp_path / "model/config.json").write_text('{"model_type": "qwen2"}')
     save_tokenizer(tokenizer, tmp_path / "model", stock=True)
     for text in (*HARD_TEXTS, "</s> 1 <s>"):
-        (expected,) = encode(tokenizer, [Document(text, "a", b"")])
+        (expected,) = encoder_of(tokenizer)([text])
         loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
         assert [0, *loaded(text)["input_ids"], 1] == expected.input_ids.tolist()
     loaded.save_pretrained(tmp_path / "model")

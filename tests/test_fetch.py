@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamic_transformers.hub_errors import reason_of
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from safetensors.torch import load_file, save_file
 
 from dynamic_transformers.configure import compose_settings
-from dynamic_transformers.hub_errors import reason_of
 from dynamic_transformers.settings import PROJECT_ROOT
 from tests.data.hub_contents import card, parquet, push_model, push_sources, push_tasks
 from tests.data.hub_server import Fault, HubServer
@@ -188,13 +188,13 @@ REFUSED = {"X-Error-Message": "Invalid credentials in Authorization header"}
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        (Fault("someone", status=401, headers=REFUSED), "the hub does not take your token: log in"),
-        (Fault("resolve", status=403), "the hub forbids it to your account"),
+        (Fault("someone", status=401, headers=REFUSED), "the server does not take your token (401): log in"),
+        (Fault("resolve", status=403), "the server forbids it (403): your account"),
         (
             Fault("api/models", status=429, headers={"Retry-After": "7"}),
             "asks to wait 7 s (429): start again",
         ),
-        (Fault("api/models", status=503), "the hub has a fault of its own (503): start again later"),
+        (Fault("api/models", status=503), "the server has a fault of its own (503): start again later"),
         ("private", "no such repository, or a private one: check its name"),
         ("gated", "it is gated: accept its terms on its page of the hub, then log in with `hf auth login`"),
         ("no network", "the hub cannot be reached from this machine: check network"),
@@ -274,7 +274,7 @@ def test_wrong_names_in_a_source_are_told(hub, tmp_path):
             "config: small, split: dev",
             "data.dataset_configs.web.split=dev: no such split; there are train, test",
         ),
-        ("revision: v9", "the hub has no such revision"),
+        ("revision: v9", "no such revision: give a branch"),
     ):
         source = f"{{name: web, path: someone/web, {change}}}"
         answer = fetch(hub, tmp_path / "folder", f"data.dataset_configs=[{source}]")

@@ -21,8 +21,8 @@ from typing import Any
 
 from dynamic_transformers.caches import CACHES, OLD_NAMES
 from dynamic_transformers.folders import sole_writer
-from dynamic_transformers.hub_errors import reason_of
 from dynamic_transformers.manifest import write_json
+from dynamic_transformers.refusals import reason_of
 from dynamic_transformers.settings import EMBEDDED, Settings, SourceSettings, UserError
 
 RECORD = "fetched.json"

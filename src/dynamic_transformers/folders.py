@@ -149,9 +149,14 @@ def check_target(folder: Path) -> None:
 
 def new_sibling(folder: Path) -> Path:
     """An empty folder beside `folder`, to be filled and put in its place."""
-    sibling = folder.parent / f".{folder.name}.new-{uuid.uuid4().hex[:12]}"
+    sibling = _free_sibling(folder)
     make_folder(sibling)
     return sibling
+
+
+def _free_sibling(folder: Path) -> Path:
+    """A name that the next writer of `folder` sweeps away."""
+    return folder.parent / f".{folder.name}.new-{uuid.uuid4().hex[:12]}"
 
 
 def put_in_place(new: Path, folder: Path) -> None:
@@ -210,6 +215,17 @@ def sweep(folder: Path) -> None:
                 path.rename(folder)  # killed between two renames
             else:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(path: Path, folder: Path) -> None:
+    """Remove a folder that lies beside `folder`, if it is there: nobody finds half of it, however this ends.
+
+    Call it as the sole writer of `folder`. What cannot be removed stays as it is.
+    """
+    aside = _free_sibling(folder)
+    with suppress(OSError):
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def make_folder(folder: Path) -> None:

@@ -1,12 +1,19 @@
-"""A small corpus in files, and settings that read it."""
+"""A small corpus in files, settings that read it, and what the two passes make of it."""
 
 import json
 import random
+from typing import NamedTuple
 
 import datasets
 import pytest
 
 from dynamic_transformers.configure import settings_from_dict
+from dynamic_transformers.data import rows, tables
+from dynamic_transformers.data.first_pass import encode_all
+from dynamic_transformers.data.merging import Duplicates, ShardFolder, Shards, each_once
+from dynamic_transformers.data.pools import Pool
+from dynamic_transformers.data.shards import Account
+from dynamic_transformers.data.tokenization import train_tokenizer
 
 TEXT = "the gate selects a token and résumé naïve 東京 🙂 of depth router token score 12 + 7 prior layer"
 WORDS = TEXT.split()
@@ -67,3 +74,60 @@ def make_source(tmp_path, make_texts, write_jsonl):
         return {"name": name, "path": "json", "data_files": path, "weight": weight, **settings}
 
     return make
+
+
+@pytest.fixture
+def shard_bytes(monkeypatch):
+    """Sets from how many bytes on a file is divided."""
+
+    def change(size):
+        monkeypatch.setattr(rows, "SHARD_BYTES", size)
+        monkeypatch.setattr(tables, "SHARD_BYTES", size)
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory):
+    """A tokenizer of which each token is a byte, and its folder."""
+    tokenizer = train_tokenizer(["a"], 257)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return tokenizer, folder
+
+
+class Merged(NamedTuple):
+    """What both passes leave."""
+
+    accounts: list[Account]
+    folders: list[ShardFolder]
+    shards: Shards
+    pools: dict[str, list[Pool]]
+    duplicates: list[Duplicates]
+
+    def texts(self, tokenizer, source=0):
+        """Sorted texts of a source by split."""
+        found = {}
+        for split, pools in self.pools.items():
+            entries = [entry for part in pools[source].parts() for entry in part]
+            pieces = [self.shards.piece(*(int(e[n]) for n in ("shard", "row", "tokens"))) for e in entries]
+            found[split] = sorted(tokenizer.decode(piece.input_ids[1:-1]) for piece in pieces)
+        return found
+
+
+@pytest.fixture
+def both_passes(tmp_path_factory, byte_tokenizer):
+    """Tokenizes all sources of settings, byte by byte, and leaves each document once."""
+    opened = []
+
+    def run(settings):
+        tokenizer, folder = byte_tokenizer
+        work = tmp_path_factory.mktemp("work")
+        accounts, folders = encode_all(settings.data, tokenizer, folder, work)
+        opened.append(Shards(folders, len(tokenizer)))
+        merged = each_once(opened[-1], len(accounts), settings.run.seed, work / "pools")
+        return Merged(accounts, folders, opened[-1], *merged)
+
+    yield run
+    for shards in opened:
+        shards.close()

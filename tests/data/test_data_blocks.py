@@ -7,8 +7,7 @@ import pytest
 
 from dynamic_transformers.data import blocks
 from dynamic_transformers.data.blocks import PADDING, Blocks, BlockWriter, Piece, unigram_loss
-from dynamic_transformers.data.documents import Document
-from dynamic_transformers.data.tokenization import encode, train_tokenizer
+from dynamic_transformers.data.tokenization import encoder_of, train_tokenizer
 
 
 def piece(ids, widths, targets=None, source=0):
@@ -102,7 +101,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 def test_without_a_cut_the_bytes_are_those_of_the_text(tmp_path, make_texts):
     texts = make_texts(30)
-    encoded = encode(train_tokenizer(texts, 400), [Document(text, "a", b"") for text in texts])
+    encoded = encoder_of(train_tokenizer(texts, 400))(texts)
     pieces = [Piece(one.input_ids, one.num_bytes, None, 0) for one in encoded]
     split, *_ = write(tmp_path / "split", pieces, sum(len(one.input_ids) for one in encoded), 400)
     assert split.num_bytes == sum(len(text.encode()) for text in texts)

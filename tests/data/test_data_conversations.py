@@ -151,7 +151,7 @@ def test_ids_and_mask_are_those_of_transformers(make_tokenizer, template, name):
     encoded = ConversationEncoder(tokenizer)(CONVERSATIONS[name])
     ids, mask = by_transformers(tokenizer, CONVERSATIONS[name])
     assert encoded.input_ids.tolist() == ids and encoded.targets.tolist() == [bool(value) for value in mask]
-    assert [array.dtype for array in encoded] == [np.int32, np.bool_, np.uint32]
+    assert [array.dtype for array in encoded] == [np.int32, np.uint32, np.bool_]
 
 
 @pytest.mark.parametrize(("template", "name"), PAIRS)
@@ -254,7 +254,7 @@ def test_a_tokenizer_without_special_tokens():
     backend = Tokenizer(models.BPE({"a": 0, "\n": 1}, []))
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     encoded = ConversationEncoder(exact_tokenizer(backend, chat_template=template))(talk("aa", "a\n"))
-    assert [array.tolist() for array in encoded] == [[0, 0, 0, 1], [False, False, True, True], [1, 1, 1, 1]]
+    assert [array.tolist() for array in encoded] == [[0, 0, 0, 1], [1, 1, 1, 1], [False, False, True, True]]
 
 
 def test_a_template_that_takes_thoughts_out_gives_a_loss_to_the_last_turn(make_tokenizer, caplog):

@@ -1,33 +1,43 @@
-"""Quarantine, filter, duplicates, and the split by hash."""
+"""What becomes of records: quarantine, filter, duplicates, and the split by hash."""
 
 import hashlib
 import json
+from collections import Counter
 
 import pytest
 
-from dynamic_transformers.data.documents import SPLITS, collect, split_of
+from dynamic_transformers.data.documents import Document, document_of, split_of
+from dynamic_transformers.data.merging import Duplicates
+from dynamic_transformers.data.rows import Row
+from dynamic_transformers.data.sources import shards_of
+from dynamic_transformers.data.splits import check_broken, check_splits
 from dynamic_transformers.settings import UserError
 
 
-def texts_by_split(corpus):
-    return {
-        split: {document.text for documents in corpus.splits[split].values() for document in documents}
-        for split in SPLITS
-    }
+@pytest.fixture
+def splits(both_passes, byte_tokenizer):
+    """Texts of the first source (or another) by split."""
+
+    def read(settings, source=0):
+        return both_passes(settings).texts(byte_tokenizer[0], source)
+
+    return read
 
 
-def test_every_document_is_in_one_split_of_about_the_asked_size(make_settings, make_source):
-    splits = texts_by_split(collect(make_settings([make_source("a", 2000)]).data))
-    assert sum(map(len, splits.values())) == 2000 == len(set.union(*splits.values()))
+def test_every_document_is_in_one_split_of_about_the_asked_size(
+    splits, make_settings, make_source, make_texts
+):
+    found = splits(make_settings([make_source("a", 2000)], min_characters=0))
+    assert sorted(sum(found.values(), [])) == sorted(make_texts(2000))
     for split, fraction in {"train": 0.70, "validation": 0.15, "test": 0.15}.items():
-        assert len(splits[split]) / 2000 == pytest.approx(fraction, abs=0.04)
+        assert len(found[split]) / 2000 == pytest.approx(fraction, abs=0.04)
 
 
-def test_another_source_name_order_or_seed_moves_no_document(make_settings, make_source):
+def test_another_source_name_order_or_seed_moves_no_document(splits, make_settings, make_source):
     a, b = make_source("a", 200), make_source("b", 200, seed=1)
-    alone = texts_by_split(collect(make_settings([a]).data))
-    both = texts_by_split(collect(make_settings([b, {**a, "name": "renamed"}], seed=7).data))
-    assert all(alone[split] < both[split] for split in SPLITS)
+    alone = splits(make_settings([a]))
+    both = make_settings([b, {**a, "name": "renamed"}], seed=7)
+    assert splits(both, 1) == alone and splits(both, 0) == splits(make_settings([b]))
 
 
 def test_borders_of_the_splits(make_settings):
@@ -39,40 +49,131 @@ def test_borders_of_the_splits(make_settings):
     assert at == {0: "test", 0.25: "validation", 0.74: "validation", 0.75: "train"}
 
 
-def test_duplicates_belong_to_the_first_source_and_short_ones_go(make_settings, make_source, make_texts):
-    texts = make_texts(150)
-    a = make_source("a", records=[{"text": text} for text in [*texts, *texts[:20], "short"]])
-    b = make_source("b", records=[{"text": text} for text in [*texts[100:], *make_texts(150, seed=1)]])
-    corpus = collect(make_settings([a, b], min_characters=20).data)
-    assert vars(corpus.counts["a"]) == {
-        "documents_in": 171,
-        "filtered": 1,
-        "duplicates": 20,
-        "quarantined": 0,
-    }
-    assert vars(corpus.counts["b"]) == {
-        "documents_in": 200,
-        "filtered": 0,
-        "duplicates": 50,
-        "quarantined": 0,
-    }
-    document = corpus.splits["train"]["b"][0]
-    assert document.source == "b" and document.digest == hashlib.sha256(document.text.encode()).digest()
+def test_a_documents_digest_is_that_of_its_text_alone(make_settings, make_source):
+    settings = make_settings([make_source("a", 1)], max_document_characters=40)
+    (shard,) = shards_of(settings.data.dataset_configs[0])
+    text = "é" * 50
+    document = document_of(Row(text, "a", 1), shard, settings.data.dataset_configs[0], settings.data)
+    assert isinstance(document, Document) and document.digest == hashlib.sha256(text.encode()).digest()
+    assert document.cut and document.text == "é" * 40
 
 
-def test_broken_records_are_counted_and_the_first_are_kept(make_settings, make_source, make_texts):
+def test_the_sources_own_validation_split_wins_over_training_copies(
+    splits, make_settings, make_source, make_texts, tmp_path, write_jsonl
+):
+    """Of the same source and of one before it; what else hashes into validation stays there."""
+    texts, held = make_texts(300), make_texts(40, seed=1)
+    a = make_source("a", records=[{"text": text} for text in [*texts, *held[:10]]])
+    files = {
+        "train": write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in make_texts(300, seed=2)]),
+        "held": write_jsonl(tmp_path / "held.jsonl", [{"text": text} for text in [*held, *held[:5]]]),
+    }
+    repeated = [{"text": text} for text in held[5:20]]
+    with open(files["train"], "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in repeated))
+    b = {"name": "b", "path": "json", "data_files": files, "validation_split": "held"}
+    settings = make_settings([a, b])
+    first, second = splits(settings), splits(settings, 1)
+    assert set(held) <= set(second["validation"])
+    everywhere = Counter(text for found in (first, second) for texts in found.values() for text in texts)
+    assert set(everywhere.values()) == {1} and set(held) < set(everywhere)
+
+
+@pytest.mark.parametrize("size", [500, 2**26])
+def test_duplicates_belong_to_the_first_source_wherever_files_are_cut(
+    both_passes, byte_tokenizer, make_settings, make_source, make_texts, shard_bytes, size
+):
+    shard_bytes(size)
+    texts, others = make_texts(150), make_texts(150, seed=1)
+    a = make_source("a", records=[{"text": text} for text in [*texts, *texts[:20]]])
+    b = make_source("b", records=[{"text": text} for text in [*texts[100:], *others, *others[:3]]])
+    merged = both_passes(make_settings([a, b], min_characters=0))
+    assert len(merged.folders) == 2 or len(merged.folders) > 20
+
+    def tokens(texts):
+        return sum(2 + len(text.encode()) for text in texts)
+
+    assert merged.duplicates == [
+        Duplicates(20, tokens(texts[:20])),
+        Duplicates(53, tokens([*texts[100:], *others[:3]])),
+    ]
+    found = [merged.texts(byte_tokenizer[0], source) for source in range(2)]
+    assert sorted(sum(found[0].values(), [])) == sorted(texts)
+    assert sorted(sum(found[1].values(), [])) == sorted(others)
+    for source, account in enumerate(merged.accounts):
+        stay = sum(pools[source].documents for pools in merged.pools.values())
+        assert account.records == {"documents": stay + merged.duplicates[source].documents}
+        stay = sum(pools[source].tokens for pools in merged.pools.values())
+        assert account.tokens == stay + merged.duplicates[source].tokens
+
+
+LENGTHS = (5, 31, 32, 60, 61, 90)
+
+
+@pytest.mark.parametrize("rule", ["cut", "filter"])
+def test_short_and_long_documents(both_passes, byte_tokenizer, make_settings, make_source, rule):
+    texts = [f"{number:04d}{'é' * (length - 4)}" for length in LENGTHS for number in range(20)]
+    source = make_source("a", records=[{"text": text} for text in texts])
+    settings = make_settings([source], max_document_characters=60, long_documents=rule)
+    merged = both_passes(settings)
+    (account,) = merged.accounts
+    cut = rule == "cut"
+    assert account.records == {"documents": 80 if cut else 40, "filtered": 40 if cut else 80}
+    assert account.cut == (40 if cut else 0)
+    found = sum(merged.texts(byte_tokenizer[0]).values(), [])
+    assert Counter(map(len, found)) == ({32: 20, 60: 60} if cut else {32: 20, 60: 20})
+    # Texts that only look alike once they are cut are no duplicates.
+    assert merged.duplicates == [Duplicates()]
+
+
+def test_a_sources_filter_and_subset_of_the_training_split(
+    both_passes, make_settings, make_source, make_texts
+):
+    records = [{"text": text, "stars": index % 4} for index, text in enumerate(make_texts(1000))]
+
+    def read(**settings):
+        return both_passes(make_settings([make_source("a", records=records, **settings)]))
+
+    every, kept = read(), read(filter=[["stars", ">=", 2]])
+    assert kept.accounts[0].records == {"filtered": 500, "documents": 500}
+    some = read(train_subset_ratio=0.25)
+    documents = {split: pool.documents for split, (pool,) in some.pools.items()}
+    before = {split: pool.documents for split, (pool,) in every.pools.items()}
+    assert documents | {"train": 0} == before | {"train": 0}
+    assert documents["train"] == pytest.approx(before["train"] / 4, rel=0.25)
+    assert some.accounts[0].records == {
+        "documents": sum(documents.values()),
+        "unused": before["train"] - documents["train"],
+    }
+    assert read(train_subset_ratio=1.0).accounts == every.accounts
+
+
+def test_broken_records_are_counted_and_the_first_are_kept(
+    both_passes, make_settings, make_source, make_texts
+):
     broken = [{"text": None}, {"other": 1}, {"text": 5}, {"text": ["a"]}] + [{"text": 1.5}] * 10
     records = broken + [{"text": text} for text in make_texts(200)]
-    corpus = collect(make_settings([make_source("a", records=records)], max_broken_fraction=0.07).data)
-    assert vars(corpus.counts["a"]) == {
-        "documents_in": 214,
-        "filtered": 0,
-        "duplicates": 0,
-        "quarantined": 14,
-    }
-    assert [entry["row"] for entry in corpus.quarantine] == list(range(1, 11))
-    reasons = [entry["reason"].split()[0] for entry in corpus.quarantine[:5]]
+    (account,) = both_passes(make_settings([make_source("a", records=records)])).accounts
+    assert account.records == {"documents": 200, "quarantined": 14}
+    assert [entry["row"] for entry in account.quarantine] == list(range(1, 11))
+    reasons = [entry["reason"].split()[0] for entry in account.quarantine[:5]]
     assert reasons == ["NoneType", "no", "int", "list", "float"]
+
+
+def test_the_first_broken_records_of_several_files_are_kept(
+    both_passes, make_settings, make_texts, write_jsonl, tmp_path
+):
+    texts = make_texts(60)
+    for index in range(4):
+        records = [{"text": text} for text in texts[15 * index : 15 * (index + 1)]]
+        records[2:2] = records[9:9] = [{"text": index}] * 2
+        write_jsonl(tmp_path / f"{index}.jsonl", records)
+    source = {"name": "a", "path": "json", "data_files": str(tmp_path / "*.jsonl")}
+    (account,) = both_passes(make_settings([source])).accounts
+    assert account.records == {"documents": 60, "quarantined": 16}
+    expected = [(str(tmp_path / f"{index}.jsonl"), row) for index in range(4) for row in (3, 4, 10, 11)]
+    assert [(entry["file"], entry["row"]) for entry in account.quarantine] == expected[:10]
+    assert [entry["record"] for entry in account.quarantine] == list("0000111122")
 
 
 BROKEN_LINES = {
@@ -86,28 +187,31 @@ BROKEN_LINES = {
 
 @pytest.mark.parametrize("line", BROKEN_LINES.values(), ids=BROKEN_LINES)
 @pytest.mark.parametrize("place", [0, 200, 399])
-def test_one_broken_line_is_quarantined_with_file_and_row(tmp_path, make_settings, make_texts, line, place):
+def test_one_broken_line_is_quarantined_with_file_and_row(
+    both_passes, tmp_path, make_settings, make_texts, line, place
+):
     lines = [json.dumps({"text": text}).encode() for text in make_texts(399)]
     lines.insert(place, line)
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"\n".join(lines))
-    corpus = collect(make_settings([{"name": "a", "path": "json", "data_files": str(file)}]).data)
-    (entry,) = corpus.quarantine
+    (account,) = both_passes(make_settings([{"name": "a", "path": "json", "data_files": str(file)}])).accounts
+    (entry,) = account.quarantine
     assert (entry["source"], entry["file"], entry["row"]) == ("a", str(file), place + 1)
     json.dumps(entry).encode()
-    assert sum(map(len, texts_by_split(corpus).values())) == 399
+    assert account.records == {"documents": 399, "quarantined": 1}
 
 
-def test_too_many_broken_records_end_the_step(make_settings, make_source, make_texts):
+def test_too_many_broken_records_end_the_step(both_passes, make_settings, make_source, make_texts):
     records = [{"text": text} for text in make_texts(197)] + [{"text": 5}] * 3
     source = make_source("a", records=records)
-    collect(make_settings([source], max_broken_fraction=0.015).data)
+    accounts = both_passes(make_settings([source])).accounts
+    check_broken(make_settings([source], max_broken_fraction=0.015).data, accounts)
     with pytest.raises(UserError, match=r"a: 3 of 200 .*a\.jsonl, row 198, int instead of str: 5") as error:
-        collect(make_settings([source], max_broken_fraction=0.0149).data)
+        check_broken(make_settings([source], max_broken_fraction=0.0149).data, accounts)
     assert "\n" not in str(error.value)
 
 
-def test_an_empty_split_is_told(make_settings, make_source):
+def test_an_empty_split_is_told(both_passes, make_settings, make_source):
     settings = make_settings([make_source("a", 3)], validation_split_percentage=0.001)
     with pytest.raises(UserError, match="none of its 3 usable documents falls into the validation split"):
-        collect(settings.data)
+        check_splits(settings.data, both_passes(settings).pools)

@@ -13,10 +13,11 @@ from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.data.datatrove import check_tokenizer, tokenizer_of
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.data.rows import UnreadableError
-from dynamic_transformers.data.sources import read_records, read_shard, shards_of
+from dynamic_transformers.data.sources import read_shard, shards_of
 from dynamic_transformers.data.tokenization import END_OF_TEXT, load_pretrained_tokenizer, train_tokenizer
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import SourceSettings, UserError
+from tests.data.all_rows import read_records
 
 RECORDS = [
     {"title": "T1", "meta": {"text": "one", "lang": "en", "score": 0.25}, "a.b": "flat", "n": 3},

@@ -15,8 +15,8 @@ import pyarrow
 import pytest
 
 from dynamic_transformers.data.fingerprints import shard_identity
-from dynamic_transformers.data.refusals import why
 from dynamic_transformers.data.sources import read_records, read_shard, shards_of
+from dynamic_transformers.refusals import reason_of
 from dynamic_transformers.settings import SourceSettings, UserError
 
 TEXTS = [f"document {index} é" for index in range(300)]
@@ -150,10 +150,10 @@ def test_files_are_found_by_pattern_where_they_can_be_listed(bucket, name):
     ("address", "words"),
     [
         ("{server}/none.jsonl", "none.jsonl"),
-        ("{server}/refused/401/a.jsonl", "refuses (401): log in"),
+        ("{server}/refused/401/a.jsonl", "take your token (401): log in"),
         ("{server}/refused/404/a.jsonl", "a.jsonl"),
-        ("{server}/refused/429/a.jsonl", "too many requests (429)"),
-        ("{server}/refused/503/a.jsonl", "fails (503): start again later"),
+        ("{server}/refused/429/a.jsonl", "asks to wait (429)"),
+        ("{server}/refused/503/a.jsonl", "a fault of its own (503): start again later"),
         ("{server}/cut/a.jsonl", "cannot read {server}/cut/a.jsonl"),
         ("{server}/none.parquet", "none.parquet"),
         ("memory://bucket/z*.jsonl", "no file matches 'memory://bucket/z*.jsonl'"),
@@ -194,5 +194,5 @@ def test_the_reason_of_an_error_is_found_in_those_it_came_from():
         except RefusedError as cause:
             raise FileNotFoundError("no such file") from cause
     except FileNotFoundError as error:
-        assert why(error).startswith("the server refuses (403)")
-    assert why(ValueError("one\ntwo")) == "one"
+        assert reason_of(error).startswith("the server forbids it (403)")
+    assert reason_of(ValueError("one\ntwo")) == "one"

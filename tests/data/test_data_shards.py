@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_transformers.data import rows, tables
+from dynamic_transformers.data import rows
 from dynamic_transformers.data.fingerprints import shard_identity
 from dynamic_transformers.data.sources import Shard, read_records, read_shard, shards_of
 from dynamic_transformers.settings import SourceSettings, UserError
@@ -26,15 +26,6 @@ def source(**settings):
 
 def values(given):
     return [row.value for row in read_records(given)]
-
-
-@pytest.fixture
-def shard_bytes(monkeypatch):
-    def change(size):
-        monkeypatch.setattr(rows, "SHARD_BYTES", size)
-        monkeypatch.setattr(tables, "SHARD_BYTES", size)
-
-    return change
 
 
 def jsonl(texts, end=b"\n"):

@@ -12,8 +12,8 @@ import pyarrow
 import pytest
 
 from dynamic_transformers.data.rows import Csv
-from dynamic_transformers.data.sources import read_records
 from dynamic_transformers.settings import SourceSettings, UserError
+from tests.data.all_rows import read_records
 
 TEXTS = [f'document {index}, "quoted", 東京 é' for index in range(20)]
 LINES = "".join(json.dumps({"other": 1, "text": text}) + "\n" for text in TEXTS).encode()

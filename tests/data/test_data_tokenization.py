@@ -1,4 +1,4 @@
-"""Round trip, digits, byte counts, and tokenizers from elsewhere."""
+"""Round trip, digits, the sample that a tokenizer is trained on, and tokenizers from elsewhere."""
 
 import random
 import time
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dynamic_transformers.data.documents import Document
+from dynamic_transformers.data.first_pass import sample_all
 from dynamic_transformers.data.tokenization import (
     END_OF_TEXT,
-    _bytes_of_tokens,
-    encode,
+    Sample,
+    encoder_of,
     load_pretrained_tokenizer,
     train_tokenizer,
 )
@@ -28,7 +28,7 @@ def tokenizer(make_texts):
 
 
 def encode_text(tokenizer, text):
-    (encoded,) = encode(tokenizer, [Document(text, "a", b"")])
+    (encoded,) = encoder_of(tokenizer)([text])
     return encoded
 
 
@@ -40,18 +40,8 @@ def test_round_trip_and_bytes(tokenizer, text):
     assert encoded.input_ids[0] == encoded.input_ids[-1] == end
     assert end not in encoded.input_ids[1:-1]
     assert tokenizer.decode(encoded.input_ids[1:-1]) == text
-    assert encoded.num_bytes.min() >= 0 and encoded.num_bytes[0] == encoded.num_bytes[-1] == 0
+    assert encoded.num_bytes[0] == encoded.num_bytes[-1] == 0
     assert encoded.num_bytes.sum() == len(text.encode())
-
-
-def test_bytes_of_each_token_by_hand():
-    tokenizer = train_tokenizer(["aaaa"], 257)  # bytes only: a character of n bytes is n tokens
-    encoded = encode_text(tokenizer, "aé東🙂b")
-    assert encoded.num_bytes.tolist() == [0, 1, 2, 0, 3, 0, 0, 4, 0, 0, 0, 1, 0]
-
-
-def test_offsets_that_step_back_count_no_byte_twice():
-    assert _bytes_of_tokens("abécd", [(0, 1), (1, 3), (1, 2), (3, 5)]).tolist() == [1, 3, 0, 2]
 
 
 @pytest.mark.parametrize("unit", ["abcdefgh", "東京", " ", "=-", "\n\t"])
@@ -88,3 +78,55 @@ def test_mistakes_are_told_in_one_line(tmp_path):
         with pytest.raises(UserError, match=f"data.tokenizer_name={name}") as error:
             load_pretrained_tokenizer(name)
         assert "\n" not in str(error.value)
+
+
+@given(
+    found=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 30)), max_size=40),
+    characters=st.floats(0.5, 400),
+    shards=st.integers(1, 4),
+)
+def test_a_sample_is_the_beginning_of_a_sorted_list(found, characters, shards):
+    """Also one that is made of the samples of shards, in whatever order they come."""
+    by_rank = {rank: "x" * length for rank, length in dict(found).items()}
+    expected, held = [], 0
+    for rank, text in sorted(by_rank.items()):
+        if held >= characters:
+            break
+        expected.append((rank, text))
+        held += len(text)
+    whole = Sample(characters)
+    parts = [Sample(characters) for _ in range(shards)]
+    for place, (rank, _) in enumerate(found):
+        whole.add(rank, by_rank[rank])
+        parts[place % shards].add(rank, by_rank[rank])
+    merged = Sample(characters)
+    for part in reversed(parts):
+        for entry in part.texts():
+            merged.add(*entry)
+    assert whole.texts() == merged.texts() == expected
+    assert whole.held == held
+
+
+def test_a_tokenizers_sample_follows_the_weights(make_settings, make_source, shard_bytes):
+    weights = {"a": 2.0, "b": 1.0, "c": 1.0}
+    sources = [make_source(name, 400, seed, weight) for seed, (name, weight) in enumerate(weights.items())]
+    found = sample_all(make_settings(sources).data, 80_000)
+    for start, weight in zip(("0.", "1.", "2."), weights.values(), strict=True):
+        characters = sum(len(text) for text in found if text.startswith(start))
+        assert 0 <= characters - weight / 4 * 80_000 < 1000
+    shard_bytes(5000)
+    assert sample_all(make_settings(sources, seed=5).data, 80_000) == found
+
+
+def test_a_tokenizers_sample_is_of_the_training_split_and_of_each_text_once(
+    make_settings, make_source, make_texts, both_passes, byte_tokenizer
+):
+    texts, others = make_texts(100), make_texts(100, seed=1)
+    a = make_source("a", records=[{"text": text} for text in texts])
+    b = make_source("b", records=[{"text": text} for text in [*texts, *others, *others]])
+    settings = make_settings([a, b], min_characters=0)
+    merged = both_passes(settings)
+    training = [merged.texts(byte_tokenizer[0], source)["train"] for source in range(2)]
+    found = sample_all(settings.data, 10**9)
+    assert len(training[0]) == sum(text.startswith("0.") for text in found)
+    assert sorted(found) == sorted(training[0] + training[1])

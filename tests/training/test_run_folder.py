@@ -11,12 +11,12 @@ import torch
 from run_contents import STEPS, assert_equal_ends, empty, flip, numbers, snapshot, weights
 
 from dynamic_transformers.folders import sole_writer
+from dynamic_transformers.interruption import Interrupted
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.training import run_folder
 from dynamic_transformers.training.checkpoint import checkpoints
 from dynamic_transformers.training.identity import settings_identity
-from dynamic_transformers.training.interruption import Interrupted
 from dynamic_transformers.training.run_folder import claim, plan_start, run_identity
 from dynamic_transformers.training.step import OptimizerStep
 from dynamic_transformers.training.trainer import train

@@ -10,11 +10,11 @@ import time
 import pytest
 from run_contents import STEPS, assert_equal_ends, numbers
 
+from dynamic_transformers.interruption import Interrupted
 from dynamic_transformers.tracking import RunTracker, tracking_uri
 from dynamic_transformers.tracking.store import open_store
 from dynamic_transformers.training import trainer
 from dynamic_transformers.training.checkpoint import checkpoints
-from dynamic_transformers.training.interruption import Interrupted
 from dynamic_transformers.training.step import OptimizerStep
 from dynamic_transformers.training.trainer import train
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from transformers.utils.hub import cached_file
 
 from dynamic_transformers.data.encoding import byte_lengths
-from dynamic_transformers.data.refusals import why
 from dynamic_transformers.data.rows import Part, Reader, Row, UnreadableError
 from dynamic_transformers.data.tables import divided
+from dynamic_transformers.refusals import reason_of
 
 PIECE = 1024  # documents; no part is smaller
 
@@ -116,7 +116,7 @@ def _tokenizer_of(file: str) -> Tokenizer:
     try:
         return _load(name)
     except OSError as error:
-        raise UnreadableError(f"{file}.metadata: its tokenizer {name}: {why(error)}") from error
+        raise UnreadableError(f"{file}.metadata: its tokenizer {name}: {reason_of(error)}") from error
 
 
 @cache

@@ -14,8 +14,8 @@ import datasets
 import fsspec
 from datasets.exceptions import DatasetsError
 
-from dynamic_transformers.data.refusals import one_line, why
 from dynamic_transformers.manifest import file_digest
+from dynamic_transformers.refusals import one_line, reason_of
 from dynamic_transformers.settings import EMBEDDED, SourceSettings, UserError
 
 # These builders take the files of the working directory when no data_files are named.
@@ -135,7 +135,7 @@ def remote_files(source: SourceSettings) -> dict[str, list[tuple[str, int]]]:
             except UserError:
                 raise
             except Exception as error:  # whatever the client of that protocol raises
-                raise UserError(f"{place}.data_files: cannot read '{pattern}': {why(error)}") from error
+                raise UserError(f"{place}.data_files: cannot read '{pattern}': {reason_of(error)}") from error
     return found
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -39,6 +41,8 @@ SHARD_SETTINGS = (
 
 logger = logging.getLogger("dynamic_transformers")
 
+FileState = tuple[int, int]  # bytes, and time of the last change in ns
+
 
 @dataclass(frozen=True)
 class Job:
@@ -60,11 +64,13 @@ class EncodeJob(Job):
 
     tokenizer: folder of the tokenizer.
     markers: ids of what begins and what ends a document.
+    states: of the shards' files when their content was identified.
     """
 
     folder: Path
     tokenizer: Path
     markers: tuple[int, int]
+    states: list[FileState | None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,13 @@ def encode_all(
         for name in (source.name for source in data.dataset_configs if source.path == "datatrove"):
             logger.warning("source %s: its tokens are not compared with the benchmark texts", name)
     rules = [file_digest(tokenizer_folder / "tokenizer.json"), tokenizer.chat_template, markers, settings]
-    made_with = digest(rules)
+    made_with = digest([*rules, _program()])
+    # The state first: what changes while its content is identified is then noticed, too.
+    grouped = [
+        (source, shards, [_state(shard) for shard in shards])
+        for source in data.dataset_configs
+        for shards in together(shards_of(source))
+    ]
     jobs = [
         EncodeJob(
             shards,
@@ -104,18 +116,21 @@ def encode_all(
             work / digest([made_with, *(shard_identity(source, shard) for shard in shards)])[:16],
             tokenizer_folder,
             markers,
+            states,
         )
-        for source in data.dataset_configs
-        for shards in together(shards_of(source))
+        for source, shards, states in grouped
     ]
     _check_tokens(jobs, tokenizer.backend_tokenizer)
     for unfinished in work.glob(".*.new-*"):
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
     left = [job for job in jobs if not job.folder.is_dir()]
     if len(left) < len(jobs):
         logger.info("data: %d of %d shards are there from before", len(jobs) - len(left), len(jobs))
-    with ReadingProgress(len(left), sum(job.size for job in left)) as progress:
-        for job, tokens in done_by(_processes(data, left), _encode, left):
+    with (
+        ReadingProgress(len(left), sum(job.size for job in left)) as progress,
+        closing(done_by(_processes(data, left), _encode, left)) as done,
+    ):
+        for job, tokens in done:
             progress.add(job.size, tokens)
     numbers = {source.name: number for number, source in enumerate(data.dataset_configs)}
     accounts = [Account() for _ in numbers]
@@ -144,9 +159,10 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
         for source in data.dataset_configs
         for shards in together(shards_of(source))
     ]
-    for job, texts in done_by(_processes(data, jobs), _sample, jobs):
-        for place, text in texts:
-            samples[job.source.name].add(place, text)
+    with closing(done_by(_processes(data, jobs), _sample, jobs)) as done:
+        for job, texts in done:
+            for place, text in texts:
+                samples[job.source.name].add(place, text)
     # Of texts that several sources have, the first source's.
     chosen = {place: text for sample in reversed(samples.values()) for place, text in sample.texts()}
     found = []
@@ -184,7 +200,31 @@ def _encode(job: EncodeJob) -> int:
     with fresh_folder(job.folder) as folder:
         encoder = _encoder(job.tokenizer, job.markers, job.source.type == "finetune")
         write_shards(folder, job.shards, job.source, job.data, encoder)
+        for shard, state in zip(job.shards, job.states, strict=True):
+            if _state(shard) != state:
+                raise UserError(
+                    f"data.dataset_configs.{job.source.name}: {shard.file} was changed while it was read; "
+                    "run the same command again when nobody writes there"
+                )
     return Account.read(job.folder).tokens
+
+
+def _state(shard: Shard) -> FileState | None:
+    """Of a file of this machine; None of anything else, and of a file that has gone."""
+    if shard.file is None:
+        return None
+    try:
+        status = Path(shard.file).stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+@cache
+def _program() -> list[str]:
+    """What tells one version of this code, and of what it tokenizes with, from another."""
+    code = [file_digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return [*code, *map(version, ("tokenizers", "transformers"))]
 
 
 @cache

@@ -54,7 +54,7 @@ class Pool:
     def add(self, candidates: np.ndarray) -> None:
         """Append documents."""
         with self.file.open("ab") as file:
-            candidates.tofile(file)
+            file.write(candidates.data)  # not tofile: it hides that a disk is full
         self.documents += len(candidates)
         self.tokens += int(candidates["tokens"].sum(dtype=np.int64))
         np.add.at(self.bucket_tokens, _bucket_of(candidates["choose"]), candidates["tokens"])
@@ -92,10 +92,12 @@ class Pool:
         everything = self.first(self.tokens if limit is None else limit)
         if limit is not None:
             everything = _trimmed(everything, limit, 0, whole)
-        rounds, rest = divmod(quota, everything.tokens)
+        # Whole documents end beside the limit: what is missing to it is not read twice.
+        rounds, rest = divmod(quota, self.tokens if limit is None else min(limit, self.tokens))
         if rest < 0.5:
             return [everything] * int(rounds)
-        last = _trimmed(self.first(rest), rest, tolerance * quota, whole)
+        excess = min(tolerance * quota, everything.tokens - rest)
+        last = _trimmed(self.first(rest), rest, excess, whole)
         return [everything] * int(rounds) + [last] * bool(last.documents)
 
 

@@ -17,7 +17,7 @@ from dynamic_transformers.data.blocks import unigram_loss
 from dynamic_transformers.data.conversations import PLAIN_TEMPLATE
 from dynamic_transformers.data.documents import SPLITS
 from dynamic_transformers.data.files import digest_of
-from dynamic_transformers.data.fingerprints import fingerprints, first_change
+from dynamic_transformers.data.fingerprints import Fingerprint, fingerprints, first_change
 from dynamic_transformers.data.first_pass import encode_all, sample_all
 from dynamic_transformers.data.merging import Shards, each_once, lowest, mixture
 from dynamic_transformers.data.probes import write_tasks
@@ -30,7 +30,8 @@ from dynamic_transformers.data.splits import (
     write_split,
 )
 from dynamic_transformers.data.tokenization import load_pretrained_tokenizer, train_tokenizer
-from dynamic_transformers.folders import sole_writer
+from dynamic_transformers.folders import discard, sole_writer
+from dynamic_transformers.interruption import Interrupted, Interruption, leave
 from dynamic_transformers.manifest import MANIFEST, digest, fresh_folder, read_manifest, write_manifest
 from dynamic_transformers.settings import DataSettings, Settings, UserError
 
@@ -103,22 +104,35 @@ def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
         `output_dir`.
 
     Raises:
-        UserError: a source or tokenizer cannot be had, too many records are broken, a split is empty, or
-            `output_dir` holds data of other settings.
+        UserError: a source or tokenizer cannot be had, or changes while it is read, too many records are
+            broken, a split is empty, or `output_dir` holds data of other settings.
+        Interrupted: SIGTERM or SIGINT came.
     """
     output_dir = Path(output_dir)
     config = {**data_config(settings), "fingerprints": fingerprints(settings.data)}
-    with sole_writer(output_dir, wait=True):
-        if not force and _serves(output_dir, config):
-            logger.info("data: %s is finished", output_dir)
-            return output_dir
-        work = work_folder(output_dir)
-        with fresh_folder(output_dir, STEP) as folder:
-            facts = _fill(folder, work, settings.data, settings.run.seed)
-            write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
-        shutil.rmtree(work)
-    logger.info("data: written to %s", output_dir)
+    work = work_folder(output_dir)
+    try:
+        with Interruption(then=leave), sole_writer(output_dir, wait=True):
+            if not force and _serves(output_dir, config):
+                logger.info("data: %s is finished", output_dir)
+            else:
+                with fresh_folder(output_dir, STEP) as folder:
+                    facts = _fill(folder, work, settings.data, settings.run.seed)
+                    _check_unchanged(config["fingerprints"], settings.data)
+                    write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
+                logger.info("data: written to %s", output_dir)
+            discard(work, output_dir.resolve())  # also where a kill came between
+    except Interrupted:
+        logger.warning("data: interrupted; finished shards stay, and the same command goes on from there")
+        raise
     return output_dir
+
+
+def _check_unchanged(before: dict[str, Fingerprint | None], data: DataSettings) -> None:
+    """Refuse what was read of files that somebody has changed meanwhile."""
+    change = first_change(before, fingerprints(data))
+    if change:
+        raise UserError(f"{change} while it was read; run the same command again when nobody writes there")
 
 
 def _serves(folder: Path, config: dict[str, Any]) -> bool:
@@ -159,7 +173,8 @@ def _by_name(config: dict[str, Any], sources: Container[str]) -> dict[str, Any]:
 
 
 def work_folder(output_dir: Path) -> Path:
-    """Where finished shards are kept while a data folder is made."""
+    """Where finished shards are kept while a data folder is made; a link is followed."""
+    output_dir = output_dir.resolve()
     return output_dir.parent / f".{output_dir.name}.shards"
 
 

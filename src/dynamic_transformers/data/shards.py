@@ -182,7 +182,7 @@ class ShardWriter:
             file.close()
         index = np.array(self._index, dtype=INDEX)
         order = np.lexsort(index["digest"].T[::-1])
-        index[order].tofile(self.folder / INDEX_FILE)
+        (self.folder / INDEX_FILE).write_bytes(index[order].data)  # not tofile: it hides that a disk is full
         return self._tokens
 
     def _write_texts(self) -> None:

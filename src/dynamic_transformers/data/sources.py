@@ -23,7 +23,6 @@ from dynamic_transformers.data.files import (
     remote_files,
 )
 from dynamic_transformers.data.hub import URL, at_hand, fetched, hub_commit, hub_files
-from dynamic_transformers.data.refusals import one_line, why
 from dynamic_transformers.data.rows import (
     DAMAGE,
     Csv,
@@ -38,6 +37,7 @@ from dynamic_transformers.data.rows import (
     names_of,
 )
 from dynamic_transformers.data.tables import Arrow, Parquet, is_needed
+from dynamic_transformers.refusals import one_line, reason_of
 from dynamic_transformers.settings import EMBEDDED, SourceSettings, UserError
 
 EMBEDDED_TEXTS: dict[str, Callable[[], Iterable[str]]] = {
@@ -151,13 +151,6 @@ def read_shard(source: SourceSettings, shard: Shard) -> Iterator[Row]:
         yield from _read_file(source, shard, shard.file)
 
 
-def read_records(source: SourceSettings) -> Iterator[Row]:
-    """The rows of all shards of a source that are trained on."""
-    for shard in shards_of(source):
-        if shard.split == "train":
-            yield from read_shard(source, shard)
-
-
 def _read_file(source: SourceSettings, shard: Shard, file: str) -> Iterator[Row]:
     place = _place(source)
     reader = _reader(source, shard.builder, file)
@@ -203,7 +196,7 @@ def _read_by_library(source: SourceSettings, shard: Shard) -> Iterator[Row]:
         raise
     except Exception as error:  # whatever the library and the clients under it raise
         what = f"{path!r} breaks off after row {number}" if number else f"cannot read {path!r}"
-        raise UserError(f"{_place(source)}: {what}: {why(error)}") from error
+        raise UserError(f"{_place(source)}: {what}: {reason_of(error)}") from error
 
 
 def _place(source: SourceSettings) -> str:
@@ -247,7 +240,7 @@ def _hub_files(source: SourceSettings, place: str) -> SourceFiles:
     try:
         found = hub_files(source)
     except Exception as error:  # whatever the hub's client raises
-        raise UserError(f"{place}: cannot read {path!r}: {why(error)}") from error
+        raise UserError(f"{place}: cannot read {path!r}: {reason_of(error)}") from error
     if f"{PurePath(path).name}.py" in found.sizes:
         raise UserError(
             f"{place}: {path!r} is made by a script, which nobody runs any more: give one that consists of "
@@ -361,7 +354,7 @@ def _told(place: str, file: str, when: Callable[[], str] = str) -> Iterator[None
         raise UserError(f"{place}: {error}") from error
     except Exception as error:
         if "://" in file:  # whatever the client of that protocol raises
-            raise UserError(f"{place}: cannot read {file}{when()}: {why(error)}") from error
+            raise UserError(f"{place}: cannot read {file}{when()}: {reason_of(error)}") from error
         if not isinstance(error, DAMAGE):
             raise
         damaged = not isinstance(error, OSError) or error.errno is None

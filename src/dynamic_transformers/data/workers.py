@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
+from dynamic_transformers.interruption import SIGNALS
 from dynamic_transformers.settings import UserError
 
 Job = TypeVar("Job")
@@ -26,7 +29,7 @@ def cores() -> int:
 
 def done_by(
     processes: int, function: Callable[[Job], Result], jobs: Sequence[Job]
-) -> Iterator[tuple[Job, Result]]:
+) -> Generator[tuple[Job, Result], None, None]:
     """Each job with its result, in the order in which they are done; one process is this one.
 
     Jobs, results and the function are pickled between processes of this program.
@@ -40,12 +43,14 @@ def done_by(
         return
     context = multiprocessing.get_context("spawn")  # forked, the threads of tokenizers may hang
     executor = ProcessPoolExecutor(processes, context, _end_with_the_parent)
+    others = multiprocessing.active_children()
     try:
         waiting = iter(jobs)
         running: dict[Future[Result], Job] = {}
         while True:
-            while len(running) < processes + 1 and (job := next(waiting, None)) is not None:
-                running[executor.submit(function, job)] = job
+            with _signals_held():  # the first submission starts all processes
+                while len(running) < processes + 1 and (job := next(waiting, None)) is not None:
+                    running[executor.submit(function, job)] = job
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -56,9 +61,22 @@ def done_by(
             "data.processes; what was finished stays, and the same command goes on from there"
         ) from error
     finally:
-        for child in multiprocessing.active_children():  # on success all of them wait for work
-            child.kill()
+        for child in set(multiprocessing.active_children()).difference(others):
+            child.kill()  # on success all of them wait for work
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals to this process wait, and processes that begin here never be told of any.
+
+    A terminal's Ctrl-C reaches all of them: this one ends the others.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_the_parent() -> None:

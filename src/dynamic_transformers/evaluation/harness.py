@@ -19,8 +19,8 @@ from dynamic_transformers.evaluation.exported import load_config, load_model, lo
 from dynamic_transformers.evaluation.recalibration import refuse_an_unset_threshold
 from dynamic_transformers.evaluation.suites import expand_tasks, needs_data_folder
 from dynamic_transformers.evaluation.task_index import check_tasks, manager_of
-from dynamic_transformers.hub_errors import reason_of
 from dynamic_transformers.manifest import MANIFEST, input_folder, read_manifest
+from dynamic_transformers.refusals import reason_of
 from dynamic_transformers.settings import UserError
 
 logger = logging.getLogger("dynamic_transformers")

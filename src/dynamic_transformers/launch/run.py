@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from dynamic_transformers.interruption import Interrupted, Interruption
 from dynamic_transformers.launch.settings import Launch
 from dynamic_transformers.launch.worker import WORKER, write_job
 from dynamic_transformers.settings import Settings, UserError
 from dynamic_transformers.training.checkpoint import checkpoints
-from dynamic_transformers.training.interruption import Interrupted, Interruption
 from dynamic_transformers.training.trainer import train
 
 logger = logging.getLogger("dynamic_transformers")

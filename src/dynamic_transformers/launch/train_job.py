@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_transformers.folders import flush, new_sibling
+from dynamic_transformers.interruption import Interrupted, Interruption
 from dynamic_transformers.launch.job_state import LIMIT, OF_LAUNCH, OF_LOGS, holding, why_failed
 from dynamic_transformers.launch.kubernetes_api import GROUP, VERSION, TrainJobs
 from dynamic_transformers.launch.settings import Launch
 from dynamic_transformers.launch.worker import WORKER, write_job
 from dynamic_transformers.manifest import digest, finished, fresh_folder
 from dynamic_transformers.settings import Settings, UserError, holds_credentials
-from dynamic_transformers.training.interruption import Interrupted, Interruption
 from dynamic_transformers.training.run_folder import run_identity, training_config
 
 logger = logging.getLogger("dynamic_transformers")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from dynamic_transformers.interruption import Interruption
 from dynamic_transformers.training.budget import Horizon, Progress
-from dynamic_transformers.training.interruption import Interruption
 from dynamic_transformers.training.observers import Moment, Observers
 from dynamic_transformers.training.step import OptimizerStep, StepResult
 

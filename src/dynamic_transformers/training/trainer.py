@@ -21,6 +21,7 @@ from safetensors.torch import save_model
 from dynamic_transformers.data.blocks import Blocks
 from dynamic_transformers.data.loading import batches_of, load_split, verify_split
 from dynamic_transformers.folders import sole_writer
+from dynamic_transformers.interruption import Interrupted, Interruption, leave
 from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_manifest
 from dynamic_transformers.models.language_model import RoutedForCausalLM
 from dynamic_transformers.settings import SEED_KEY, Settings, UserError
@@ -30,7 +31,6 @@ from dynamic_transformers.training.budget import Budget, Horizon, Progress
 from dynamic_transformers.training.calibration import calibrate, calibration_cost, calibration_rows
 from dynamic_transformers.training.checkpoint import WEIGHTS, checkpoint_folder, last_good, prune
 from dynamic_transformers.training.heldout import HeldoutResult, evaluate_heldout
-from dynamic_transformers.training.interruption import Interrupted, Interruption, leave
 from dynamic_transformers.training.loop import DivergedError, fit
 from dynamic_transformers.training.observers import Checkpoints, Display, Evaluation, Log, Observers
 from dynamic_transformers.training.run_folder import (
