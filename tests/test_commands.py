@@ -197,6 +197,7 @@ def test_every_test_file_is_collected(request):
         "hub_contents.py",
         "hub_server.py",
         "live_bytes.py",
+        "pages.py",
         "real_docker.py",
         "run_contents.py",
         "runs.py",
