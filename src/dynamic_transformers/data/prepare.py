@@ -26,6 +26,7 @@ from dynamic_transformers.data.splits import (
     check_splits,
     choose,
     source_facts,
+    tell,
     warn,
     write_split,
 )
@@ -223,6 +224,7 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
             pieces = mixture(shards, pools[split], chosen[split])
             splits[split], counts[split] = write_split(folder / split, pieces, data, tokenizer)
         sources = source_facts(data, accounts, duplicates, pools, chosen["train"])
+        tell(sources)
         warn(data, sources)
         names = [source.name for source in data.dataset_configs]
 
