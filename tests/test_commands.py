@@ -198,6 +198,7 @@ def test_every_test_file_is_collected(request):
         "hub_server.py",
         "left_behind.py",
         "live_bytes.py",
+        "pages.py",
         "real_docker.py",
         "run_contents.py",
         "runs.py",

@@ -27,6 +27,7 @@ from dynamic_transformers.data.splits import (
     check_splits,
     choose,
     source_facts,
+    tell,
     warn,
     write_split,
 )
@@ -250,6 +251,7 @@ def mix(
             pieces = mixture(shards, pools[split], chosen[split])
             splits[split], counts[split] = write_split(folder / split, pieces, data, tokenizer)
         sources = source_facts(data, accounts, duplicates, pools, chosen["train"])
+        tell(sources)
         warn(data, sources)
         names = [source.name for source in data.dataset_configs]
 

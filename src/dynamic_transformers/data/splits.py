@@ -212,6 +212,16 @@ SUMS = {
 }
 
 
+def tell(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Say what became of the documents of each source."""
+    for fact in facts:
+        logger.info(
+            "source %s: %d documents trained on, %d unused, %d held out, %d duplicates; %.1f %% of tokens",
+            *(fact[key] for key in ("name", "documents_used", "unused", "held_out", "duplicates")),
+            100 * fact["proportion_realised"],
+        )
+
+
 def warn(data: DataSettings, facts: Sequence[Mapping[str, Any]]) -> None:
     """Say what a person may not have meant: proportions that are others, many epochs, much left unused."""
     for fact in facts:
