@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dynamic_transformers.data.blocks import token_dtype
 from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.documents import rank
 from dynamic_transformers.data.encoding import DocumentEncoder, Encoder
@@ -18,7 +20,7 @@ from dynamic_transformers.data.fingerprints import shard_identity
 from dynamic_transformers.data.merging import ShardFolder
 from dynamic_transformers.data.mixing import shares
 from dynamic_transformers.data.progress import ReadingProgress
-from dynamic_transformers.data.shards import Account, documents_of, write_shard
+from dynamic_transformers.data.shards import TOKENS, Account, documents_of, write_shard
 from dynamic_transformers.data.sources import Shard, shards_of
 from dynamic_transformers.data.tokenization import Sample, marker_ids
 from dynamic_transformers.data.workers import cores, done_by
@@ -99,9 +101,14 @@ def encode_all(
     left = [job for job in jobs if not job.folder.is_dir()]
     if len(left) < len(jobs):
         logger.info("data: %d of %d shards are there from before", len(jobs) - len(left), len(jobs))
-    with ReadingProgress(len(left), sum(job.shard.size for job in left)) as progress:
+    width = token_dtype(len(tokenizer)).itemsize
+
+    def begun() -> int:
+        return sum(map(_size, work.glob(f".*.new-*/{TOKENS}"))) // width
+
+    with ReadingProgress("tokenizing", len(left), _bytes_of(left), begun) as progress:
         for job, tokens in done_by(_processes(data, left), _encode, left):
-            progress.add(job.shard.size, tokens)
+            progress.finish(job.shard.size, tokens)
     numbers = {source.name: number for number, source in enumerate(data.dataset_configs)}
     accounts = [Account() for _ in numbers]
     folders = []
@@ -131,9 +138,11 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
         for source in data.dataset_configs
         for shard in shards_of(source)
     ]
-    for job, texts in done_by(_processes(data, jobs), _sample, jobs):
-        for place, text in texts:
-            samples[job.source.name].add(place, text)
+    with ReadingProgress("texts for the tokenizer", len(jobs), _bytes_of(jobs)) as progress:
+        for job, texts in done_by(_processes(data, jobs), _sample, jobs):
+            progress.finish(job.shard.size)
+            for place, text in texts:
+                samples[job.source.name].add(place, text)
     # Of texts that several sources have, the first source's.
     chosen = {place: text for sample in reversed(samples.values()) for place, text in sample.texts()}
     found = []
@@ -171,8 +180,19 @@ def _sample(job: SampleJob) -> list[tuple[int, str]]:
     return sample.texts()
 
 
-def _processes(data: DataSettings, jobs: list) -> int:
+def _processes(data: DataSettings, jobs: Sequence[EncodeJob | SampleJob]) -> int:
     """As many as were asked for, else as there are cores, but none that has hardly anything to do."""
-    size = sum(job.shard.size for job in jobs)
-    most = data.processes or min(cores(), 1 + size // BYTES_OF_A_PROCESS)
+    most = data.processes or min(cores(), 1 + _bytes_of(jobs) // BYTES_OF_A_PROCESS)
     return min(most, len(jobs))
+
+
+def _bytes_of(jobs: Sequence[EncodeJob | SampleJob]) -> int:
+    return sum(job.shard.size for job in jobs)
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 where it is gone."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
