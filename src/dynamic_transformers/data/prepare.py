@@ -20,6 +20,7 @@ from dynamic_transformers.data.files import digest_of
 from dynamic_transformers.data.fingerprints import fingerprints, first_change
 from dynamic_transformers.data.first_pass import encode_all, sample_all
 from dynamic_transformers.data.merging import Shards, each_once, lowest, mixture
+from dynamic_transformers.data.preview import write_page
 from dynamic_transformers.data.probes import write_tasks
 from dynamic_transformers.data.splits import (
     check_broken,
@@ -115,6 +116,7 @@ def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
         work = work_folder(output_dir)
         with fresh_folder(output_dir, STEP) as folder:
             facts = _fill(folder, work, settings.data, settings.run.seed)
+            write_page(folder, facts)
             write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
         shutil.rmtree(work)
     logger.info("data: written to %s", output_dir)
@@ -197,7 +199,7 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
             pieces = mixture(shards, pools[split], chosen[split])
             splits[split], counts[split] = write_split(folder / split, pieces, data, tokenizer)
         sources = source_facts(data, accounts, duplicates, pools, chosen["train"])
-        warn(data, sources)
+        warnings = warn(data, sources)
         names = [source.name for source in data.dataset_configs]
 
         def test_texts(source: str, purpose: str, count: int, shortest: int) -> list[str]:
@@ -207,6 +209,7 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
         write_tasks(folder / "tasks", test_texts, questions, data)
     return {
         "sources": sources,
+        "warnings": warnings,
         "splits": splits,
         # What a training reads. Neither where the data came from nor what made them is part of it.
         "content_digest": digest(
