@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dynamic_transformers.data.fingerprints import fingerprints
 from dynamic_transformers.data.first_pass import all_shards, encode, encode_jobs, finished_shards
 from dynamic_transformers.data.prepare import STEP, data_config, mix, tokenizer_of
+from dynamic_transformers.data.preview import write_page
 from dynamic_transformers.data.sources import Shard
 from dynamic_transformers.manifest import read_manifest, step_output, write_json, write_manifest
 from dynamic_transformers.settings import Settings, UserError
@@ -56,7 +57,8 @@ def tokenize_group(settings: Settings, plan_dir: Path, group: int, groups: int, 
     """
     entries = dealt(read_manifest(plan_dir, PLAN)["shards"], groups)[group - 1]
     shards = [tuple(Shard(**shard) for shard in entry["shards"]) for entry in entries]
-    jobs = encode_jobs(settings.data, shards, *_tokenizer(plan_dir), output_dir)
+    tokenizer, tokenizer_folder = _tokenizer(plan_dir)
+    jobs = encode_jobs(settings.data, shards, tokenizer, tokenizer_folder, output_dir)
     for job, entry in zip(jobs, entries, strict=True):
         if job.folder.name != entry["folder"]:
             what = ", ".join(str(shard.file or job.source.path) for shard in job.shards)
@@ -68,7 +70,7 @@ def tokenize_group(settings: Settings, plan_dir: Path, group: int, groups: int, 
     for other in output_dir.iterdir():
         if other.is_dir() and other.name not in names:
             shutil.rmtree(other)
-    encode(settings.data, jobs)
+    encode(settings.data, jobs, output_dir, len(tokenizer))
     write_json(output_dir / "shards.json", names)
 
 
@@ -92,6 +94,7 @@ def merge_groups(settings: Settings, plan_dir: Path, groups: Sequence[Path], out
         accounts, finished = finished_shards(data, shards)
         pools = output_dir.with_name(f".{output_dir.name}.pools")
         facts = mix(folder, pools, _tokenizer(plan_dir)[0], accounts, finished, data, plan["seed"])
+        write_page(folder, facts)
         write_manifest(folder, STEP, plan["config"], {}, seed=plan["seed"], **facts)
     shutil.rmtree(pools)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dynamic_transformers.data.blocks import token_dtype
 from dynamic_transformers.data.datatrove import check_tokenizer
 from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.documents import rank
@@ -23,7 +24,7 @@ from dynamic_transformers.data.merging import ShardFolder
 from dynamic_transformers.data.mixing import shares
 from dynamic_transformers.data.progress import ReadingProgress
 from dynamic_transformers.data.rows import UnreadableError
-from dynamic_transformers.data.shards import Account, documents_of, write_shards
+from dynamic_transformers.data.shards import TOKENS, Account, documents_of, write_shards
 from dynamic_transformers.data.sources import Shard, shards_of
 from dynamic_transformers.data.tokenization import Sample, marker_ids
 from dynamic_transformers.data.workers import cores, done_by
@@ -95,7 +96,7 @@ def encode_all(
     jobs = encode_jobs(data, all_shards(data), tokenizer, tokenizer_folder, work)
     for unfinished in work.glob(".*.new-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    encode(data, jobs)
+    encode(data, jobs, work, len(tokenizer))
     return finished_shards(data, [(job.folder, job.shards[0]) for job in jobs])
 
 
@@ -147,8 +148,8 @@ def encode_jobs(
     return jobs
 
 
-def encode(data: DataSettings, jobs: Sequence[EncodeJob]) -> None:
-    """Do the jobs whose folders are not there yet, and show how far it is.
+def encode(data: DataSettings, jobs: Sequence[EncodeJob], work: Path, vocab_size: int) -> None:
+    """Do the jobs whose folders in `work` are not there yet, and show how far it is.
 
     Raises:
         UserError: a source cannot be read.
@@ -156,12 +157,17 @@ def encode(data: DataSettings, jobs: Sequence[EncodeJob]) -> None:
     left = [job for job in jobs if not job.folder.is_dir()]
     if len(left) < len(jobs):
         logger.info("data: %d of %d shards are there from before", len(jobs) - len(left), len(jobs))
+    width = token_dtype(vocab_size).itemsize
+
+    def begun() -> int:
+        return sum(map(_size, work.glob(f".*.new-*/{TOKENS}"))) // width
+
     with (
-        ReadingProgress(len(left), sum(job.size for job in left)) as progress,
+        ReadingProgress("tokenizing", len(left), sum(job.size for job in left), begun) as progress,
         closing(done_by(_processes(data, left), _encode, left)) as done,
     ):
         for job, tokens in done:
-            progress.add(job.size, tokens)
+            progress.finish(job.size, tokens)
 
 
 def finished_shards(
@@ -196,8 +202,12 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
         for source in data.dataset_configs
         for shards in together(shards_of(source))
     ]
-    with closing(done_by(_processes(data, jobs), _sample, jobs)) as done:
+    with (
+        ReadingProgress("texts for the tokenizer", len(jobs), sum(job.size for job in jobs)) as progress,
+        closing(done_by(_processes(data, jobs), _sample, jobs)) as done,
+    ):
         for job, texts in done:
+            progress.finish(job.size)
             for place, text in texts:
                 samples[job.source.name].add(place, text)
     # Of texts that several sources have, the first source's.
@@ -290,3 +300,11 @@ def _processes(data: DataSettings, jobs: Sequence[Job]) -> int:
     size = sum(job.size for job in jobs)
     most = data.processes or min(cores(), 1 + size // BYTES_OF_A_PROCESS)
     return min(most, len(jobs))
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 where it is gone."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0

@@ -20,6 +20,7 @@ from dynamic_transformers.data.files import digest_of
 from dynamic_transformers.data.fingerprints import Fingerprint, fingerprints, first_change
 from dynamic_transformers.data.first_pass import encode_all, sample_all
 from dynamic_transformers.data.merging import ShardFolder, Shards, each_once, lowest, mixture
+from dynamic_transformers.data.preview import write_page
 from dynamic_transformers.data.probes import write_tasks
 from dynamic_transformers.data.shards import Account
 from dynamic_transformers.data.splits import (
@@ -121,6 +122,7 @@ def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
                 with fresh_folder(output_dir, STEP) as folder:
                     facts = _fill(folder, work, settings.data, settings.run.seed)
                     _check_unchanged(config["fingerprints"], settings.data)
+                    write_page(folder, facts)
                     write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
                 logger.info("data: written to %s", output_dir)
             discard(work, output_dir.resolve())  # also where a kill came between
@@ -252,7 +254,7 @@ def mix(
             splits[split], counts[split] = write_split(folder / split, pieces, data, tokenizer)
         sources = source_facts(data, accounts, duplicates, pools, chosen["train"])
         tell(sources)
-        warn(data, sources)
+        warnings = warn(data, sources)
         names = [source.name for source in data.dataset_configs]
 
         def test_texts(source: str, purpose: str, count: int, shortest: int) -> list[str]:
@@ -262,6 +264,7 @@ def mix(
         write_tasks(folder / "tasks", test_texts, questions, data)
     return {
         "sources": sources,
+        "warnings": warnings,
         "splits": splits,
         # What a training reads. Neither where the data came from nor what made them is part of it.
         "content_digest": digest(
