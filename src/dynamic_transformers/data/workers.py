@@ -45,12 +45,16 @@ def done_by(
     executor = ProcessPoolExecutor(processes, context, _end_with_the_parent)
     others = multiprocessing.active_children()
     try:
+        with _signals_held():
+            # Each begins one process. The executor overlooks the death of one that began after it looked at
+            # them, which it does again at each result: there are some before those of the first jobs.
+            for _ in range(processes):
+                executor.submit(os.getpid)
         waiting = iter(jobs)
         running: dict[Future[Result], Job] = {}
         while True:
-            with _signals_held():  # the first submission starts all processes
-                while len(running) < processes + 1 and (job := next(waiting, None)) is not None:
-                    running[executor.submit(function, job)] = job
+            while len(running) < processes + 1 and (job := next(waiting, None)) is not None:
+                running[executor.submit(function, job)] = job
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
