@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from itertools import chain
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_every_document_is_in_one_split_of_about_the_asked_size(
     splits, make_settings, make_source, make_texts
 ):
     found = splits(make_settings([make_source("a", 2000)], min_characters=0))
-    assert sorted(sum(found.values(), [])) == sorted(make_texts(2000))
+    assert sorted(chain(*found.values())) == sorted(make_texts(2000))
     for split, fraction in {"train": 0.70, "validation": 0.15, "test": 0.15}.items():
         assert len(found[split]) / 2000 == pytest.approx(fraction, abs=0.04)
 
@@ -64,13 +65,11 @@ def test_the_sources_own_validation_split_wins_over_training_copies(
     """Of the same source and of one before it; what else hashes into validation stays there."""
     texts, held = make_texts(300), make_texts(40, seed=1)
     a = make_source("a", records=[{"text": text} for text in [*texts, *held[:10]]])
+    training = [*make_texts(300, seed=2), *held[5:20]]
     files = {
-        "train": write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in make_texts(300, seed=2)]),
+        "train": write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in training]),
         "held": write_jsonl(tmp_path / "held.jsonl", [{"text": text} for text in [*held, *held[:5]]]),
     }
-    repeated = [{"text": text} for text in held[5:20]]
-    with open(files["train"], "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in repeated))
     b = {"name": "b", "path": "json", "data_files": files, "validation_split": "held"}
     settings = make_settings([a, b])
     first, second = splits(settings), splits(settings, 1)
@@ -98,8 +97,8 @@ def test_duplicates_belong_to_the_first_source_wherever_files_are_cut(
         Duplicates(53, tokens([*texts[100:], *others[:3]])),
     ]
     found = [merged.texts(byte_tokenizer[0], source) for source in range(2)]
-    assert sorted(sum(found[0].values(), [])) == sorted(texts)
-    assert sorted(sum(found[1].values(), [])) == sorted(others)
+    assert sorted(chain(*found[0].values())) == sorted(texts)
+    assert sorted(chain(*found[1].values())) == sorted(others)
     for source, account in enumerate(merged.accounts):
         stay = sum(pools[source].documents for pools in merged.pools.values())
         assert account.records == {"documents": stay + merged.duplicates[source].documents}
@@ -120,7 +119,7 @@ def test_short_and_long_documents(both_passes, byte_tokenizer, make_settings, ma
     cut = rule == "cut"
     assert account.records == {"documents": 80 if cut else 40, "filtered": 40 if cut else 80}
     assert account.cut == (40 if cut else 0)
-    found = sum(merged.texts(byte_tokenizer[0]).values(), [])
+    found = chain(*merged.texts(byte_tokenizer[0]).values())
     assert Counter(map(len, found)) == ({32: 20, 60: 60} if cut else {32: 20, 60: 20})
     # Texts that only look alike once they are cut are no duplicates.
     assert merged.duplicates == [Duplicates()]

@@ -12,9 +12,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from dynamic_transformers.data import arithmetic
-from dynamic_transformers.data.documents import collect
 from dynamic_transformers.data.loading import batches_of, load_split, load_tokenizer
-from dynamic_transformers.data.prepare import data_config, prepare
+from dynamic_transformers.data.prepare import data_config, prepare, work_folder
+from dynamic_transformers.data.shards import Account, documents_of
+from dynamic_transformers.data.sources import shards_of
+from dynamic_transformers.data.splits import SUMS
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
 
@@ -23,13 +25,26 @@ FACTS = (
     *("sources", "splits", "content_digest", "unigram_loss"),
     *("vocab_size", "block_size", "seed", "tokenizer_name"),
 )
-ACCOUNT = ("documents_used", "unused", "held_out", "filtered", "duplicates", "quarantined")
+ACCOUNT = SUMS["documents_in"]
 
 
 def tasks(folder):
     return {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in (folder / "tasks").glob("*.jsonl")
+    }
+
+
+def texts_of(settings, split):
+    """Texts of a split by source."""
+    return {
+        source.name: [
+            document.text
+            for shard in shards_of(source)
+            for _, document in documents_of(shard, source, settings.data, Account())
+            if document.split == split
+        ]
+        for source in settings.data.dataset_configs
     }
 
 
@@ -45,7 +60,7 @@ def input_ids(folder):
 def embedded(tmp_path_factory, make_settings):
     """The three embedded sources, small."""
     sources = [
-        {"name": name, "path": "embedded", "weight": weight}
+        {"name": name, "path": "embedded", "weight": weight, "max_documents": 1500}
         for name, weight in (("prose", 2), ("code", 2), ("math", 1))
     ]
     settings = make_settings(sources, vocab_size=512, block_size=64, max_tokens=40000, max_eval_tokens=5000)
@@ -92,8 +107,7 @@ def test_a_loader_gives_batches(embedded):
 
 def test_tasks_come_from_the_test_split_only(embedded):
     settings, folder = embedded
-    corpus = collect(settings.data)
-    held_out = {name: [d.text for d in documents] for name, documents in corpus.splits["test"].items()}
+    held_out = texts_of(settings, "test")
     found = tasks(folder)
     assert set(found) == {"perplexity_prose", "perplexity_code", "perplexity_math", "cloze", "arithmetic"}
     for name, texts in held_out.items():
@@ -115,9 +129,9 @@ def test_tasks_come_from_the_test_split_only(embedded):
 
 def test_arithmetic_questions_are_unseen_and_their_answers_right(embedded):
     settings, folder = embedded
-    training = collect(settings.data).splits["train"]
-    seen = {key for texts in training.values() for d in texts for key in arithmetic.expressions(d.text)}
-    math = "\n".join(document.text for document in training["math"])
+    training = texts_of(settings, "train")
+    seen = {key for texts in training.values() for text in texts for key in arithmetic.expressions(text)}
+    math = "\n".join(training["math"])
     examples = tasks(folder)["arithmetic"]
     assert len(examples) == 8 == len({example["question"] for example in examples})
     assert sorted(example["answer"] for example in examples) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -173,7 +187,7 @@ texts = st.integers(0, 400).map(lambda index: json.dumps({"text": f"document num
 
 @given(
     sources=st.lists(st.lists(texts | lines, max_size=300), min_size=1, max_size=3),
-    max_tokens=st.none() | st.integers(1, 3000),
+    max_tokens=st.none() | st.integers(30, 3000),
 )
 @hypothesis_settings(max_examples=12, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
 def test_no_document_disappears(tmp_path_factory, make_settings, sources, max_tokens):
@@ -222,7 +236,8 @@ def test_a_failed_run_leaves_the_old_folder_and_no_other(tmp_path, make_settings
     broken = make_settings([make_source("b", records=[{"text": 1}] * 200)])
     with pytest.raises(UserError, match="200 of 200 records are broken"):
         prepare(broken, folder, force=True)
-    assert [path.name for path in folder.parent.iterdir()] == ["data"]
+    # What was tokenized stays for the next try.
+    assert {path.name for path in folder.parent.iterdir()} == {"data", work_folder(folder).name}
     assert read_manifest(folder)["sources"][0]["name"] == "a"
 
 
