@@ -48,11 +48,14 @@ def done_by(
         waiting = iter(jobs)
         running: dict[Future[Result], Job] = {}
         while True:
-            with _signals_held():  # the first submission starts all processes
+            with _signals_held():  # submissions start the processes
                 while len(running) < processes + 1 and (job := next(waiting, None)) is not None:
                     running[executor.submit(function, job)] = job
-            if not running:
-                return
+                if not running:
+                    return
+                # The thread that tells of killed processes looks which there are before a submission adds
+                # one: without another, it would not know of the last until a job is done.
+                executor.submit(int)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:
