@@ -45,6 +45,31 @@ def pipeline_arguments(args: argparse.Namespace, here: bool = False) -> tuple[Se
     return settings, runs
 
 
+def add_shards_argument(parser: argparse.ArgumentParser) -> None:
+    """In how many steps at a time the data are tokenized."""
+    parser.add_argument(
+        "--data-shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tokenize the data in N steps at a time, which a cluster runs on different nodes (default: 1,"
+        " all in the step prepare_data)",
+    )
+
+
+def data_shards_of(args: argparse.Namespace) -> int:
+    """Number of `--data-shards`.
+
+    Raises:
+        UserError: it is none, or there is nothing to tokenize.
+    """
+    if args.data_shards < 1:
+        raise UserError(f"--data-shards {args.data_shards}: must be at least 1")
+    if args.data_shards > 1 and args.data_uri:
+        raise UserError("--data-shards is for data that have to be prepared; --data-uri names prepared ones")
+    return args.data_shards
+
+
 def refuse_own_tasks(settings: Settings, where: str) -> None:
     """Refuse task files that the step `evaluate` could not read.
 

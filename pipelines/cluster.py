@@ -60,7 +60,8 @@ class ClusterSettings:
     """Settings of a compiled pipeline.
 
     Attributes:
-        steps: by name; a step that is not named takes what the cluster gives it.
+        steps: by name; a step that is not named takes what the cluster gives it. Each of the steps that share
+            the work of `prepare_data` (`--data-shards`) gets what that gets.
         environment: variables of every step and of a TrainJob's nodes; the pipeline holds their values.
         secrets: for every step: tokens of the hub, of MLflow, of W&B.
         image_pull_secrets: names of Secrets with the registry's credentials.

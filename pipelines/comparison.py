@@ -13,21 +13,25 @@ from components.compare import compare
 from components.configure import configure
 from components.evaluate import evaluate
 from components.export import export
+from components.merge_data import merge_data
+from components.plan_data import plan_data
 from components.prepare_data import prepare_data
 from components.report_finished import report_finished
+from components.tokenize_shards import tokenize_shards
 from components.train import train
 from dynamic_transformers.configure import compose_settings
-from pipelines.cluster import ClusterSettings, launch_of, place
+from pipelines.cluster import LOCAL, ClusterSettings, launch_of, place
 
 NAME = "dynamic-transformers-comparison"
 
 
-def comparison_pipeline(cluster: ClusterSettings, data_uri: str = ""):
+def comparison_pipeline(cluster: ClusterSettings, data_uri: str = "", data_shards: int = 1):
     """The pipeline for a cluster, or for this machine: `pipelines.cluster.LOCAL`.
 
     Args:
         data_uri: where prepared data lie, which come in instead of being prepared. Chosen here and not by the
             pipeline: KFP 2.16 fails at a `dsl.OneOf` of artifacts (kubeflow/pipelines #13436).
+        data_shards: in how many steps at a time the data are tokenized; 1: one step prepares them.
     """
     # The embedded data and a small model: what starts when nobody changes a parameter.
     quickstart = compose_settings("quickstart").to_json()
@@ -48,6 +52,8 @@ def comparison_pipeline(cluster: ClusterSettings, data_uri: str = ""):
     ):
         """configure → prepare_data → (train → export → evaluate) for each run → compare.
 
+        With several data shards, plan_data → tokenize_shards for each group → merge_data do what prepare_data
+        does.
         However what follows configure ends, report_finished has the last word.
 
         Args:
@@ -87,6 +93,8 @@ def comparison_pipeline(cluster: ClusterSettings, data_uri: str = ""):
         with dsl.ExitHandler(last, name="comparison"):
             if imported:
                 data = imported["data"]
+            elif data_shards > 1:
+                data = prepared_in_groups(merged, data_shards, cluster)
             else:
                 prepared = prepare_data(settings=merged)
                 place(prepared, "prepare_data", cluster)
@@ -110,3 +118,18 @@ def comparison_pipeline(cluster: ClusterSettings, data_uri: str = ""):
             place(compared, "compare", cluster)
 
     return pipeline
+
+
+def prepared_in_groups(settings, groups: int, cluster: ClusterSettings):
+    """The same data as prepare_data gives, tokenized by `groups` steps at a time, each with its resources."""
+    planned = plan_data(settings=settings)
+    place(planned, "prepare_data", cluster)
+    plan = planned.outputs["plan"]
+    # A step takes all cores: on one machine they come one after the other.
+    at_once = 1 if cluster is LOCAL else None
+    with dsl.ParallelFor(list(range(1, groups + 1)), name="groups", parallelism=at_once) as group:
+        tokenized = tokenize_shards(settings=settings, plan=plan, group=group, groups=groups)
+        place(tokenized, "prepare_data", cluster)
+    merged = merge_data(settings=settings, plan=plan, shards=dsl.Collected(tokenized.outputs["shards"]))
+    place(merged, "prepare_data", cluster)
+    return merged.outputs["data"]

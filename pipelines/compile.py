@@ -11,6 +11,7 @@ from kfp import compiler
 
 from dynamic_transformers.command_line import run_command
 from dynamic_transformers.settings import UserError
+from pipelines.arguments import add_shards_argument, data_shards_of
 from pipelines.cluster import ClusterSettings, read_cluster
 from pipelines.comparison import comparison_pipeline
 from pipelines.images import warn_of_revision_mismatch
@@ -18,11 +19,14 @@ from pipelines.images import warn_of_revision_mismatch
 DEFAULT_PACKAGE = Path("build/pipeline.yaml")
 
 
-def compile_pipeline(cluster: ClusterSettings, path: Path = DEFAULT_PACKAGE, data_uri: str = "") -> Path:
+def compile_pipeline(
+    cluster: ClusterSettings, path: Path = DEFAULT_PACKAGE, data_uri: str = "", data_shards: int = 1
+) -> Path:
     """Write the pipeline's YAML to `path` and return it.
 
     Args:
         data_uri: where prepared data lie, which come in instead of being prepared.
+        data_shards: in how many steps at a time the data are tokenized; 1: one step prepares them.
 
     Raises:
         UserError: `path` does not end in .yaml, or cannot be written.
@@ -31,7 +35,8 @@ def compile_pipeline(cluster: ClusterSettings, path: Path = DEFAULT_PACKAGE, dat
         raise UserError(f"{path}: must end in .yaml")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        compiler.Compiler().compile(comparison_pipeline(cluster, data_uri), str(path))  # type: ignore[arg-type]
+        pipeline = comparison_pipeline(cluster, data_uri, data_shards)
+        compiler.Compiler().compile(pipeline, str(path))  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return path
@@ -79,7 +84,7 @@ def data_uri_of(args: argparse.Namespace) -> str:
 
 def compile_command(args: argparse.Namespace) -> None:
     """Compile as asked, and print where to."""
-    print(compile_pipeline(cluster_of(args), args.output, data_uri_of(args)))
+    print(compile_pipeline(cluster_of(args), args.output, data_uri_of(args), data_shards_of(args)))
     warn_of_revision_mismatch()
 
 
@@ -89,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("output", nargs="?", type=Path, default=DEFAULT_PACKAGE)
     add_cluster_argument(parser)
     add_data_argument(parser)
+    add_shards_argument(parser)
     run_command(compile_command, parser, arguments)
 
 

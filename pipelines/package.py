@@ -14,6 +14,7 @@ from dynamic_transformers.manifest import digest
 from dynamic_transformers.settings import UserError
 
 INPUTS = ("settings", "variants", "grid")
+RUNS, GROUPS = "runs", "groups"  # what a loop goes over: of shards the latter
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Package:
 
     Attributes:
         version: the name of the version that holds its content.
-        steps: tasks that are no graph of others, and whether they are in a loop.
+        steps: tasks that are no graph of others, and what the loop that they are in goes over (RUNS or
+            GROUPS); None: they are in none.
         cached: whether any of them takes a result of the server's cache.
     """
 
@@ -30,7 +32,7 @@ class Package:
     name: str
     version: str
     images: list[str]
-    steps: dict[str, bool]
+    steps: dict[str, str | None]
     cached: bool
 
 
@@ -48,7 +50,7 @@ def read_package(path: Path) -> Package:
         images = [executor["container"]["image"] for executor in executors if "container" in executor]
         version = f"{__version__}-{digest(documents)[:12]}"
         found = list(tasks_of(documents[0]))
-        steps = {name: looped for name, looped, task in found if not is_graph(documents[0], task)}
+        steps = {name: loop for name, loop, task in found if not is_graph(documents[0], task)}
         cached = any(task.get("cachingOptions", {}).get("enableCache") for _, _, task in found)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
@@ -65,14 +67,16 @@ def is_graph(spec: dict[str, Any], task: dict[str, Any]) -> bool:
 
 
 def tasks_of(
-    spec: dict[str, Any], part: dict[str, Any] | None = None, looped: bool = False
-) -> Iterator[tuple[str, bool, dict[str, Any]]]:
-    """Name, whether it is within a loop, and specification of each task, those within others too."""
+    spec: dict[str, Any], part: dict[str, Any] | None = None, loop: str | None = None
+) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Name, what the loop around it goes over, and specification of each task, those within others too."""
     for name, task in (part or spec["root"])["dag"]["tasks"].items():
-        repeated = looped or "parameterIterator" in task or "artifactIterator" in task
-        yield name, repeated, task
+        within = loop
+        if items := task.get("parameterIterator", {}).get("items"):
+            within = GROUPS if "raw" in items else RUNS  # groups are counted when a pipeline is compiled
+        yield name, within, task
         if is_graph(spec, task):
-            yield from tasks_of(spec, spec["components"][task["componentRef"]["name"]], repeated)
+            yield from tasks_of(spec, spec["components"][task["componentRef"]["name"]], within)
 
 
 def without_cache(path: Path, copy: Path) -> Path:

@@ -21,7 +21,7 @@ from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1Run
 from dynamic_transformers.command_line import MISTAKE
 from dynamic_transformers.launch.patience import OUTAGE_SECONDS
 from dynamic_transformers.settings import UserError
-from pipelines.package import Package
+from pipelines.package import GROUPS, Package
 from pipelines.server import Client
 
 POLL_SECONDS = 5.0
@@ -43,11 +43,11 @@ NEVER = datetime.max.replace(tzinfo=UTC)
 
 @dataclass
 class StepState:
-    """A step, or one of its runs in a loop.
+    """A step, or one of its iterations in a loop.
 
     Attributes:
         step: as in the pipeline: `train`; `train-driver` where that is what failed.
-        name: with the run, where it has one: `train of mod-seed0`.
+        name: with the run or group, where it has one: `train of mod-seed0`.
         pod: that of the last attempt.
         message: Argo's, such as `main: Error (exit code 1)`.
     """
@@ -103,11 +103,11 @@ def key_of(name: str) -> str:
     return name.rpartition("-")[2]
 
 
-def step_states(run: V2beta1Run, steps: dict[str, bool], runs: Sequence[str]) -> list[StepState]:
+def step_states(run: V2beta1Run, steps: dict[str, str | None], runs: Sequence[str]) -> list[StepState]:
     """The steps that have begun, in that order.
 
     Args:
-        steps: names, and whether they are in the loop over the runs.
+        steps: names, and what the loop that they are in goes over, as in `Package`.
         runs: their names, in the order of the loop.
     """
     nodes = Nodes(task_details(run))
@@ -129,7 +129,7 @@ def step_states(run: V2beta1Run, steps: dict[str, bool], runs: Sequence[str]) ->
         found.append(
             StepState(
                 step=name,
-                name=name + (run_of(detail, nodes, runs) if steps[step] else ""),
+                name=name + iteration_of(detail, nodes, steps[step], runs),
                 state=detail.state or "",
                 attempts=len(attempts),
                 cached=detail.state == "SUCCEEDED" and {node.state for node in executors} == {"SKIPPED"},
@@ -142,11 +142,15 @@ def step_states(run: V2beta1Run, steps: dict[str, bool], runs: Sequence[str]) ->
     return sorted(found, key=lambda state: (state.start, state.name))
 
 
-def run_of(detail: V2beta1PipelineTaskDetail, nodes: Nodes, runs: Sequence[str]) -> str:
-    """` of RUN`, by the iteration that a node is in; empty where the server does not tell."""
-    for node in nodes.before(detail):
+def iteration_of(
+    detail: V2beta1PipelineTaskDetail, nodes: Nodes, loop: str | None, runs: Sequence[str]
+) -> str:
+    """` of RUN` or ` of group N`, by a node's iteration; empty in no loop, or where no server tells."""
+    for node in nodes.before(detail) if loop else ():
         if iteration := ITERATION.fullmatch(node.display_name or ""):
             index = int(iteration[1])
+            if loop == GROUPS:
+                return f" of group {index + 1}"
             return f" of {runs[index]}" if index < len(runs) else ""
     return ""
 

@@ -35,7 +35,13 @@ from dynamic_transformers.tracking import report_of, tracking_uri, view_of
 from dynamic_transformers.tracking.store import store_name
 from dynamic_transformers.tracking.view import LOCAL_SERVER, full_link
 from dynamic_transformers.training.identity import settings_identity
-from pipelines.arguments import add_pipeline_arguments, pipeline_arguments, refuse_own_tasks
+from pipelines.arguments import (
+    add_pipeline_arguments,
+    add_shards_argument,
+    data_shards_of,
+    pipeline_arguments,
+    refuse_own_tasks,
+)
 from pipelines.cluster import LOCAL
 from pipelines.compile import compile_pipeline
 from pipelines.console import quiet_console
@@ -54,6 +60,7 @@ PASSED_ON = re.compile(
 def run(args: argparse.Namespace) -> None:
     """Compile, run, and show where the results are."""
     settings, study = pipeline_arguments(args, here=True)
+    data_shards = data_shards_of(args)
     data = prepared_data(settings, args.data_uri) if args.data_uri else None
     runs = [run.name for run in study]
     # Steps run in folders of their own: places must not depend on where they are.
@@ -73,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         check_report(folder / "report")
         execution = execution_of(root, execution_identity(settings, data), args.force)
         tell_program(execution, ", ".join(map(image_of, STEPS)) if args.docker else revision())
-        run_here(settings, runs, runner, execution, data)
+        run_here(settings, runs, runner, execution, data, data_shards)
 
 
 def prepared_data(settings: Settings, folder: Path) -> Path:
@@ -93,11 +100,14 @@ def prepared_data(settings: Settings, folder: Path) -> Path:
     return folder
 
 
-def run_here(settings: Settings, runs: list[str], runner: Any, execution: Path, data: Path | None) -> None:
+def run_here(
+    settings: Settings, runs: list[str], runner: Any, execution: Path, data: Path | None, data_shards: int
+) -> None:
     """Run the pipeline, its outputs in `execution`, where what has finished of it is found.
 
     Args:
         data: prepared before; None: they are prepared now.
+        data_shards: as `comparison_pipeline` takes it.
 
     Raises:
         UserError: it failed, or ended without a comparison.
@@ -106,7 +116,7 @@ def run_here(settings: Settings, runs: list[str], runner: Any, execution: Path, 
     start = time.time()
     folder, failure = settings.run_dir, None
     logs = folder / "logs"
-    package = compile_pipeline(LOCAL, execution.with_suffix(".yaml"), str(data or ""))
+    package = compile_pipeline(LOCAL, execution.with_suffix(".yaml"), str(data or ""), data_shards)
     # What an earlier try's last step said of it.
     shutil.rmtree(execution / "report-finished", ignore_errors=True)
     local.init(runner, pipeline_root=str(execution.parent))
@@ -229,14 +239,14 @@ def docker_runner(settings: Settings, data: Path | None = None) -> local.DockerR
 
 
 def collect_logs(execution: Path, runs: list[str], logs: Path) -> None:
-    """Copy every step's log to `logs`, named after step and run."""
+    """Copy every step's log to `logs`, named after step and run, or group of shards."""
     logs.mkdir(parents=True, exist_ok=True)
     for log in sorted(execution.rglob("*.log")):
-        parts = log.relative_to(execution).parts
-        run_name = ""
-        if parts[0].startswith("for-loop"):
-            run_name = "-" + runs[int(parts[0].rpartition("-")[2])]
-        shutil.copy(log, logs / f"{log.parent.name}{run_name}.log")
+        name, loop = log.parent.name, log.relative_to(execution).parts[0]
+        if loop.startswith("for-loop"):
+            iteration = int(loop.rpartition("-")[2])
+            name += f"-{iteration + 1 if name == 'tokenize-shards' else runs[iteration]}"
+        shutil.copy(log, logs / f"{name}.log")
 
 
 def show(settings: Settings, seconds: float) -> None:
@@ -279,6 +289,7 @@ def main() -> None:
         metavar="FOLDER",
         help="prepared data, such as outputs/data/..., that are taken instead of preparing them",
     )
+    add_shards_argument(parser)
     parser.add_argument(
         "--docker", action="store_true", help="run each step in its image (`make build-images`)"
     )

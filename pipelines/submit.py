@@ -26,7 +26,12 @@ from kfp_server_api import V2beta1PipelineVersion
 
 from dynamic_transformers.command_line import run_command
 from dynamic_transformers.settings import UserError
-from pipelines.arguments import add_pipeline_arguments, pipeline_arguments
+from pipelines.arguments import (
+    add_pipeline_arguments,
+    add_shards_argument,
+    data_shards_of,
+    pipeline_arguments,
+)
 from pipelines.compile import (
     add_cluster_argument,
     add_data_argument,
@@ -104,10 +109,16 @@ def check_options(args: argparse.Namespace) -> None:
     """
     if args.timeout < math.inf and not args.wait:
         raise UserError("--timeout needs --wait")
-    for option, given in (("--cluster", args.cluster), ("--data-uri", args.data_uri)):
+    compiled_now = {
+        "--cluster": args.cluster,
+        "--data-uri": args.data_uri,
+        "--data-shards": args.data_shards != 1,
+    }
+    for option, given in compiled_now.items():
         if args.package and given:
             raise UserError(f"{option} is for a pipeline that is compiled now; --package has its own")
     data_uri_of(args)
+    data_shards_of(args)
     if args.resubmit < 0:
         raise UserError(f"--resubmit {args.resubmit}: must be at least 0")
     if args.resubmit and not args.wait:
@@ -124,7 +135,9 @@ def package_of(args: argparse.Namespace, folder: Path) -> Package:
     Raises:
         UserError: no pipeline, images that no cluster can pull, or --resubmit without a cache.
     """
-    path = args.package or compile_pipeline(cluster_of(args), folder / "compiled.yaml", data_uri_of(args))
+    path = args.package or compile_pipeline(
+        cluster_of(args), folder / "compiled.yaml", data_uri_of(args), data_shards_of(args)
+    )
     package = read_package(path)
     if not args.local_images:
         check_pushed(package)
@@ -188,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_cluster_argument(parser)
     add_data_argument(parser)
+    add_shards_argument(parser)
     add_pipeline_arguments(parser)
     run_command(submit, parser, arguments)
 

@@ -182,6 +182,10 @@ FILES = {
     "empty_value": (b"run:\n  name:\n", "empty_value.yaml:3: run.name: must not be null"),
     "alias": (b"run: &x {name: *x}\n", "alias.yaml: an alias stands within what it names"),
     "two": (b"---\nrun: {}\n", "two.yaml:2: but found another document"),
+    "both": (
+        b"data:\n  dataset_configs:\n    - path: a\n      dataset_name: b\n",
+        "both.yaml:5: data.dataset_configs[0].dataset_name: is data.dataset_configs[0].path by another name",
+    ),
     "hydra": (b"hydra: {run: {dir: x}}\n", "hydra.yaml:2: hydra: no such key"),
 }
 
@@ -214,6 +218,20 @@ def test_mistakes_in_a_file_end_in_one_line(content, words, tmp_path):
     with pytest.raises(UserError) as error:
         compose_settings("it", config_dir=tmp_path)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_key_may_have_its_other_name_in_a_file_too(tmp_path):
+    entry = (
+        "{type: finetune, dataset_name: team/web, dataset_config: small, columns: {messages: dataset_name}}"
+    )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(f"dataset_configs: [{entry}]")
+    (tmp_path / "part.yaml").write_text("defaults: [default, override data: mine]")
+    (tmp_path / "whole.yaml").write_text(f"defaults: [default]\ndata: {{dataset_configs: [{entry}]}}")
+    for name in ("part", "whole"):
+        (source,) = compose_settings(name, config_dir=tmp_path).data.dataset_configs
+        assert (source.name, source.path, source.config) == ("web-small", "team/web", "small")
+        assert source.columns == {"messages": "dataset_name"}
 
 
 def test_a_file_is_read_as_it_is_written(tmp_path):

@@ -38,13 +38,21 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
 
 
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `prepare`."""
+    parser.add_argument(
+        "--preview", action="store_true", help="print what the data are: counts, shares, lengths, some blocks"
+    )
+    add_config_arguments(parser)
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
     """Settings that a command line asks for: of one run of a study, if `study.variant` names one."""
     return single_run(compose_settings(args.config_name, args.overrides, args.config_dir))
 
 
 def prepare_command(args: argparse.Namespace) -> None:
-    """`prepare`: write the data folder and say where it is."""
+    """`prepare`: write the data folder, print a preview if asked, and say where it is."""
     settings = settings_of(args)
     check_places(settings)
     # Not above: what is refused is refused at once, without seconds of imports.
@@ -53,7 +61,19 @@ def prepare_command(args: argparse.Namespace) -> None:
 
     configure_logging()
     folder = prepare(settings, default_data_dir(settings), force=args.force)
+    if args.preview:
+        show(folder)
     print(f"data: {folder}")
+
+
+def show(folder: Path) -> None:
+    """Print a preview of a data folder."""
+    from rich.console import Console
+
+    from dynamic_transformers.data.preview import read_preview
+    from dynamic_transformers.data.preview_text import print_preview
+
+    print_preview(read_preview(folder), Console())
 
 
 def fetch_command(args: argparse.Namespace) -> None:
@@ -290,7 +310,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = {
-    "prepare": (prepare_command, add_config_arguments, "mix, tokenize and pack data"),
+    "prepare": (prepare_command, add_prepare_arguments, "mix, tokenize and pack data"),
     "fetch": (
         fetch_command,
         add_fetch_arguments,

@@ -17,10 +17,11 @@ from dynamic_transformers.reading import read
 from dynamic_transformers.settings import UserError
 
 FAILURE, MISTAKE, INTERRUPTED = 1, 2, 130
-# What no program can help: the disk is full, over its quota, read-only or broken, or a mount has gone.
-# Libraries that have errors of their own pass the system's words on.
+# What no program can help: the disk is full, over its quota, read-only or broken, a mount has gone, or files
+# may not be so large. Libraries that have errors of their own pass the system's words on.
 MACHINE = [
-    os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+    os.strerror(number)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 ]
 
 

@@ -24,7 +24,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dynamic_transformers.reading import MisfitError, hint_at, read
+from dynamic_transformers.reading import MisfitError, hint_at, read, with_own_names
 from dynamic_transformers.settings import Settings, UserError
 
 SCHEMA = "settings_schema"  # default.yaml begins with it, so that files can refer to every key
@@ -77,7 +77,7 @@ def parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:
 
 
 def read_file(file: Path, hint: Any, ignored: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML file as a mapping, whose keys and values fit `hint`.
+    """A YAML file as a mapping, whose keys and values fit `hint`; keys are the fields' own names.
 
     Args:
         ignored: keys at the top that are not looked at.
@@ -95,13 +95,15 @@ def read_file(file: Path, hint: Any, ignored: Sequence[str] = ()) -> dict[str, A
     try:
         if not isinstance(values, dict | None):
             raise MisfitError((), "must be a mapping of keys to values")
-        kept = {name: value for name, value in (values or {}).items() if name not in ignored}
+        values = values or {}
+        kept = {name: value for name, value in values.items() if name not in ignored}
         _check(hint, kept, ())
+        unread = {name: value for name, value in values.items() if name in ignored}
+        return unread | with_own_names(hint, kept)
     except MisfitError as error:
         raise UserError(f"{file}:{_line(node, error.path)}: {error}") from error
     except RecursionError as error:
         raise UserError(f"{file}: an alias stands within what it names") from error
-    return values or {}
 
 
 def _check(hint: Any, values: Any, path: tuple[str | int, ...]) -> None:

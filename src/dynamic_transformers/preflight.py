@@ -15,6 +15,7 @@ from dynamic_transformers.accelerate_environment import check_accelerate_environ
 from dynamic_transformers.evaluation.suites import EMBEDDED_PREFIX
 from dynamic_transformers.evaluation.task_index import check_tasks
 from dynamic_transformers.folders import check_target
+from dynamic_transformers.manifest import MANIFEST
 from dynamic_transformers.settings import ModelSettings, Settings, UserError
 
 
@@ -111,11 +112,15 @@ def check_resume(settings: Settings) -> None:
 
 
 def check_places(settings: Settings) -> None:
-    """Refuse folders that cannot be made or written; leaves nothing behind."""
+    """Refuse folders that cannot be made or written; leaves nothing behind.
+
+    Finished data may lie where nobody may write.
+    """
     check_writable("run.output_dir", settings.run_dir)
     check_target(settings.run_dir.resolve())
-    if settings.data.output_dir:
-        check_writable("data.output_dir", Path(settings.data.output_dir))
+    data = Path(settings.data.output_dir or "")
+    if settings.data.output_dir and not (data / MANIFEST).is_file():
+        check_writable("data.output_dir", data)
 
 
 def check_writable(key: str, folder: Path) -> None:

@@ -61,6 +61,25 @@ def read(hint: Any, value: Any, path: tuple[str | int, ...] = ()) -> Any:
     return at_home(result) if any(isinstance(entry, Place) for entry in constraints_of(hint)) else result
 
 
+def with_own_names(hint: Any, value: Any, path: tuple[str | int, ...] = ()) -> Any:
+    """Plain values that fit `hint`, with the fields' own names in place of their aliases.
+
+    Raises:
+        MisfitError: a field stands there by both.
+    """
+    base = plain_type(hint)[0]
+    if isinstance(value, dict) and dataclasses.is_dataclass(base):
+        assert isinstance(base, type)
+        return {
+            _own_name(base, name, value, path): with_own_names(_field(base, name, path), entry, (*path, name))
+            for name, entry in value.items()
+        }
+    if isinstance(value, list) and typing.get_origin(base) is list:
+        entries = typing.get_args(base)[0]
+        return [with_own_names(entries, entry, (*path, index)) for index, entry in enumerate(value)]
+    return value
+
+
 def plain_type(hint: Any) -> tuple[Any, bool]:
     """Type of a field without its constraints, and whether the field may be None."""
     while hasattr(hint, "__metadata__"):
@@ -133,11 +152,16 @@ def _group(cls: type, value: Any, path: tuple[str | int, ...]) -> Any:
     values = _mapping(value, path)
     fields = {}
     for name, entry in values.items():
-        own = aliases_of(cls).get(name, name)
-        if own != name and own in values:
-            raise MisfitError((*path, name), f": is {key_of((*path, own))} by another name; give one of them")
+        own = _own_name(cls, name, values, path)
         fields[own] = read(_field(cls, name, path), entry, (*path, name))
     return cls(**fields)
+
+
+def _own_name(cls: type, name: str, values: dict[str, Any], path: tuple[str | int, ...]) -> str:
+    own = aliases_of(cls).get(name, name)
+    if own != name and own in values:
+        raise MisfitError((*path, name), f": is {key_of((*path, own))} by another name; give one of them")
+    return own
 
 
 def _field(cls: type, name: str, path: tuple[str | int, ...]) -> Any:

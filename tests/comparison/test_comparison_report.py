@@ -12,6 +12,9 @@ from dynamic_transformers.comparison.report import summary
 from dynamic_transformers.comparison.statistics import Comparison
 from dynamic_transformers.comparison.tables import bench_table
 from dynamic_transformers.configure import compose_settings
+from dynamic_transformers.data.preview import Excerpt, Part, Piece, Preview
+from dynamic_transformers.data.preview_tables import Table
+from dynamic_transformers.evaluation.evaluate import DATA
 from dynamic_transformers.manifest import digest, read_manifest, write_json
 from dynamic_transformers.settings import UserError
 from dynamic_transformers.study import common, study_runs
@@ -301,3 +304,44 @@ def test_a_score_that_guessing_reaches_is_marked():
         run["bench"]["dt_arithmetic"]["acc"] = score  # standard error 0.055
     rows = {row[0]: row[2:] for row in bench_table(Comparison.of(runs, None))[1] if row[1] == "acc"}
     assert rows["dt_arithmetic"] == ["0.300 (0.055) ≈ chance", "0.450 (0.055)"]
+
+
+def write_data(folder, digest):
+    """Write the preview of data as `evaluate` does."""
+    piece = Piece("web", True, False, [Part("<|endoftext|>", False), Part("a <b> & c", True)])
+    table = Table("Documents", ["source", "in"], [["web", "1,234"]], "what they mean")
+    record = {"source": "web", "file": "a.jsonl", "row": 7, "reason": "int instead of str", "record": "5"}
+    preview = Preview(digest, ["source web: read 9 times"], [table], 1, [record], [Excerpt(0, 0, 9, [piece])])
+    write_json(folder / DATA, preview.to_dict())
+
+
+def test_the_report_shows_each_data_once_with_its_runs(tmp_path):
+    runs = [make_run(name, seed) for name in ("standard", "mod") for seed in (0, 1)]
+    folders = write_runs(tmp_path / "in", runs)
+    for folder, run in zip(folders, runs, strict=True):
+        write_data(folder, f"{run['seed']}" * 64)
+    html = (compare(folders, tmp_path / "report") / "report.html").read_text()
+    assert [line for line in html.splitlines() if line.startswith("<summary>") and "seed" in line] == [
+        f"<summary>standard, seed {seed}; mod, seed {seed}: <code>{f'{seed}' * 12}</code></summary>"
+        for seed in (0, 1)
+    ]
+    for told in (
+        "1,234",
+        "source web: read 9 times",
+        "a.jsonl, row 7",
+        "<s>&lt;|endoftext|&gt;</s>a &lt;b&gt;",
+    ):
+        assert html.count(told) == 2
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", html)
+    assert all(source.startswith("data:") for source in sources) and "<script" not in html
+
+
+def test_evaluations_of_an_older_version_have_no_data_to_show(four):
+    assert "<h2>Data</h2>" not in (four / "report.html").read_text()
+
+
+def test_a_damaged_preview_is_refused(tmp_path):
+    folder = write_run(tmp_path / "in", make_run("standard"))
+    (folder / DATA).write_text('{"digest": "d"}')
+    with pytest.raises(UserError, match=r"data.json: damaged, or of another version"):
+        compare([folder], tmp_path / "report")

@@ -20,9 +20,18 @@ from dynamic_transformers.comparison.plots import COLOURS
 from dynamic_transformers.comparison.tracked import track_report
 from dynamic_transformers.settings import Settings, TrackingSettings
 from dynamic_transformers.tracking import RunTracker, view_of
+from dynamic_transformers.tracking.inputs import USED, WHAT_IS_READ
 
 VARIANTS = {"standard": "standard", "routed twelfth": "mod", "sdt": "sdt", "students": "stt"}
 POINTS = ({"training.max_flops": 1e13}, {"training.max_flops": 2e13})
+MANIFEST = {
+    "splits": {},
+    "sources": [{"name": "web", **dict.fromkeys(USED, 1)}],
+    "config": {
+        "dataset_configs": [{"name": "web", **dict.fromkeys(WHAT_IS_READ), "path": "json"}],
+        "fingerprints": {"web": None},
+    },
+}
 NAMES = [f"{variant}, max_flops {point}" for point in ("1e+13", "2e+13") for variant in VARIANTS]
 
 
@@ -45,7 +54,7 @@ def outputs(tmp_path_factory, module_settings):
             figures = {"test/loss": run["eval"]["loss"], "test/bits_per_byte": run["eval"]["bits_per_byte"]}
             for task, metrics in run["bench"].items():
                 figures |= {f"bench/{task}/{name}": value for name, value in metrics.items()}
-            tracker.log_data(Path("data"), {"digest": run["reference"]["data_digest"], "splits": {}})
+            tracker.log_data(Path("data"), MANIFEST | {"content_digest": run["reference"]["data_digest"]})
             tracker.log_final(run["training_tokens"], figures)
             (run_dir / "model").mkdir()
             (run_dir / "model" / "weights").write_text(variant)

@@ -1,10 +1,13 @@
 """A small corpus in files, settings that read it, and what the two passes make of it."""
 
+import gzip
 import json
 import random
 from typing import NamedTuple
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dynamic_transformers.configure import settings_from_dict
@@ -132,3 +135,26 @@ def both_passes(tmp_path_factory, byte_tokenizer):
     yield run
     for shards in opened:
         shards.close()
+
+
+@pytest.fixture(scope="session")
+def mixed_sources(tmp_path_factory, make_texts, write_jsonl):
+    """Three sources, three files each, in as many formats; each source has documents of another one."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(3):
+        texts = [*make_texts(60, seed=number), *make_texts(20, seed=number + 1)]
+        write_jsonl(folder / f"{number}.jsonl", [{"text": text} for text in texts])
+        texts = [*make_texts(60, seed=10 + number), *make_texts(20, seed=number)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"{number}.parquet")
+        texts = [*make_texts(60, seed=20 + number), *make_texts(20, seed=10 + number)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    kinds = {"lines": "jsonl", "tables": "parquet", "packed": "jsonl.gz"}
+    return [
+        {
+            "name": name,
+            "path": "parquet" if kind == "parquet" else "json",
+            "data_files": f"{folder}/*.{kind}",
+        }
+        for name, kind in kinds.items()
+    ]

@@ -51,8 +51,8 @@ def found(given):
         ("title", ["T1", "T2", "NoneType instead of str"]),
         ("meta.text", ["one", "two", "NoneType instead of str"]),
         ("a.b", ["flat"] * 3),
-        ("{title}\n\n{meta.text}", ["T1\n\none", "T2\n\ntwo", "NoneType instead of str"]),
-        ("{n}: {{{a.b}}}", ["3: {flat}", "4: {flat}", "NoneType instead of str"]),
+        ("{title}\n\n{meta.text}", ["T1\n\none", "T2\n\ntwo", "title: NoneType instead of str"]),
+        ("{n}: {{{a.b}}}", ["3: {flat}", "4: {flat}", "n: NoneType instead of str"]),
         ("n", ["int instead of str", "int instead of str", "NoneType instead of str"]),
     ],
 )
@@ -169,14 +169,17 @@ def test_other_keys_of_a_message_are_kept():
         ({"messages": [*CHAT, {"content": "x"}]}, "message 3: role None"),
         ({"messages": ["x"]}, "message 1: str instead of an object"),
         ({"messages": "x"}, "str instead of list of messages"),
+        ({"prompt": "Q", "response": None}, "response: NoneType instead of str"),
+        ({"instruction": "Q", "input": 5, "output": "A"}, "input: int instead of str"),
     ],
 )
 def test_a_broken_conversation_is_a_fault(tmp_path, record, fault):
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"messages": CHAT}) + "\n" + json.dumps(record))
+    sound = dict.fromkeys(record, "") if "messages" not in record else {"messages": CHAT}
+    file.write_text(json.dumps(sound) + "\n" + json.dumps(record))
     given = SourceSettings(name="mine", path="json", data_files=str(file), type="finetune")
     sound, broken = read_records(given)
-    assert sound.value == CHAT and broken.fault.startswith(fault) and broken.number == 2
+    assert sound.value and broken.fault.startswith(fault) and broken.number == 2
 
 
 def test_only_the_columns_that_are_needed_are_read(tmp_path, monkeypatch):

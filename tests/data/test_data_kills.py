@@ -1,7 +1,5 @@
 """Preparations that are killed at any moment go on, and end as one that nobody disturbed."""
 
-import gzip
-import json
 import multiprocessing
 import os
 import random
@@ -10,11 +8,9 @@ import signal
 import sys
 import time
 from itertools import count
-from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from left_behind import contents, running
 
 from dynamic_transformers.data.prepare import prepare, work_folder
 
@@ -24,29 +20,6 @@ KILLS = 50
 MOST_KILLS = 4  # until one is let end
 # What is done to files between two of these leaves nothing else on the disk.
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, make_texts, write_jsonl):
-    """Three formats; each source has documents of the one before."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(3):
-        texts = [*make_texts(60, seed=number), *make_texts(20, seed=number + 1)]
-        write_jsonl(folder / f"{number}.jsonl", [{"text": text} for text in texts])
-        texts = [*make_texts(60, seed=10 + number), *make_texts(20, seed=number)]
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"{number}.parquet")
-        texts = [*make_texts(60, seed=20 + number), *make_texts(20, seed=10 + number)]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
-    patterns = {"lines": "*.jsonl", "tables": "*.parquet", "packed": "*.jsonl.gz"}
-    return [
-        {
-            "name": name,
-            "path": "parquet" if name == "tables" else "json",
-            "data_files": str(folder / pattern),
-        }
-        for name, pattern in patterns.items()
-    ]
 
 
 @pytest.fixture(autouse=True)
@@ -95,30 +68,9 @@ class Run:
         return self.process.exitcode
 
 
-def running(group):
-    """Processes of a group that are no zombies."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(of) == group and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def test_a_preparation_that_is_killed_ends_as_if_it_had_not_been(make_settings, sources, tmp_path):
-    settings = make_settings(sources, processes=2)
-    others = make_settings(sources, processes=2, block_size=64)
+def test_a_preparation_that_is_killed_ends_as_if_it_had_not_been(make_settings, mixed_sources, tmp_path):
+    settings = make_settings(mixed_sources, processes=2)
+    others = make_settings(mixed_sources, processes=2, block_size=64)
     events, seconds, ends = {}, 0.0, {}
     for by in ("parent", "worker"):
         start = time.monotonic()

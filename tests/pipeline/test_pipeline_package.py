@@ -147,7 +147,7 @@ def test_prepared_data_come_in_by_an_importer(tmp_path):
     }
     # For `submit`: the importer's image is the server's, and its state is shown.
     package = read_package(tmp_path / "pipeline.yaml")
-    assert package.steps["importer"] is False and len(package.images) == len(IMAGES) - 1
+    assert package.steps["importer"] is None and len(package.images) == len(IMAGES) - 1
 
 
 @pytest.mark.parametrize(

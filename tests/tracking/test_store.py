@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import mlflow
 import pytest
-from runs import track_run
+from runs import DATA, track_run
 from servers import SlowServer, answering, closed_port, hanging, serving
 
 from dynamic_transformers.settings import TrackingSettings, UserError
@@ -145,7 +145,7 @@ def test_a_store_that_cannot_be_used_costs_seconds_and_says_what_helps(
     with made.stack:
         start = time.perf_counter()  # MLflow is imported, as it is after the first seconds of a training
         tracker = RunTracker(run_dir, TrackingSettings(experiment="test"), tmp_path, "a", {"x": 1})
-        tracker.log_data(run_dir, {"digest": "d", "splits": {}})
+        tracker.log_data(run_dir, DATA)
         for step in range(1, 6):
             tracker.log(step, {"tokens": step, "train/loss": 1.0})
         assert not tracker.close("FINISHED")
@@ -218,7 +218,7 @@ def test_three_runs_that_start_at_once_share_one_sound_database(tmp_path, monkey
     runs = client.search_runs([client.get_experiment_by_name("dynamic-transformers").experiment_id])
     assert sorted(run.info.run_name for run in runs) == ["a", "b", "c"]
     for run in runs:
-        assert run.info.status == "FINISHED" and len(run.inputs.dataset_inputs) == 1
+        assert run.info.status == "FINISHED" and len(run.inputs.dataset_inputs) == 2
         assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 20
     assert not list(tmp_path.glob(".mlflow.db*"))
 

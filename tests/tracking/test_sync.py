@@ -8,6 +8,7 @@ import shutil
 import mlflow
 import pytest
 import yaml
+from runs import DATA
 from servers import closed_port
 
 from dynamic_transformers.folders import sole_writer
@@ -33,7 +34,7 @@ def run(settings, run_dir):
     tracking = settings.tracking
     away = type(tracking)(**vars(tracking) | {"mlflow_uri": f"http://{closed_port()}"})
     tracker = RunTracker(folder, away, settings.run.output_dir, **description(settings))
-    tracker.log_data(folder, {"digest": "d", "splits": {}})
+    tracker.log_data(folder, DATA)
     for step in (1, 2, 3):
         tracker.log(step, {"tokens": step * 100, "train/loss": 1 / step})
     tracker.sender.stop()
@@ -60,7 +61,7 @@ def test_what_the_server_missed_is_sent_once(run, settings, finished):
     client, (mlflow_run,) = tracked(settings)
     assert mlflow_run.info.status == ("FINISHED" if finished else "KILLED")
     assert mlflow_run.info.run_name == "my-run" and mlflow_run.data.tags["architecture"] == "mod"
-    assert mlflow_run.data.params["model.type"] == "mod" and len(mlflow_run.inputs.dataset_inputs) == 1
+    assert mlflow_run.data.params["model.type"] == "mod" and len(mlflow_run.inputs.dataset_inputs) == 2
     history = client.get_metric_history(mlflow_run.info.run_id, "train/loss")
     assert [metric.step for metric in history] == [100, 200, 300]
 

@@ -7,6 +7,7 @@ import time
 
 import mlflow
 import pytest
+from runs import DATA
 from servers import SlowServer
 
 from dynamic_transformers.evaluation.evaluate import track
@@ -23,8 +24,6 @@ from dynamic_transformers.tracking import (
     tracking_uri,
     view_of,
 )
-
-MANIFEST = {"digest": "d" * 64, "splits": {"train": {"tokens": 9}}}
 
 
 def client(settings, output_dir):
@@ -240,7 +239,7 @@ def test_a_parameter_that_is_there_with_another_value_keeps_it(store, run_dir, m
 def test_a_store_that_does_not_know_the_run_gets_all_of_it(store, run_dir, empty_database):
     settings, output_dir = store
     first = RunTracker(run_dir, settings, output_dir, "a", {"x": 1})
-    first.log_data(run_dir, MANIFEST)
+    first.log_data(run_dir, DATA)
     write_metrics(first, [1, 2])
     assert first.close("FINISHED")
     other = output_dir.parent / "other"
@@ -249,7 +248,7 @@ def test_a_store_that_does_not_know_the_run_gets_all_of_it(store, run_dir, empty
     assert RunTracker(run_dir, settings, other).close(None)
     (run,) = runs_of((settings, other))
     assert run.info.status == "FINISHED" and run.data.params == {"x": "1"}
-    assert len(run.inputs.dataset_inputs) == 1
+    assert len(run.inputs.dataset_inputs) == 2
     history = client(settings, other).get_metric_history(run.info.run_id, "train/loss")
     assert [m.step for m in history] == [100, 200]
 
@@ -257,11 +256,12 @@ def test_a_store_that_does_not_know_the_run_gets_all_of_it(store, run_dir, empty
 def test_the_data_are_an_input_once_over_resumes(store, run_dir):
     for _ in range(2):
         tracker = RunTracker(run_dir, *store, "a")
-        tracker.log_data(run_dir, MANIFEST)
+        tracker.log_data(run_dir, DATA)
         assert tracker.close("KILLED")
-    assert len(tracker.file.record.attachments) == 1
-    (entry,) = client(*store).get_run(tracker.run_id).inputs.dataset_inputs
-    assert entry.dataset.digest == MANIFEST["digest"][:36]
+    assert len(tracker.file.record.attachments) == 2
+    inputs = client(*store).get_run(tracker.run_id).inputs.dataset_inputs
+    assert [entry.dataset.name for entry in inputs] == ["web", "web"]  # a mixture of one source, and that
+    assert inputs[0].dataset.digest == DATA["content_digest"][:36]
 
 
 def test_the_log_is_not_read_anew_at_each_line(store, run_dir):
@@ -390,7 +390,7 @@ def test_an_outage_neither_stops_nor_slows_and_is_made_up_for(store, nowhere, tm
     with pytest.raises(UserError, match="MLflow"):
         find_evaluated(gone, output_dir, "any")
     tracker = RunTracker(tmp_path, gone, output_dir, "a", params={"x": 1})
-    tracker.log_data(tmp_path, MANIFEST)
+    tracker.log_data(tmp_path, DATA)
     start = time.perf_counter()
     write_metrics(tracker, range(1, 251))
     assert time.perf_counter() - start < 1

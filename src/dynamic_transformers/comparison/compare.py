@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dynamic_transformers.comparison.plots import write_plots
 from dynamic_transformers.comparison.report import name_of, render_report
 from dynamic_transformers.comparison.statistics import Comparison, difference_to
 from dynamic_transformers.comparison.tables import differences, render_realised_table, render_table
+from dynamic_transformers.data.preview import Preview
 from dynamic_transformers.evaluation.efficiency import (
     Prompt,
     Speed,
@@ -25,7 +26,7 @@ from dynamic_transformers.evaluation.efficiency import (
     in_tokens_of,
     measure_side_by_side,
 )
-from dynamic_transformers.evaluation.evaluate import PROMPTS, SCHEMA_VERSION
+from dynamic_transformers.evaluation.evaluate import DATA, PROMPTS, SCHEMA_VERSION
 from dynamic_transformers.evaluation.exported import tokenizer_digest, tokenizer_of
 from dynamic_transformers.evaluation.routing_page import PICTURE
 from dynamic_transformers.folders import write_whole
@@ -157,7 +158,9 @@ def fill(
     plots = write_plots(comparison, output)
     pictures = {role: inputs[role] / PICTURE for role in inputs if (inputs[role] / PICTURE).is_file()}
     study = settings and write_study(settings, comparison, output / "study.yaml")
-    report = render_report(comparison, manifests, plots, pictures, config["title"], study)
+    report = render_report(
+        comparison, manifests, plots, pictures, read_previews(inputs), config["title"], study
+    )
     (output / "report.html").write_text(report, encoding="utf-8")
     write_manifest(output, "compare", config, inputs)
 
@@ -217,6 +220,27 @@ def read_prompts(path: Path) -> list[Prompt]:
         return [Prompt(**prompt) for prompt in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged, or of another version ({error}); {AGAIN}") from error
+
+
+def read_previews(evaluations: Mapping[str, Path]) -> list[tuple[list[str], Preview]]:
+    """The data of all runs, each once, with the names of the runs that were trained on them.
+
+    Args:
+        evaluations: folder of each run, by its name; one that an older version wrote has no preview.
+
+    Raises:
+        UserError: the file of one is not what this version writes.
+    """
+    found: dict[str, tuple[list[str], Preview]] = {}
+    for name, folder in evaluations.items():
+        if not (path := folder / DATA).is_file():
+            continue
+        try:
+            preview = Preview.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: damaged, or of another version ({error}); {AGAIN}") from error
+        found.setdefault(preview.digest, ([], preview))[0].append(name)
+    return list(found.values())
 
 
 def tracked_runs(output_dir: Path) -> list[str]:

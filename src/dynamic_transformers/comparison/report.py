@@ -33,6 +33,7 @@ from dynamic_transformers.comparison.tables import (
     realised_table,
     with_interval,
 )
+from dynamic_transformers.data.preview import TEMPLATES, Preview
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import CONTROLS
 
@@ -50,6 +51,7 @@ def render_report(
     manifests: Sequence[dict[str, Any]],
     plots: dict[str, Path],
     routing: dict[str, Path],
+    data: Sequence[tuple[Sequence[str], Preview]],
     title: str,
     study: Path | None = None,
 ) -> str:
@@ -60,12 +62,13 @@ def render_report(
         manifests: the evaluation's manifest of each run, in that order.
         plots: SVG files by name; they are embedded.
         routing: PNG of the routing of a text, by run.
+        data: what runs were trained on, with the names of these runs.
         title: heading.
         study: file with the whole configuration, if it is known.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE_DIR), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader([TEMPLATE_DIR, TEMPLATES]), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     groups, runs = comparison.groups, comparison.runs
     bench_headers, bench_rows = bench_table(comparison)
@@ -82,6 +85,7 @@ def render_report(
         prompts=_prompts(groups),
         plots={name: _data_uri(path) for name, path in plots.items()},
         routing={name: _data_uri(path) for name, path in routing.items()},
+        data=data,
         smoothing=SMOOTHING,
         chance=", ".join(sorted({f"{level:.2f}" for level in CHANCE.values()})),
         at_chance=AT_CHANCE,

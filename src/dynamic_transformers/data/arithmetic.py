@@ -19,7 +19,9 @@ SEED = 20240402  # fixed: runs with different seeds share their documents, hence
 _PLACES = ("Ones", "Tens", "Hundreds", "Thousands")
 _NAMES = ("Ada", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goro", "Hana", "Ivan", "Juno", "Kofi", "Lena")
 _THINGS = ("apples", "books", "coins", "stamps", "shells", "pencils", "cards", "marbles", "tickets", "seeds")
-_EXPRESSION = re.compile(r"(\d+)\s*([-+*×])\s*(\d+)\s*=")
+# Of up to 18 digits: Python refuses to read thousands of them as a number.
+_EXPRESSION = re.compile(r"(?<!\d)(\d{1,18}+)\s*+([-+*×])\s*+(\d{1,18}+)\s*+=")
+_END_OF_EXPRESSION = re.compile(r"[-+*×]\s*+\d++\s*+=")  # searched five times as fast; most texts have none
 
 Key = tuple[str, int, int]
 
@@ -75,6 +77,8 @@ def sample_problem(rng: random.Random) -> Problem:
 
 def expressions(text: str) -> Iterator[Key]:
     """Keys of the expressions in `text` that an equals sign follows."""
+    if not _END_OF_EXPRESSION.search(text):
+        return
     for match in _EXPRESSION.finditer(text):
         yield _key(int(match[1]), "*" if match[2] == "×" else match[2], int(match[3]))
 

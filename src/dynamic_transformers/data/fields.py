@@ -112,7 +112,7 @@ class Text:
     def _filled(self, record: Mapping[str, Any], name: str) -> str:
         value = value_of(record, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return str(value) if number else text_of(record, name)
+        return str(value) if number else text_of(record, name, f"{name}: ")
 
 
 class Conversation:
@@ -130,10 +130,10 @@ class Conversation:
         if "messages" in roles:
             messages = _messages(value_of(record, roles["messages"]))
         else:
-            asked = text_of(record, roles.get("prompt") or roles["instruction"])
+            asked = self._text(record, roles.get("prompt") or roles["instruction"])
             if more := self._optional(record, "input"):
                 asked = f"{asked}\n\n{more}"
-            answer = text_of(record, roles.get("response") or roles["output"])
+            answer = self._text(record, roles.get("response") or roles["output"])
             system = self._optional(record, "system")
             messages = [{"role": "system", "content": system}] if system else []
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
@@ -145,7 +145,10 @@ class Conversation:
         """Text of a column that may be empty or null."""
         name = self._roles.get(role)
         value = value_of(record, name) if name else MISSING
-        return None if name is None or value is None or value is MISSING else text_of(record, name)
+        return None if name is None or value is None or value is MISSING else self._text(record, name)
+
+    def _text(self, record: Mapping[str, Any], name: str) -> str:
+        return text_of(record, name, f"{name}: ")
 
 
 def value_of(record: Mapping[str, Any], name: str) -> Any:
@@ -162,8 +165,8 @@ def value_of(record: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def text_of(record: Mapping[str, Any], name: str) -> str:
-    """The text of a column.
+def text_of(record: Mapping[str, Any], name: str, place: str = "") -> str:
+    """The text of a column; what is wrong with it begins with `place`.
 
     Raises:
         BrokenError: there is none, or it is no text.
@@ -171,7 +174,7 @@ def text_of(record: Mapping[str, Any], name: str) -> str:
     value = value_of(record, name)
     if value is MISSING:
         raise BrokenError(f"no {name!r}", record)
-    return checked(value, "")
+    return checked(value, place)
 
 
 def checked(value: Any, place: str) -> str:

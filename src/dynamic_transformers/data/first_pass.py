@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
+from dynamic_transformers.data.blocks import token_dtype
 from dynamic_transformers.data.datatrove import check_tokenizer
 from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.documents import rank
@@ -23,12 +24,15 @@ from dynamic_transformers.data.merging import ShardFolder
 from dynamic_transformers.data.mixing import shares
 from dynamic_transformers.data.progress import ReadingProgress
 from dynamic_transformers.data.rows import UnreadableError
-from dynamic_transformers.data.shards import Account, documents_of, write_shards
+from dynamic_transformers.data.shards import TOKENS, Account, documents_of, write_shards
 from dynamic_transformers.data.sources import Shard, shards_of
 from dynamic_transformers.data.tokenization import Sample, marker_ids
 from dynamic_transformers.data.workers import cores, done_by
 from dynamic_transformers.manifest import digest, file_digest, fresh_folder
 from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 BYTES_OF_A_PROCESS = 16 << 20  # for fewer, the start of one more does not pay
 BYTES_TOGETHER = 4 << 20  # of small files in one folder, which costs as much time as 100 kB of text
@@ -83,14 +87,44 @@ class SampleJob(Job):
 def encode_all(
     data: DataSettings, tokenizer: PreTrainedTokenizerFast, tokenizer_folder: Path, work: Path
 ) -> tuple[list[Account], list[ShardFolder]]:
-    """Tokenize what is not tokenized yet; an account for each source, and all shards.
+    """Tokenize what is not tokenized yet; an account for each source, and all finished folders.
 
     Args:
         tokenizer_folder: where the tokenizer lies.
-        work: holds a folder for each finished shard.
+        work: holds the finished folders.
 
     Raises:
         UserError: a source cannot be read.
+    """
+    jobs = encode_jobs(data, all_shards(data), tokenizer, tokenizer_folder, work)
+    for unfinished in work.glob(".*.new-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    encode(data, jobs, work, len(tokenizer))
+    return finished_shards(data, [(job.folder, job.shards[0]) for job in jobs])
+
+
+def all_shards(data: DataSettings) -> list[tuple[Shard, ...]]:
+    """The shards of all sources, in the order of these, those together that share a folder.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    return [shards for source in data.dataset_configs for shards in together(shards_of(source))]
+
+
+def encode_jobs(
+    data: DataSettings,
+    shards: Iterable[tuple[Shard, ...]],
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_folder: Path,
+    work: Path,
+) -> list[EncodeJob]:
+    """A job for each folder in `work`, which is named after all that its content depends on.
+
+    The account there names source and files: shards that are equal in all else have a folder each.
+
+    Raises:
+        UserError: a file's tokens are those of another tokenizer.
     """
     markers = marker_ids(tokenizer)
     settings = {name: getattr(data, name) for name in SHARD_SETTINGS}
@@ -102,48 +136,60 @@ def encode_all(
             logger.warning("source %s: its tokens are not compared with the benchmark texts", name)
     rules = [file_digest(tokenizer_folder / "tokenizer.json"), tokenizer.chat_template, markers, settings]
     made_with = digest([*rules, _program()])
-    # The state first: what changes while its content is identified is then noticed, too.
-    grouped = [
-        (source, shards, [_state(shard) for shard in shards])
-        for source in data.dataset_configs
-        for shards in together(shards_of(source))
-    ]
-    jobs = [
-        EncodeJob(
-            shards,
-            source,
-            data,
-            work / digest([made_with, *(shard_identity(source, shard) for shard in shards)])[:16],
-            tokenizer_folder,
-            markers,
-            states,
-        )
-        for source, shards, states in grouped
-    ]
+    sources = {source.name: source for source in data.dataset_configs}
+
+    def job(shards: tuple[Shard, ...]) -> EncodeJob:
+        source = sources[shards[0].source]
+        # The states first: what changes while its content is identified is then noticed, too.
+        states = [_state(shard) for shard in shards]
+        contents = [[shard.file, shard_identity(source, shard)] for shard in shards]
+        name = digest([made_with, source.name, contents])[:16]
+        return EncodeJob(shards, source, data, work / name, tokenizer_folder, markers, states)
+
+    jobs = [job(each) for each in shards]
     _check_tokens(jobs, tokenizer.backend_tokenizer)
-    for unfinished in work.glob(".*.new-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return jobs
+
+
+def encode(data: DataSettings, jobs: Sequence[EncodeJob], work: Path, vocab_size: int) -> None:
+    """Do the jobs whose folders in `work` are not there yet, and show how far it is.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
     left = [job for job in jobs if not job.folder.is_dir()]
     if len(left) < len(jobs):
         logger.info("data: %d of %d shards are there from before", len(jobs) - len(left), len(jobs))
+    width = token_dtype(vocab_size).itemsize
+
+    def begun() -> int:
+        return sum(map(_size, work.glob(f".*.new-*/{TOKENS}"))) // width
+
     with (
-        ReadingProgress(len(left), sum(job.size for job in left)) as progress,
+        ReadingProgress("tokenizing", len(left), sum(job.size for job in left), begun) as progress,
         closing(done_by(_processes(data, left), _encode, left)) as done,
     ):
         for job, tokens in done:
-            progress.add(job.size, tokens)
+            progress.finish(job.size, tokens)
+
+
+def finished_shards(
+    data: DataSettings, folders: Sequence[tuple[Path, Shard]]
+) -> tuple[list[Account], list[ShardFolder]]:
+    """An account for each source, and all finished folders, each of which comes with its first shard."""
     numbers = {source.name: number for number, source in enumerate(data.dataset_configs)}
     accounts = [Account() for _ in numbers]
-    folders = []
-    for job in jobs:
-        number, wins = numbers[job.source.name], job.shards[0].split == "validation"
-        accounts[number].add(Account.read(job.folder))
-        folders.append(ShardFolder(job.folder, number, wins, job.source.type == "finetune"))
+    found = []
+    for folder, shard in folders:
+        number = numbers[shard.source]
+        accounts[number].add(Account.read(folder))
+        masked = data.dataset_configs[number].type == "finetune"
+        found.append(ShardFolder(folder, number, shard.split == "validation", masked))
     for source, account in zip(data.dataset_configs, accounts, strict=True):
         records = account.records
         told = ", ".join(f"{count} {outcome}" for outcome, count in records.items())
         logger.info("source %s: %d records read: %s", source.name, records.total(), told)
-    return accounts, folders
+    return accounts, found
 
 
 def sample_all(data: DataSettings, characters: int) -> list[str]:
@@ -159,8 +205,12 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
         for source in data.dataset_configs
         for shards in together(shards_of(source))
     ]
-    with closing(done_by(_processes(data, jobs), _sample, jobs)) as done:
+    with (
+        ReadingProgress("texts for the tokenizer", len(jobs), sum(job.size for job in jobs)) as progress,
+        closing(done_by(_processes(data, jobs), _sample, jobs)) as done,
+    ):
         for job, texts in done:
+            progress.finish(job.size)
             for place, text in texts:
                 samples[job.source.name].add(place, text)
     # Of texts that several sources have, the first source's.
@@ -253,3 +303,11 @@ def _processes(data: DataSettings, jobs: Sequence[Job]) -> int:
     size = sum(job.size for job in jobs)
     most = data.processes or min(cores(), 1 + size // BYTES_OF_A_PROCESS)
     return min(most, len(jobs))
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 where it is gone."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0

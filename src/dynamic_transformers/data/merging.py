@@ -20,6 +20,7 @@ import numpy as np
 from dynamic_transformers.data.blocks import Piece, token_dtype
 from dynamic_transformers.data.documents import RANKS, SPLITS, rank
 from dynamic_transformers.data.pools import CANDIDATE, ORDERED, Choice, Pool
+from dynamic_transformers.data.progress import Progress
 from dynamic_transformers.data.shards import INDEX, INDEX_FILE, TARGETS, TEXTS, TOKENS, WIDTHS
 
 COMPARED = 1 << 18  # documents at once, about
@@ -127,27 +128,29 @@ def each_once(
     left_out = [Duplicates() for _ in range(sources)]
     parts = 1 + sum(shards.documents) // COMPARED
     rows = [0] * len(shards)
-    for part in range(1, parts + 1):
-        ends = [
-            shards.documents[shard] if part == parts else shards.row_of(shard, RANKS * part // parts)
-            for shard in range(len(shards))
-        ]
-        found = _documents_between(shards, rows, ends)
-        rows = ends
-        order = np.lexsort((found["shard"], -found["wins"], *found["digest"].T[::-1]))
-        found = found[order]
-        again = np.zeros(len(found), dtype=bool)
-        again[1:] = (found["digest"][1:] == found["digest"][:-1]).all(axis=1)
-        for source in range(sources):
-            extra = found[again & (found["source"] == source)]
-            left_out[source].documents += len(extra)
-            left_out[source].tokens += int(extra["tokens"].sum(dtype=np.int64))
-        found = found[~again]
-        for number, split in enumerate(SPLITS):
+    with Progress("looking for duplicates", sum(shards.documents), "documents") as progress:
+        for part in range(1, parts + 1):
+            ends = [
+                shards.documents[shard] if part == parts else shards.row_of(shard, RANKS * part // parts)
+                for shard in range(len(shards))
+            ]
+            found = _documents_between(shards, rows, ends)
+            rows = ends
+            order = np.lexsort((found["shard"], -found["wins"], *found["digest"].T[::-1]))
+            found = found[order]
+            again = np.zeros(len(found), dtype=bool)
+            again[1:] = (found["digest"][1:] == found["digest"][:-1]).all(axis=1)
             for source in range(sources):
-                own = found[(found["split"] == number) & (found["source"] == source)]
-                if len(own):
-                    pools[split][source].add(_candidates(own, seed if split == "train" else 0))
+                extra = found[again & (found["source"] == source)]
+                left_out[source].documents += len(extra)
+                left_out[source].tokens += int(extra["tokens"].sum(dtype=np.int64))
+            found = found[~again]
+            for number, split in enumerate(SPLITS):
+                for source in range(sources):
+                    own = found[(found["split"] == number) & (found["source"] == source)]
+                    if len(own):
+                        pools[split][source].add(_candidates(own, seed if split == "train" else 0))
+            progress.add(sum(ends) - progress.done)
     return pools, left_out
 
 
@@ -158,22 +161,30 @@ def mixture(shards: Shards, pools: Sequence[Pool], choices: Sequence[Sequence[Ch
         pools: of each source.
         choices: of each source, one for each time that it is read.
     """
-    chosen = sum(choice.documents for epochs in choices for choice in epochs)
-    parts = 1 + chosen // ORDERED
-    for part in range(parts):
-        low, high = RANKS * part // parts, RANKS * (part + 1) // parts - 1
-        here = []
-        for pool, epochs in zip(pools, choices, strict=True):
-            for candidates in pool.parts() if epochs else ():
-                for epoch, choice in enumerate(epochs):
-                    places = _place(candidates["place"], epoch)
-                    taken = (candidates["choose"] <= choice.last) & (places >= low) & (places <= high)
-                    here.append(np.copy(candidates[taken]))
-                    here[-1]["place"] = places[taken]
-                    if choice.cut_tokens:
-                        here[-1]["tokens"][here[-1]["choose"] == choice.last] = choice.last_tokens
-        for entry in np.sort(np.concatenate(here), order=("place", "shard", "row")):
-            yield shards.piece(int(entry["shard"]), int(entry["row"]), int(entry["tokens"]))
+    chosen = [choice for epochs in choices for choice in epochs]
+    parts = 1 + sum(choice.documents for choice in chosen) // ORDERED
+    tokens = sum(choice.tokens for choice in chosen)
+    with Progress("packing", tokens, "tokens") as progress:
+        for part in range(parts):
+            bounds = RANKS * part // parts, RANKS * (part + 1) // parts - 1
+            for entry in _in_order(pools, choices, *bounds):
+                yield shards.piece(int(entry["shard"]), int(entry["row"]), int(entry["tokens"]))
+                progress.add(int(entry["tokens"]))
+
+
+def _in_order(pools: Sequence[Pool], choices: Sequence[Sequence[Choice]], low: int, high: int) -> np.ndarray:
+    """The chosen documents whose places in the mixture are from `low` to `high`."""
+    here = []
+    for pool, epochs in zip(pools, choices, strict=True):
+        for candidates in pool.parts() if epochs else ():
+            for epoch, choice in enumerate(epochs):
+                places = _place(candidates["place"], epoch)
+                taken = (candidates["choose"] <= choice.last) & (places >= low) & (places <= high)
+                here.append(np.copy(candidates[taken]))
+                here[-1]["place"] = places[taken]
+                if choice.cut_tokens:
+                    here[-1]["tokens"][here[-1]["choose"] == choice.last] = choice.last_tokens
+    return np.sort(np.concatenate(here), order=("place", "shard", "row"))
 
 
 def lowest(shards: Shards, pool: Pool, purpose: str, count: int, shortest: int) -> list[str]:

@@ -19,13 +19,16 @@ from dynamic_transformers.data.documents import SPLITS
 from dynamic_transformers.data.files import digest_of
 from dynamic_transformers.data.fingerprints import Fingerprint, fingerprints, first_change
 from dynamic_transformers.data.first_pass import encode_all, sample_all
-from dynamic_transformers.data.merging import Shards, each_once, lowest, mixture
+from dynamic_transformers.data.merging import ShardFolder, Shards, each_once, lowest, mixture
+from dynamic_transformers.data.preview import write_page
 from dynamic_transformers.data.probes import write_tasks
+from dynamic_transformers.data.shards import Account
 from dynamic_transformers.data.splits import (
     check_broken,
     check_splits,
     choose,
     source_facts,
+    tell,
     warn,
     write_split,
 )
@@ -119,11 +122,16 @@ def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
                 with fresh_folder(output_dir, STEP) as folder:
                     facts = _fill(folder, work, settings.data, settings.run.seed)
                     _check_unchanged(config["fingerprints"], settings.data)
+                    write_page(folder, facts)
                     write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
                 logger.info("data: written to %s", output_dir)
             discard(work, output_dir.resolve())  # also where a kill came between
     except Interrupted:
         logger.warning("data: interrupted; finished shards stay, and the same command goes on from there")
+        raise
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not say where it is
+            error.filename = str(output_dir)
         raise
     return output_dir
 
@@ -205,17 +213,39 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
     Args:
         work: where finished shards are kept until the whole is finished.
     """
-    tokenizer = _tokenizer(data)
+    tokenizer = tokenizer_of(data)
     tokenizer.save_pretrained(folder / "tokenizer")
-    tokenizer_files = _digests((folder / "tokenizer").iterdir())
     accounts, finished = encode_all(data, tokenizer, folder / "tokenizer", work)
+    return mix(folder, work / "pools", tokenizer, accounts, finished, data, seed)
+
+
+def mix(
+    folder: Path,
+    pools_folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    accounts: list[Account],
+    finished: list[ShardFolder],
+    data: DataSettings,
+    seed: int,
+) -> dict[str, Any]:
+    """Write what finished shards give, beside the tokenizer; returns the manifest's facts.
+
+    Args:
+        folder: holds the tokenizer in `tokenizer/`.
+        pools_folder: is made, in the place of what is there; what lies in it is of no use afterwards.
+        accounts: of each source.
+
+    Raises:
+        UserError: too many records are broken, or a split is empty.
+    """
+    tokenizer_files = _digests((folder / "tokenizer").iterdir())
     check_broken(data, accounts)
     lines = [json.dumps(record) + "\n" for account in accounts for record in account.quarantine]
     (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    shutil.rmtree(work / "pools", ignore_errors=True)
+    shutil.rmtree(pools_folder, ignore_errors=True)
     with closing(Shards(finished, len(tokenizer))) as shards:
-        pools, duplicates = each_once(shards, len(data.dataset_configs), seed, work / "pools")
+        pools, duplicates = each_once(shards, len(data.dataset_configs), seed, pools_folder)
         check_splits(data, pools)
         chosen = {split: choose(data, split, pools[split]) for split in SPLITS}
         splits, counts = {}, {}
@@ -223,7 +253,8 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
             pieces = mixture(shards, pools[split], chosen[split])
             splits[split], counts[split] = write_split(folder / split, pieces, data, tokenizer)
         sources = source_facts(data, accounts, duplicates, pools, chosen["train"])
-        warn(data, sources)
+        tell(sources)
+        warnings = warn(data, sources)
         names = [source.name for source in data.dataset_configs]
 
         def test_texts(source: str, purpose: str, count: int, shortest: int) -> list[str]:
@@ -233,6 +264,7 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
         write_tasks(folder / "tasks", test_texts, questions, data)
     return {
         "sources": sources,
+        "warnings": warnings,
         "splits": splits,
         # What a training reads. Neither where the data came from nor what made them is part of it.
         "content_digest": digest(
@@ -253,7 +285,12 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
     }
 
 
-def _tokenizer(data: DataSettings) -> PreTrainedTokenizerFast:
+def tokenizer_of(data: DataSettings) -> PreTrainedTokenizerFast:
+    """The tokenizer that is named, or one that is trained on the sources.
+
+    Raises:
+        UserError: there is none, or a source cannot be read.
+    """
     if data.tokenizer_name is not None:
         return load_pretrained_tokenizer(data.tokenizer_name)
     texts = sample_all(data, TOKENIZER_CHARACTERS)

@@ -212,24 +212,44 @@ SUMS = {
 }
 
 
-def warn(data: DataSettings, facts: Sequence[Mapping[str, Any]]) -> None:
-    """Say what a person may not have meant: proportions that are others, many epochs, much left unused."""
+def tell(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Say what became of the documents of each source."""
+    for fact in facts:
+        logger.info(
+            "source %s: %d documents trained on, %d unused, %d held out, %d duplicates; %.1f %% of tokens",
+            *(fact[key] for key in ("name", "documents_used", "unused", "held_out", "duplicates")),
+            100 * fact["proportion_realised"],
+        )
+
+
+def warn(data: DataSettings, facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what a person may not have meant: proportions that are others, many epochs, much left unused.
+
+    Args:
+        facts: as `source_facts` gives them.
+
+    Returns:
+        What was said.
+    """
+    lines = []
     for fact in facts:
         name, asked, realised = fact["name"], fact["proportion_asked"], fact["proportion_realised"]
         if abs(realised - asked) > TOLERANCE["train"]:
-            logger.warning(
-                "source %s: %.1f %% of the mixture's tokens, where %.1f %% were asked (data.exhausted=%s)",
-                *(name, 100 * realised, 100 * asked, data.exhausted),
+            lines.append(
+                f"source {name}: {100 * realised:.1f} % of the mixture's tokens, where {100 * asked:.1f} % "
+                f"were asked (data.exhausted={data.exhausted})"
             )
         if (epochs := fact["epochs"]) > data.max_epochs:
-            logger.warning(
-                "source %s: read %.1f times, over data.max_epochs=%g", name, epochs, data.max_epochs
-            )
+            lines.append(f"source {name}: read {epochs:.1f} times, over data.max_epochs={data.max_epochs:g}")
     driest = max(facts, key=lambda fact: fact["epochs"])
     most = max(facts, key=lambda fact: fact["tokens_unused"] / max(1, fact["tokens_used"]))
     if data.exhausted == "stop" and driest["epochs"] >= 0.999 and most["tokens_unused"] > most["tokens_used"]:
-        logger.warning(
-            "the mixture ends where source %s runs dry: %d of %d training documents of source %s are used; "
-            "other weights, or data.exhausted=repeat or redistribute, take more",
-            *(driest["name"], most["documents_used"], most["documents_used"] + most["unused"], most["name"]),
+        used, unused = most["documents_used"], most["unused"]
+        lines.append(
+            f"the mixture ends where source {driest['name']} runs dry: {used} of {used + unused} training "
+            f"documents of source {most['name']} are used; other weights, or data.exhausted=repeat or "
+            "redistribute, take more"
         )
+    for line in lines:
+        logger.warning("%s", line)
+    return lines

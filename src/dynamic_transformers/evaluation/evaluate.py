@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig, Qwen2Config
 
 from dynamic_transformers.data.loading import load_split, load_tokenizer, source_names, verify_split
+from dynamic_transformers.data.preview import read_preview
 from dynamic_transformers.evaluation.efficiency import choose_prompts, kv_bytes_per_token
 from dynamic_transformers.evaluation.exported import load_model, tokenizer_digest, trained_precision
 from dynamic_transformers.evaluation.harness import run_benchmarks
@@ -37,6 +38,7 @@ logger = logging.getLogger("dynamic_transformers")
 ROUTING_TOKENS = 128  # of the test split, shown on the routing page
 SCHEMA_VERSION = 2  # of evaluation.json and comparison.json
 PROMPTS = "prompts.json"  # of the test split, for the measurement of speed
+DATA = "data.json"  # the preview of the data, for the report
 
 
 def evaluate(
@@ -45,8 +47,9 @@ def evaluate(
     """Held-out loss on the test split, lm-eval suites and FLOPs of an exported model.
 
     Writes `evaluation.json`, `results.json` (lm-eval's own), the model card with the results, `prompts.json`
-    (the blocks of the test split on which `compare` measures speed) and, for a routed model, `routing.html`
-    and `routing.png` into `output_dir`, and attaches the figures to the training run in MLflow.
+    (the blocks of the test split on which `compare` measures speed), `data.json` (the preview of the data)
+    and, for a routed model, `routing.html` and `routing.png` into `output_dir`, and attaches the figures to
+    the training run in MLflow.
 
     Args:
         data_dir, run_dir, model_dir: folders of `prepare`, `train` and `export`.
@@ -177,6 +180,7 @@ def fill(
         card = (model_dir / CARD).read_text(encoding="utf-8")
         card = with_results(card, tracked_figures(result), conditions(result))
         (output / CARD).write_text(card, encoding="utf-8")
+    write_json(output / DATA, read_preview(data_dir).to_dict())
     write_json(output / PROMPTS, [vars(prompt) for prompt in choose_prompts(test, tokenizer)])
     return result
 

@@ -5,6 +5,7 @@ what else is to be sent. A thread sends it during training. Any later step that 
 on where it stopped, and so does `dynamic-transformers sync`. Only rank 0 tracks.
 
 - `tracker`: the face
+- `inputs`: data as MLflow shows them
 - `record`: what a run has to tell, and how much of it has been sent
 - `store`: MLflow's client, and what its errors mean
 - `delivery`, `sender`: what brings the record to the store, and the thread that does it

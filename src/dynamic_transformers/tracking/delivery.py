@@ -227,10 +227,11 @@ class Delivery:
             "tags": self._attach_tags,
         }[kind](run_id, **values)
 
-    def _attach_data(self, run_id: str, **dataset: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput
+    def _attach_data(self, run_id: str, tags: dict[str, str] | None = None, **dataset: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        self.client.log_inputs(run_id, [DatasetInput(dataset=Dataset(**dataset), tags=[])])
+        entries = [InputTag(*tag) for tag in (tags or {}).items()]
+        self.client.log_inputs(run_id, [DatasetInput(dataset=Dataset(**dataset), tags=entries)])
 
     def _attach_figures(self, run_id: str, axis: int, time: int, metrics: dict[str, float]) -> None:
         from mlflow.entities import Metric

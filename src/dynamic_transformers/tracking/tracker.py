@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_transformers.settings import Settings, TrackingSettings
+from dynamic_transformers.tracking.inputs import inputs_of
 from dynamic_transformers.tracking.record import METRICS, RUNNING, Record, RecordFile, flatten
 from dynamic_transformers.tracking.search import COMPARISON_TAG, RUN_TAG
 from dynamic_transformers.tracking.sender import Sender
@@ -94,15 +95,13 @@ class RunTracker:
             self.sender.wake()
 
     def log_data(self, data_dir: Path, manifest: dict[str, Any]) -> None:
-        """Record the data folder as the run's input."""
-        self._attach(
-            "data",
-            name=data_dir.name,
-            digest=manifest["digest"][:36],
-            source_type="local",
-            source=json.dumps({"uri": str(data_dir)}),
-            profile=json.dumps({"splits": manifest["splits"]}),
-        )
+        """Record the data folder, and each source of it, as inputs of the run.
+
+        Args:
+            manifest: of the data folder.
+        """
+        for dataset in inputs_of(data_dir, manifest):
+            self._attach("data", **dataset)
 
     def log_artifacts(self, path: Path, artifact_path: str, large: bool = False) -> None:
         """Let a file or folder be copied to the run's artifacts, after those named before.

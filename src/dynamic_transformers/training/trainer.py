@@ -20,6 +20,7 @@ from safetensors.torch import save_model
 
 from dynamic_transformers.data.blocks import Blocks
 from dynamic_transformers.data.loading import batches_of, load_split, verify_split
+from dynamic_transformers.data.preview import PAGE
 from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.interruption import Interrupted, Interruption, leave
 from dynamic_transformers.manifest import finished, fresh_folder, read_manifest, write_manifest
@@ -180,6 +181,8 @@ def tracked(settings: Settings, data_dir: Path, run_dir: Path, enabled: bool) ->
     status = "FAILED"
     try:
         tracker.log_data(data_dir, read_manifest(data_dir))
+        if (page := data_dir / PAGE).is_file():  # data of an older version have none
+            tracker.log_artifacts(page, "data")
         yield tracker
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):

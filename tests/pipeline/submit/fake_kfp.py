@@ -63,11 +63,12 @@ def pod_of(*path):
 
 
 def state(run_state, error=None, **steps):
-    """What `GET runs/{id}` tells at a time of a pipeline: configure, (train, export) in a loop, compare.
+    """What `GET runs/{id}` tells at a time of a pipeline: configure, (train → export) in a loop, compare.
 
-    `configure="SUCCEEDED"`, `train_1=Step("FAILED")` for the second iteration. The details are Argo's nodes,
-    as KFP 2.17 gives them: in no order, with a driver before each step, graphs as nodes of their own,
-    children by their node's id while each node gives its pod's name.
+    `configure="SUCCEEDED"`, `train_1=Step("FAILED")` for the second iteration; steps of the loop in their
+    order, which may have other names. The details are Argo's nodes, as KFP 2.17 gives them: in no order, with
+    a driver before each step, graphs as nodes of their own, children by their node's id while each node gives
+    its pod's name.
     """
     details, held = [], "RUNNING" if run_state in ("PENDING", "RUNNING") else run_state
     steps = {name: Step(step) if isinstance(step, str) else step for name, step in steps.items()}
@@ -122,7 +123,7 @@ def state(run_state, error=None, **steps):
             item = node(("loop", index), f"iteration-iterations({index}:{index})", held, [group])
             item = node(("item-driver", index), "iteration-item-driver", "SUCCEEDED", [item])
             last = [node(("item", index), "iteration-item", held, [item])]
-            for name in ("train", "export"):
+            for name in dict.fromkeys(name.rpartition("_")[0] for name in steps):
                 if f"{name}_{index}" in steps:
                     last = task(name, index, steps[f"{name}_{index}"], last)
             after += last

@@ -54,6 +54,15 @@ def test_prepared_data_of_the_clusters_storage_come_in(fake, refused, tmp_path):
     assert result.stderr.startswith("error: --data-uri outputs/data/a: must be like s3://bucket/folder")
 
 
+def test_data_are_tokenized_in_as_many_groups_as_are_asked_for(fake, refused, tmp_path):
+    record = write_record(tmp_path / "images.json")
+    result = command("--host", fake.url, "--data-shards", "3", DYNAMIC_TRANSFORMERS_IMAGES=record)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert '"raw": "[1, 2, 3]"' in json.dumps(fake.versions[0]["pipeline_spec"])
+    line = refused(fake.url, "--data-shards", "3")
+    assert line.startswith("--data-shards is for a pipeline that is compiled now; --package has its own")
+
+
 def test_task_files_that_no_pod_can_read_are_refused(fake, refused):
     line = refused(fake.url, "evaluation.task_dir=tasks")
     assert line.startswith("evaluation.task_dir=tasks: a cluster cannot read this folder; ")

@@ -9,6 +9,8 @@ from fake_kfp import Step, pod_of, state
 from submissions import RUNS, write_package
 
 from pipelines import progress, submit
+from pipelines.cluster import ClusterSettings
+from pipelines.compile import compile_pipeline
 
 
 def test_wait_prints_a_line_when_a_step_of_ours_changes_state(fake, run):
@@ -43,6 +45,23 @@ def test_wait_prints_a_line_when_a_step_of_ours_changes_state(fake, run):
         "train of mod-seed0: SUCCEEDED, attempt 2",
         "export of mod-seed0: RUNNING",
         "export of mod-seed0: SUCCEEDED",
+        "compare: SUCCEEDED",
+        "run: SUCCEEDED",
+    ]
+
+
+def test_a_group_of_shards_is_told_from_a_run(fake, run, tmp_path):
+    package = compile_pipeline(ClusterSettings(), tmp_path / "p.yaml", data_shards=2)
+    groups = {"tokenize-shards_0": "SUCCEEDED", "tokenize-shards_1": Step("RUNNING", attempts=2)}
+    fake.states = [state("RUNNING", **groups), state("SUCCEEDED", train_0="SUCCEEDED", compare="SUCCEEDED")]
+    arguments = ("--package", package, "--local-images", "--wait", *RUNS)
+    code, output, errors = run(fake.url, *arguments)
+    assert code == 0, errors
+    assert [line.split(" ", 1)[1] for line in output.splitlines()[4:]] == [
+        "tokenize-shards of group 1: SUCCEEDED",
+        "tokenize-shards of group 2: RUNNING, attempt 2",
+        "run: RUNNING",
+        "train of standard-seed0: SUCCEEDED",
         "compare: SUCCEEDED",
         "run: SUCCEEDED",
     ]
