@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from dynamic_transformers.configure import settings_from_dict
-from dynamic_transformers.data import rows, tables
+from dynamic_transformers.data import first_pass, rows, tables
 from dynamic_transformers.data.first_pass import encode_all
 from dynamic_transformers.data.merging import Duplicates, ShardFolder, Shards, each_once
 from dynamic_transformers.data.pools import Pool
@@ -81,11 +81,12 @@ def make_source(tmp_path, make_texts, write_jsonl):
 
 @pytest.fixture
 def shard_bytes(monkeypatch):
-    """Sets from how many bytes on a file is divided."""
+    """Sets from how many bytes on a file is divided, and its parts are not read together."""
 
     def change(size):
         monkeypatch.setattr(rows, "SHARD_BYTES", size)
         monkeypatch.setattr(tables, "SHARD_BYTES", size)
+        monkeypatch.setattr(first_pass, "BYTES_TOGETHER", size)
 
     return change
 

@@ -7,11 +7,18 @@ import shutil
 
 import pytest
 
+from dynamic_transformers.data import first_pass
 from dynamic_transformers.data.first_pass import encode_all
 from dynamic_transformers.data.prepare import prepare, work_folder
 from dynamic_transformers.data.shards import ACCOUNT_FILE
 from dynamic_transformers.data.tokenization import train_tokenizer
 from dynamic_transformers.settings import UserError
+
+
+@pytest.fixture(autouse=True)
+def each_file_by_itself(monkeypatch):
+    """Small ones would be read together (test_data_small_files.py)."""
+    monkeypatch.setattr(first_pass, "BYTES_TOGETHER", 1)
 
 
 @pytest.fixture

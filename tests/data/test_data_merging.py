@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dynamic_transformers.data import blocks, encoding, merging, pools, rows, shards
+from dynamic_transformers.data import blocks, encoding, first_pass, merging, pools, rows, shards
 from dynamic_transformers.data.conversations import PLAIN_TEMPLATE
 from dynamic_transformers.data.merging import mixture
 from dynamic_transformers.data.prepare import prepare
@@ -89,12 +89,14 @@ def test_files_and_the_order_of_records_change_nothing(content, corpus, at_once,
     assert content(corpus(files, seed=files), processes=1) == at_once
 
 
+SHARDS = [(rows, "SHARD_BYTES", 10_000), (first_pass, "BYTES_TOGETHER", 1)]
 SMALL = {
-    "shards": [(rows, "SHARD_BYTES", 8000)],
-    "parts that are compared": [(merging, "COMPARED", 50), (rows, "SHARD_BYTES", 10_000)],
+    "shards": SHARDS,
+    "shards that are read together": [(rows, "SHARD_BYTES", 8000), (first_pass, "BYTES_TOGETHER", 20_000)],
+    "parts that are compared": [(merging, "COMPARED", 50), *SHARDS],
     "parts that are ordered": [(merging, "ORDERED", 60), (pools, "ORDERED", 45)],
     "buckets": [(pools, "BUCKET_BITS", 3), (pools, "BUCKETS", 8)],
-    "open files": [(merging, "OPEN_FILES", 3), (rows, "SHARD_BYTES", 10_000)],
+    "open files": [(merging, "OPEN_FILES", 3), *SHARDS],
     "batches": [(shards, "BATCH_CHARACTERS", 1000), (encoding, "PART_CHARACTERS", 50)],
     "what waits": [(blocks, "FLUSH_TOKENS", 300)],
 }

@@ -37,15 +37,11 @@ def tasks(folder):
 
 def texts_of(settings, split):
     """Texts of a split by source."""
-    return {
-        source.name: [
-            document.text
-            for shard in shards_of(source)
-            for _, document in documents_of(shard, source, settings.data, Account())
-            if document.split == split
-        ]
-        for source in settings.data.dataset_configs
-    }
+    found = {}
+    for source in settings.data.dataset_configs:
+        documents = documents_of(shards_of(source), source, settings.data, Account())
+        found[source.name] = [document.text for _, document in documents if document.split == split]
+    return found
 
 
 def facts(folder):
