@@ -191,6 +191,7 @@ def long_texts(make_texts):
 @pytest.mark.parametrize("name", ["own", "gpt2", "prefix space", "gpt4", "gpt4o", "nfc", "metaspace"])
 def test_parts_of_a_long_text_give_its_tokens(encoders, long_texts, monkeypatch, name, size):
     monkeypatch.setattr(encoding, "PART_CHARACTERS", size)
+    monkeypatch.setattr(encoding, "MOST_CHARACTERS", 2 * size)
     cuttable = [text for text in long_texts if cut_long_text(text) and " " in text and text.strip()][:-1]
     for text, encoded in zip(cuttable, encoders[name](cuttable), strict=True):
         parts = cut_long_text(text)
@@ -202,6 +203,7 @@ def test_parts_of_a_long_text_give_its_tokens(encoders, long_texts, monkeypatch,
 
 def test_a_text_without_a_gap_is_cut_and_loses_nothing(encoders, long_texts, monkeypatch):
     monkeypatch.setattr(encoding, "PART_CHARACTERS", 100)
+    monkeypatch.setattr(encoding, "MOST_CHARACTERS", 200)
     for text, encoded in zip(long_texts, encoders["own"](long_texts), strict=True):
         parts = cut_long_text(text)
         assert "".join(parts) == text and max(map(len, parts)) <= 200 and len(parts) >= len(text) // 200
@@ -210,9 +212,15 @@ def test_a_text_without_a_gap_is_cut_and_loses_nothing(encoders, long_texts, mon
 
 
 def test_short_texts_are_not_cut():
-    text = "word " * 40_000
+    text = "word " * 1000
     assert len(text) == 2 * encoding.PART_CHARACTERS
     assert cut_long_text(text) == [text] and len(cut_long_text(text + "x")) == 2
+
+
+def test_a_text_without_a_gap_stays_whole_up_to_its_limit():
+    text = "+" * encoding.MOST_CHARACTERS
+    assert cut_long_text(text) == [text]
+    assert [len(part) for part in cut_long_text(text * 2 + "+")] == [len(text), len(text), 1]
 
 
 def test_tokens_of_another_program_are_as_those_of_the_text(encoders):

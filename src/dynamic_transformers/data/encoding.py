@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,9 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:  # it imports transformers, which texts need not
     from dynamic_transformers.data.conversations import ConversationEncoder
 
-PART_CHARACTERS = 100_000  # of a long text that is tokenized in parts, which bounds the memory that it takes
+# Of the parts in which a text is tokenized: small ones stay in the processor's cache, which takes less time.
+PART_CHARACTERS = 2_500
+MOST_CHARACTERS = 200_000  # of a part without a place to cut: bounds the memory that it takes
 WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")
 
 
@@ -59,8 +62,8 @@ class Encoder:
         encodings = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
         encoded = []
         for text, parts in zip(texts, pieces, strict=True):
-            ids = np.array([i for _ in parts for i in next(encodings).ids], dtype=np.int32)
-            encoded.append(self._by_table(text, ids))
+            found = chain.from_iterable(next(encodings).ids for _ in parts)
+            encoded.append(self._by_table(text, np.fromiter(found, np.int32)))
         return encoded
 
     def _by_table(self, text: str, ids: np.ndarray) -> Encoded:
@@ -102,12 +105,14 @@ def cut_long_text(text: str) -> list[str]:
     """A text in parts of about PART_CHARACTERS, of which a byte-level tokenizer makes the same tokens.
 
     Such a tokenizer keeps together what its pattern matches, and no known pattern goes over the end of a word
-    into white space. A part without such a place is cut at twice the length, wherever that is.
+    into white space. A part without such a place is cut at MOST_CHARACTERS, wherever that is.
     """
     parts, start = [], 0
     while len(text) - start > 2 * PART_CHARACTERS:
-        found = WORD_END.search(text, start + PART_CHARACTERS, start + 2 * PART_CHARACTERS)
-        end = found.start() if found else start + 2 * PART_CHARACTERS
+        found = WORD_END.search(text, start + PART_CHARACTERS, start + MOST_CHARACTERS)
+        end = found.start() if found else start + MOST_CHARACTERS
+        if end >= len(text):
+            break
         parts.append(text[start:end])
         start = end
     return [*parts, text[start:]]
