@@ -1,5 +1,6 @@
 """Processes that share work: results, and that none outlives an error, a kill or its parent."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dynamic_transformers.data.workers import done_by
@@ -109,3 +112,21 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     for child in left:
         child.kill()
     assert left == []
+
+
+def test_a_process_that_reads_files_imports_no_large_library(tmp_path):
+    texts = [f"{number} words that are long enough to be kept" for number in range(40)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts[:20]]
+    (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[20:]}), tmp_path / "b.parquet")
+    code = f"""
+import sys
+from dynamic_transformers.data.first_pass import sample_all
+from dynamic_transformers.settings import DataSettings, SourceSettings
+files = {{"json": "a.jsonl", "parquet": "b.parquet"}}
+sources = [SourceSettings(name=n, path=n, data_files={str(tmp_path)!r} + "/" + f) for n, f in files.items()]
+print(len(sample_all(DataSettings(sources, processes=1), 10**6)) > 20)
+print(sorted({{"torch", "transformers", "datasets", "pandas"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n[]\n"

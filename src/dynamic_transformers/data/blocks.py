@@ -20,12 +20,14 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from dynamic_transformers.manifest import digest
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORED = -100  # label of a token without a loss, as in transformers
 PADDING = np.iinfo(np.uint16).max
@@ -230,6 +232,9 @@ class Blocks:
 
         Labels are not shifted; tokens without a loss have none (-100).
         """
+        # Not above: the processes that read shards need nothing of it.
+        import torch
+
         ids = np.stack([self.input_ids(place) for place in places])
         positions = np.stack([self.position_ids(place) for place in places])
         targets = np.stack([self._with_loss(*pair) for pair in zip(places, positions, strict=True)])

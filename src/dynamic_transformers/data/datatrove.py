@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers.utils.hub import cached_file
 
 from dynamic_transformers.data.encoding import byte_lengths
 from dynamic_transformers.data.rows import Part, Reader, Row, UnreadableError
@@ -122,4 +121,7 @@ def _tokenizer_of(file: str) -> Tokenizer:
 @cache
 def _load(name: str) -> Tokenizer:
     """A tokenizer of the hub, of a folder, or of a tokenizer.json."""
+    # Not above: other sources need nothing of it.
+    from transformers.utils.hub import cached_file
+
     return Tokenizer.from_file(str(name if Path(name).is_file() else cached_file(name, "tokenizer.json")))

@@ -10,9 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import fsspec
-from datasets.exceptions import DatasetsError
 
 from dynamic_transformers.manifest import file_digest
 from dynamic_transformers.refusals import one_line, reason_of
@@ -33,7 +31,6 @@ BUILDER_OF_SUFFIX = {
     ".txt": "text",
     ".xml": "xml",
 }
-READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
 
 Patterns = Mapping[str, Sequence[str]]
 
@@ -229,6 +226,10 @@ def by_card(
     Raises:
         UserError: no such configuration, or no files of a known format.
     """
+    # Not above: the processes that read shards need nothing of it.
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
     # `datasets` takes a folder's own name for a pattern: it is shown a copy that consists of links, under a
     # name without special characters.
     with tempfile.TemporaryDirectory() as temporary:
@@ -244,10 +245,10 @@ def by_card(
                     link.symlink_to(file.absolute())
                 else:
                     link.touch()
-            built = datasets.load_dataset_builder(
+            built = load_dataset_builder(
                 str(mirror), name=source.config, data_files=source.data_files, cache_dir=temporary
             )
-        except READ_ERRORS as error:
+        except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
             reason = one_line(error).replace(str(mirror), str(source.path))
             raise UserError(f"{place}: cannot read {source.path!r}: {reason}") from error
         splits = {

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import fsspec
-from transformers.utils.hub import cached_file
 
 from dynamic_transformers.data.files import FILE_BUILDERS, digest_of, files_there
 from dynamic_transformers.data.hub import URL, hub_commit
@@ -128,6 +127,9 @@ def _of_tokenizer(name: str) -> Fingerprint | None:
 
 
 def _tokenizer_file(name: str, file: str) -> Path | None:
+    # Not above: the processes that read shards need nothing of it.
+    from transformers.utils.hub import cached_file
+
     try:
         found = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in NOT_FOUND})
     except OSError:

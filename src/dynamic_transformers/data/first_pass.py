@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.datatrove import check_tokenizer
 from dynamic_transformers.data.decontamination import Contamination
@@ -29,6 +29,9 @@ from dynamic_transformers.data.tokenization import Sample, marker_ids
 from dynamic_transformers.data.workers import cores, done_by
 from dynamic_transformers.manifest import digest, file_digest, fresh_folder
 from dynamic_transformers.settings import DataSettings, SourceSettings, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 BYTES_OF_A_PROCESS = 16 << 20  # for fewer, the start of one more does not pay
 BYTES_TOGETHER = 4 << 20  # of small files in one folder, which costs as much time as 100 kB of text

@@ -11,8 +11,6 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
-import datasets
-
 from dynamic_transformers.data import arithmetic, embedded
 from dynamic_transformers.data.datatrove import Datatrove
 from dynamic_transformers.data.fields import Fields, NoSuchColumnError
@@ -166,6 +164,9 @@ def _read_file(source: SourceSettings, shard: Shard, file: str) -> Iterator[Row]
 
 
 def _read_by_library(source: SourceSettings, shard: Shard) -> Iterator[Row]:
+    # Not above: the other sources need nothing of it, and it takes seconds.
+    from datasets import load_dataset
+
     path, data_files, revision = str(source.path), source.data_files, None
     if files := local_files(source):
         path = files.builder
@@ -176,7 +177,7 @@ def _read_by_library(source: SourceSettings, shard: Shard) -> Iterator[Row]:
         revision = hub_commit(source) or source.revision
     number = 0
     try:
-        dataset: Any = datasets.load_dataset(
+        dataset: Any = load_dataset(
             path,
             name=source.config,
             data_files=data_files,
@@ -266,12 +267,15 @@ def _pieces(source: SourceSettings, files: SourceFiles, setting: str, asked: str
     names = [asked] if asked in splits else asked.split("+")
     if all(name in splits for name in names):
         return [Piece(file, size, None) for name in names for file, size in splits[name]]
+    # Not above: the processes that read shards need nothing of it.
+    from datasets import ReadInstruction
+
     counts = {
         split: [_count(source, files.builder, file) for file, _ in group] if split in asked else []
         for split, group in splits.items()
     }
     try:
-        instruction = datasets.ReadInstruction.from_spec(asked)
+        instruction = ReadInstruction.from_spec(asked)
         parts = instruction.to_absolute({split: sum(found) for split, found in counts.items()})
     except (ValueError, AssertionError) as error:
         raise UserError(f"{setting}: no such split; there are {', '.join(splits)}") from error
@@ -325,7 +329,11 @@ def _copy(source: SourceSettings, file: str) -> str:
         return file
     if source.streaming:
         return at_hand(file)
-    return fetched(file) if URL.fullmatch(file) else str(datasets.DownloadManager().download(file))
+    if URL.fullmatch(file):
+        return fetched(file)
+    from datasets import DownloadManager
+
+    return str(DownloadManager().download(file))
 
 
 def _seen(source: SourceSettings, file: str) -> str:

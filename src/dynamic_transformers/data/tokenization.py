@@ -5,14 +5,15 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from dynamic_transformers.data.encoding import Encoder
 from dynamic_transformers.settings import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 LONG_WORD = re.compile(r"(\S{1000}|\s{1000})")
@@ -24,6 +25,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Args:
         vocab_size: at least 257: every byte, and the end of text.
     """
+    # Not above: the processes that read shards need nothing of it.
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
     backend = Tokenizer(models.BPE())
     # Qwen2's own rule, which splits digits. Its NFC step is left out, so that decoding gives back exactly
     # what was encoded.
@@ -55,6 +59,8 @@ def exact_tokenizer(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFa
     Args:
         options: special tokens, chat template.
     """
+    from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer.from_str(backend.to_str())
     backend.post_processor = None  # type: ignore[assignment]  # which would add markers
     backend.no_padding()
@@ -70,6 +76,8 @@ def load_pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, it is not a fast one (no offsets), or it has no end-of-text token.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
