@@ -103,11 +103,11 @@ class Pool:
 
 def _trimmed(choice: Choice, quota: float, excess: float, whole: bool) -> Choice:
     """A choice whose last document does not pass the quota by more than `excess` tokens."""
-    over = int(choice.tokens - quota)
+    over = choice.tokens - quota
     if over <= excess:
         return choice
     if not whole:
-        kept = max(1, choice.last_tokens - over)
+        kept = max(1, choice.last_tokens - int(over))
         cut = choice.last_tokens - kept
         return choice._replace(tokens=choice.tokens - cut, last_tokens=kept, cut_tokens=cut)
     if over <= choice.last_tokens / 2 or choice.documents == 1:
