@@ -64,7 +64,6 @@ def paper_overrides():
         "training.max_steps=2",
         "training.gradient_accumulation_steps=1",
         "tracking.mlflow=false",
-        "system.num_workers=0",
         "system.device=cpu",
         "evaluation.tasks=[quick_test]",
     )

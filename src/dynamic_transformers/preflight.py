@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -118,9 +119,9 @@ def check_places(settings: Settings) -> None:
     """
     check_writable("run.output_dir", settings.run_dir)
     check_target(settings.run_dir.resolve())
-    data = Path(settings.data.output_dir or "")
-    if settings.data.output_dir and not (data / MANIFEST).is_file():
-        check_writable("data.output_dir", data)
+    data = settings.data.output_dir
+    if data and not os.path.isfile(f"{data}/{MANIFEST}"):  # noqa: PTH113  pathlib raises where a name is too long
+        check_writable("data.output_dir", Path(data))
 
 
 def check_writable(key: str, folder: Path) -> None:

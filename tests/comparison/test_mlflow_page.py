@@ -182,7 +182,7 @@ def test_models_are_registered_with_their_figures_and_the_best_is_called_so(outp
     figures = {metric.key: metric.value for metric in model.metrics}
     assert figures["test/loss"] == best["eval"]["loss"]
     assert figures["efficiency/kv_bytes_per_token"] == best["efficiency"]["kv_bytes_per_token"]
-    assert {metric.dataset_name for metric in model.metrics} == {"data"}
+    assert {metric.dataset_digest for metric in model.metrics} == {"c" * 36}  # not that of a source
     # Nothing twice: neither in the run, nor by a second comparison.
     assert len(client.get_metric_history(version.run_id, "test/loss")) == 1
     assert len(client.search_model_versions("name = 'study'")) == len(NAMES)

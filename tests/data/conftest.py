@@ -139,7 +139,7 @@ def both_passes(tmp_path_factory, byte_tokenizer):
 
 @pytest.fixture(scope="session")
 def mixed_sources(tmp_path_factory, make_texts, write_jsonl):
-    """Three sources, three files each, in as many formats; each source has documents of another one."""
+    """Six sources of a file each and one of three, in three formats; they have documents of each other."""
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(3):
         texts = [*make_texts(60, seed=number), *make_texts(20, seed=number + 1)]
@@ -149,12 +149,14 @@ def mixed_sources(tmp_path_factory, make_texts, write_jsonl):
         texts = [*make_texts(60, seed=20 + number), *make_texts(20, seed=10 + number)]
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (folder / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
-    kinds = {"lines": "jsonl", "tables": "parquet", "packed": "jsonl.gz"}
+    files = {f"lines{number}": f"{number}.jsonl" for number in range(3)}
+    files |= {f"tables{number}": f"{number}.parquet" for number in range(3)}
+    files["packed"] = "*.jsonl.gz"
     return [
         {
             "name": name,
-            "path": "parquet" if kind == "parquet" else "json",
-            "data_files": f"{folder}/*.{kind}",
+            "path": "parquet" if name.startswith("tables") else "json",
+            "data_files": f"{folder}/{file}",
         }
-        for name, kind in kinds.items()
+        for name, file in files.items()
     ]

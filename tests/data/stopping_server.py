@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One content at every address; behind its first part the server does what `then` says."""
+    """The contents at their addresses; behind its first part the server does what `then` says."""
 
     def do_HEAD(self):
         self.begin()
@@ -23,7 +23,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def begin(self):
         """Answer; returns what is asked for, and whether it is sent as a whole."""
-        content, asked = self.server.content, self.headers.get("Range")
+        content, asked = self.server.contents[self.path], self.headers.get("Range")
         first, last = asked.removeprefix("bytes=").split("-") if asked else (0, "")
         part = content[int(first) : int(last) + 1 if last else None]
         self.send_response(206 if asked else 200)
@@ -39,10 +39,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(content):
-    """A server whose `then` is "go on", "break off" or "wait"."""
+def serving(contents):
+    """A server of bytes by their paths, whose `then` is "go on", "break off" or "wait"."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.then = content, "go on"
+    server.contents, server.then = contents, "go on"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

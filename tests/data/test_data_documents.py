@@ -210,6 +210,17 @@ def test_too_many_broken_records_end_the_step(both_passes, make_settings, make_s
     assert "\n" not in str(error.value)
 
 
+def test_a_source_without_a_document_is_told(both_passes, make_settings, make_source):
+    records = [{"text": "short"}] * 3 + [{"text": None}]
+    settings = make_settings([make_source("a", records=records)], max_broken_fraction=1)
+    accounts = both_passes(settings).accounts
+    with pytest.raises(UserError) as error:
+        check_broken(settings.data, accounts)
+    assert "a: none of its 4 records is a document: 3 filtered, 1 quarantined; see data.min_char" in str(
+        error.value
+    )
+
+
 def test_an_empty_split_is_told(both_passes, make_settings, make_source):
     settings = make_settings([make_source("a", 3)], validation_split_percentage=0.001)
     with pytest.raises(UserError, match="none of its 3 usable documents falls into the validation split"):

@@ -229,3 +229,11 @@ def test_tokens_of_another_program_are_as_those_of_the_text(encoders):
             found = encoders[name].of_tokens(expected.input_ids[1:-1].astype(np.uint16))
             assert [column.tolist() for column in found[:2]] == [column.tolist() for column in expected[:2]]
             assert (found.input_ids.dtype, found.num_bytes.dtype) == (np.int32, np.uint32)
+
+
+def test_parts_are_tokenized_a_few_at_a_time(encoders, long_texts, monkeypatch):
+    expected = encoders["own"](long_texts)
+    monkeypatch.setattr(encoding, "PARTS_TOGETHER", 2)
+    for one, other in zip(encoders["own"](long_texts), expected, strict=True):
+        assert np.array_equal(one.input_ids, other.input_ids)
+        assert np.array_equal(one.num_bytes, other.num_bytes)

@@ -123,14 +123,19 @@ def test_excerpts_show_each_source_as_it_is_trained_on(texts):
     assert len(preview.excerpts) >= 3
 
 
-def test_a_large_block_is_shown_in_part(texts, monkeypatch):
+def test_of_a_large_block_the_beginning_of_a_document_is_shown(
+    tmp_path, make_settings, make_source, monkeypatch
+):
     monkeypatch.setattr(preview_module, "SHOWN_TOKENS", 12)
     monkeypatch.setattr(preview_module, "BEFORE", 4)
-    preview = read_preview(texts)
-    check_excerpts(texts, preview)
+    sources = [make_source(name, seed=seed) for seed, name in enumerate(("web", "wiki", "news", "code"))]
+    folder = prepare(make_settings(sources, block_size=1024), tmp_path / "data")
+    preview = read_preview(folder)
+    check_excerpts(folder, preview)
     assert {excerpt.last - excerpt.first for excerpt in preview.excerpts} == {11}
     begun = [piece.source for excerpt in preview.excerpts for piece in excerpt.pieces if piece.begins]
-    assert {"web", "wiki"} <= set(begun)
+    assert {"web", "wiki", "news", "code"} == set(begun)
+    assert sorted(excerpt.first for excerpt in preview.excerpts)[1] > 12
 
 
 def test_in_conversations_only_the_answers_have_a_loss(chat):
@@ -168,7 +173,7 @@ def test_it_survives_json(texts):
 
 def test_plain_text_has_brackets_and_a_terminal_dims(texts, chat):
     plain, coloured = printed(read_preview(chat)), printed(read_preview(chat), force_terminal=True)
-    assert "⟦" in plain and "\x1b" not in plain
+    assert "⟦<|endoftext|>user" in plain and "\x1b" not in plain
     assert "⟦" not in coloured and "\x1b[2" in coloured and "▶ talk" in coloured
     plain = printed(read_preview(texts))
     assert "\x1b" not in plain and "! source wiki: read" in plain and "wiki.jsonl, row 61: int" in plain

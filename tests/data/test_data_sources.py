@@ -101,6 +101,16 @@ def test_a_folder_and_parts_of_its_splits(folder):
     assert read(path=str(folder), config="small") == TEXTS[:1]
 
 
+def test_files_of_a_folder_that_are_not_read_are_told_once(folder, caplog):
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "licence.md").write_text("free")
+    (folder / "deep" / "more.csv").write_text("text\nmore\n")
+    (folder / "notes.txt").write_text("a note")
+    assert read(path=str(folder)) == read(path=str(folder)) == TEXTS
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.endswith("corpus: read as json; files of other formats are not: deep/more.csv, notes.txt")
+
+
 @pytest.mark.parametrize("max_documents", [None, 5])
 def test_what_we_do_not_read_goes_to_the_library(folder, max_documents):
     url = f"file://{folder}/train.jsonl"
@@ -237,6 +247,20 @@ def test_a_damaged_file_is_named(tmp_path, name, fault):
             "{folder}/train.jsonl is json and {folder}/a.csv.gz is csv",
         ),
         ({"path": "{folder}/empty"}, "{folder}/empty doesn't contain any data files"),
+        (
+            {"path": "{folder}/notes"},
+            ".tsv, .txt, .xml; others are read as text with path: text, data_files: {folder}/notes/**/*",
+        ),
+        (
+            {"path": "{folder}/notes", "data_files": "*.md"},
+            "others are read as text with path: text, data_files: {folder}/notes/a.md",
+        ),
+        ({"path": "json", "data_files": "{folder}/train.jsonl", "sample_by": "document"}, "only text files"),
+        ({"path": "{folder}", "sample_by": "paragraph"}, "only text files"),
+        (
+            {"path": "json", "data_files": "{folder}/notes/chat"},
+            "there are messages; conversations are read with type: finetune",
+        ),
         ({"path": "nobody/nothing"}, "nobody/nothing"),
         ({"path": "{folder}", "split": "dev"}, "split=dev: no such split; there are train, test"),
         ({"path": "{folder}", "split": "train[:"}, "split=train[:"),
@@ -250,6 +274,9 @@ def test_a_damaged_file_is_named(tmp_path, name, fault):
 )
 def test_mistakes_are_told_in_one_line(folder, settings, words, max_documents):
     (folder / "empty").mkdir()
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.md").write_text("a note")
+    (folder / "notes" / "chat").write_text('{"messages": []}')
     (folder / "a.csv.gz").write_bytes(gzip.compress(b"a,b\n1,2\n"))
 
     def filled(value):

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 from dynamic_transformers.comparison.compare import compare
 from dynamic_transformers.data.loading import load_split, source_names
+from dynamic_transformers.data.preview import Preview, read_preview
 from dynamic_transformers.evaluation import evaluate as step
 from dynamic_transformers.evaluation import exported, harness
 from dynamic_transformers.evaluation.evaluate import evaluate
@@ -61,6 +62,11 @@ def test_what_was_computed_is_written_by_domain_and_task(evaluated, made, data_d
         assert figures["routed_fraction"] == realised[task]["fraction"]["mean"]
         assert figures["routed_fraction_sd"] == realised[task]["fraction"]["sd"]
         assert set(realised[task]["layers"]) == set(efficiency["routed_fraction"])
+
+
+def test_the_preview_of_the_data_is_beside_it(evaluated, data_dir):
+    preview = Preview.from_dict(json.loads((evaluated / "data.json").read_text()))
+    assert preview == read_preview(data_dir)
 
 
 def test_the_card_has_the_results(evaluated, made):

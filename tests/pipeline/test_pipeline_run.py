@@ -181,7 +181,7 @@ def test_all_steps_are_of_one_revision(finished):
     assert len(set(revisions.values())) == 1 and prepared not in revisions.values()
 
 
-def test_mlflow_has_the_run_and_its_report(finished):
+def test_mlflow_has_the_run_and_its_report(finished, tmp_path):
     client = mlflow.MlflowClient(f"sqlite:///{finished[0]}/mlflow.db")
     experiment = client.get_experiment_by_name("dynamic-transformers")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
@@ -194,6 +194,9 @@ def test_mlflow_has_the_run_and_its_report(finished):
     artifacts = {artifact.path for artifact in client.list_artifacts(parent, "report")}
     assert {"report/report.html", "report/comparison.json"} <= artifacts
     assert {"config", "evaluation", "model"} <= {a.path for a in client.list_artifacts(child.info.run_id)}
+    assert [a.path for a in client.list_artifacts(child.info.run_id, "data")] == ["data/preview.html"]
+    report = Path(client.download_artifacts(parent, "report/report.html", str(tmp_path)))
+    assert "Training blocks, decoded" in report.read_text()
 
 
 def identity_of(output_dir, *arguments):

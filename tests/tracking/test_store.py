@@ -154,7 +154,7 @@ def test_a_store_that_cannot_be_used_costs_seconds_and_says_what_helps(
     assert re.search(TROUBLES[trouble], line), line
     assert f"`dynamic-transformers sync {run_dir}`" in line
     assert "Traceback" not in "".join(capfd.readouterr())
-    assert len(json.loads((run_dir / "tracking.json").read_text())["attachments"]) == 1
+    assert len(json.loads((run_dir / "tracking.json").read_text())["attachments"]) == 2
 
 
 def test_a_server_that_hangs_in_the_end_costs_seconds(run_dir, monkeypatch, caplog):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # it imports transformers, which texts need not
 # Of the parts in which a text is tokenized: small ones stay in the processor's cache, which takes less time.
 PART_CHARACTERS = 2_500
 MOST_CHARACTERS = 200_000  # of a part without a place to cut: bounds the memory that it takes
+PARTS_TOGETHER = 100
 WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")
 
 
@@ -58,13 +59,19 @@ class Encoder:
         if self.byte_lengths is None:
             return [self._by_offsets(text) for text in texts]
         pieces = [cut_long_text(text) for text in texts]
-        flat = [piece for parts in pieces for piece in parts]
-        encodings = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
+        ids = self._ids([piece for parts in pieces for piece in parts])
         encoded = []
         for text, parts in zip(texts, pieces, strict=True):
-            found = chain.from_iterable(next(encodings).ids for _ in parts)
+            found = chain.from_iterable(islice(ids, len(parts)))
             encoded.append(self._by_table(text, np.fromiter(found, np.int32)))
         return encoded
+
+    def _ids(self, parts: Sequence[str]) -> Iterator[list[int]]:
+        """Token ids of each part; few encodings are held, since one takes a hundred bytes a token."""
+        for start in range(0, len(parts), PARTS_TOGETHER):
+            batch = parts[start : start + PARTS_TOGETHER]
+            for encoding in self.backend.encode_batch_fast(batch, add_special_tokens=False):
+                yield encoding.ids
 
     def _by_table(self, text: str, ids: np.ndarray) -> Encoded:
         assert self.byte_lengths is not None
@@ -83,8 +90,8 @@ class Encoder:
         return self._marked(ids, self.byte_lengths[ids])
 
     def _marked(self, ids: np.ndarray, widths: np.ndarray) -> Encoded:
-        input_ids = np.concatenate([[self.begin], ids, [self.end]]).astype(np.int32)
-        return Encoded(input_ids, np.concatenate([[0], widths, [0]]).astype(np.uint32))
+        input_ids = np.concatenate([[self.begin], ids, [self.end]], dtype=np.int32, casting="unsafe")
+        return Encoded(input_ids, np.concatenate([[0], widths, [0]], dtype=np.uint32, casting="unsafe"))
 
 
 def byte_lengths(backend: Tokenizer) -> np.ndarray | None:

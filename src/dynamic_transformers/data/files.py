@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -33,6 +34,8 @@ BUILDER_OF_SUFFIX = {
 }
 
 Patterns = Mapping[str, Sequence[str]]
+
+logger = logging.getLogger("dynamic_transformers")
 
 
 class LocalFiles(NamedTuple):
@@ -211,8 +214,29 @@ def _files_of_folder(place: str, source: SourceSettings, folder: Path, patterns:
         for name in names
         if not any(part.startswith(".") for part in name.parts)
     }
+    if links and not any(name.endswith(".zip") or _builder_of(Path(name)) for name in links):
+        known = ", ".join(BUILDER_OF_SUFFIX)
+        raise UserError(
+            f"{place}.path={source.path}: none of its files ends in {known}; others are read as text with "
+            f"path: text, data_files: {source.path}/**/*"
+        )
     builder, splits = by_card(place, source, links)
+    # Beside a set of another format, JSON files are about it.
+    others = [
+        name
+        for name in map(Path, links)
+        if _builder_of(name) not in (None, builder) and name.suffix != ".json"
+    ]
+    if others:
+        some = ", ".join(map(str, sorted(others)[:3])) + (", …" if len(others) > 3 else "")
+        _warn_once(f"{place}.path={source.path}: read as {builder}; files of other formats are not: {some}")
     return LocalFiles(builder, {split: [folder / name for name in found] for split, found in splits.items()})
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning that is due each time that the files of a source are looked up."""
+    logger.warning(message)
 
 
 def by_card(
@@ -268,7 +292,10 @@ def _one_builder(place: str, files: Sequence[Path]) -> str:
         builder = _builder_of(file)
         if builder is None:
             known = ", ".join(BUILDER_OF_SUFFIX)
-            raise UserError(f"{place}.data_files: {file}: the ending says no format; known are {known}")
+            raise UserError(
+                f"{place}.data_files: {file}: the ending says no format; known are {known}; "
+                f"others are read as text with path: text, data_files: {file}"
+            )
         builders.setdefault(builder, file)
     if len(builders) > 1:
         (one, first), (other, second) = list(builders.items())[:2]

@@ -107,6 +107,8 @@ def shards_of(source: SourceSettings) -> list[Shard]:
     """
     place = _place(source)
     files = _files(source, place)
+    if source.sample_by != "line" and (files is None or files.builder != "text"):
+        raise UserError(f"{place}.sample_by={source.sample_by}: only text files are divided so: leave it out")
     wanted = {"train": source.split, "validation": source.validation_split}
     found: list[Shard] = []
     for split, asked in wanted.items():
@@ -346,6 +348,8 @@ def _fields(source: SourceSettings, columns: Sequence[str], file: str) -> Fields
         return Fields(source, columns)
     except NoSuchColumnError as error:
         known = ", ".join(columns[:MOST_NAMES]) + (", …" if len(columns) > MOST_NAMES else "")
+        if source.type == "pretrain" and not {"messages", "conversations"}.isdisjoint(columns):
+            known += "; conversations are read with type: finetune"
         raise UserError(
             f"{_place(source)}.{error.setting}: {error.reason} in {file}; there are {known}"
         ) from error

@@ -106,10 +106,10 @@ class Counted:
 
 
 def check_broken(data: DataSettings, accounts: Sequence[Account]) -> None:
-    """Refuse a source with too many broken records.
+    """Refuse a source with too many broken records, or of which no record is a document.
 
     Raises:
-        UserError: names the first of them.
+        UserError: names the first broken one, or says what became of all.
     """
     for source, account in zip(data.dataset_configs, accounts, strict=True):
         broken, records = account.records[QUARANTINED], account.records.total()
@@ -120,6 +120,13 @@ def check_broken(data: DataSettings, accounts: Sequence[Account]) -> None:
                 f"data.max_broken_fraction={data.max_broken_fraction}; the first is "
                 f"{first['file'] or 'the source'}, row {first['row']}, {first['reason']}: "
                 f"{first['record'][:60]}"
+            )
+        if not account.records["documents"]:
+            told = ", ".join(f"{count} {outcome}" for outcome, count in account.records.items())
+            raise UserError(
+                f"data.dataset_configs.{source.name}: none of its {records} records is a document"
+                f"{': ' if told else ''}{told}; see data.min_characters={data.min_characters}, "
+                "data.max_document_characters, and the source's filter"
             )
 
 

@@ -45,17 +45,18 @@ def done_by(
     executor = ProcessPoolExecutor(processes, context, _end_with_the_parent)
     others = multiprocessing.active_children()
     try:
+        with _signals_held():
+            # Each begins one process. The executor overlooks the death of one that began after it looked at
+            # them, which it does again at each result: there are some before those of the first jobs.
+            for _ in range(processes):
+                executor.submit(os.getpid)
         waiting = iter(jobs)
         running: dict[Future[Result], Job] = {}
         while True:
-            with _signals_held():  # submissions start the processes
-                while len(running) < processes + 1 and (job := next(waiting, None)) is not None:
-                    running[executor.submit(function, job)] = job
-                if not running:
-                    return
-                # The thread that tells of killed processes looks which there are before a submission adds
-                # one: without another, it would not know of the last until a job is done.
-                executor.submit(int)
+            while len(running) < processes + 1 and (job := next(waiting, None)) is not None:
+                running[executor.submit(function, job)] = job
+            if not running:
+                return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:

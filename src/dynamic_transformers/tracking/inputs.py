@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamic_transformers.manifest import digest
 from dynamic_transformers.settings import EMBEDDED
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
 
 # MLflow's limits. A data set is told from others by name and digest.
 DIGEST_LENGTH, NAME_LENGTH = 36, 500
 NAMED_FILES = 100  # of a source, each with its SHA-256; of more their number is told
 CONTEXT = "mlflow.data.context"  # tag that MLflow's pages show beside an input
+TRAINING, SOURCE = "training", "source"
 # Settings of a source that say what is read, whatever part of it the mixture takes.
 WHAT_IS_READ = (
     *("path", "config", "revision", "data_files", "split", "validation_split"),
@@ -39,12 +43,17 @@ def inputs_of(data_dir: Path, manifest: Mapping[str, Any]) -> Iterator[dict[str,
         "source_type": "local",
         "source": json.dumps({"uri": str(data_dir)}),
         "profile": json.dumps({"splits": splits, "sources": sources}),
-        "tags": {CONTEXT: "training"},
+        "tags": {CONTEXT: TRAINING},
     }
     made_of = manifest["config"]["fingerprints"]
     settings = manifest["config"]["dataset_configs"]
     for source, facts in zip(settings, sources, strict=True):
         yield _source_input(source, made_of[source["name"]], facts)
+
+
+def is_source(entry: DatasetInput) -> bool:
+    """Whether an input is a source of a mixture, and not what was trained on."""
+    return any((tag.key, tag.value) == (CONTEXT, SOURCE) for tag in entry.tags)
 
 
 def _source_input(
@@ -66,7 +75,7 @@ def _source_input(
         "source_type": kind,
         "source": json.dumps(place),
         "profile": json.dumps({"read": read, "made_of": told}),
-        "tags": {CONTEXT: "source", **{key: str(round(facts[key], 6)) for key in USED}},
+        "tags": {CONTEXT: SOURCE, **{key: str(round(facts[key], 6)) for key in USED}},
     }
 
 

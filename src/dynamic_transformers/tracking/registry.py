@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dynamic_transformers.tracking.inputs import is_source
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
@@ -91,7 +93,8 @@ def _link(
     """Make figures of a run those of its model. The run, which has the very same, does not get them twice."""
     from mlflow.entities import Metric
 
-    data = [entry.dataset for entry in run.inputs.dataset_inputs] if run.inputs else []
+    entries = run.inputs.dataset_inputs if run.inputs else []
+    data = [entry.dataset for entry in entries if not is_source(entry)]
     dataset: dict[str, Any] = (
         {"dataset_name": data[-1].name, "dataset_digest": data[-1].digest} if data else {}
     )
