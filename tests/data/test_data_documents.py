@@ -78,7 +78,7 @@ def test_the_sources_own_validation_split_wins_over_training_copies(
     assert set(everywhere.values()) == {1} and set(held) < set(everywhere)
 
 
-@pytest.mark.parametrize("size", [500, 2**26])
+@pytest.mark.parametrize("size", [4000, 2**26])
 def test_duplicates_belong_to_the_first_source_wherever_files_are_cut(
     both_passes, byte_tokenizer, make_settings, make_source, make_texts, shard_bytes, size
 ):
@@ -87,7 +87,7 @@ def test_duplicates_belong_to_the_first_source_wherever_files_are_cut(
     a = make_source("a", records=[{"text": text} for text in [*texts, *texts[:20]]])
     b = make_source("b", records=[{"text": text} for text in [*texts[100:], *others, *others[:3]]])
     merged = both_passes(make_settings([a, b], min_characters=0))
-    assert len(merged.folders) > 20 if size == 500 else len(merged.folders) == 2
+    assert len(merged.folders) > 20 if size == 4000 else len(merged.folders) == 2
 
     def tokens(texts):
         return sum(2 + len(text.encode()) for text in texts)

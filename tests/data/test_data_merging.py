@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from dynamic_transformers.data import blocks, encoding, first_pass, merging, pools, rows, shards
-from dynamic_transformers.data.conversations import PLAIN_TEMPLATE
 from dynamic_transformers.data.merging import mixture
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.data.splits import choose
-from dynamic_transformers.data.tokenization import train_tokenizer
 from dynamic_transformers.manifest import MANIFEST, read_manifest
 
 FACTS = ("sources", "splits", "content_digest", "unigram_loss", "vocab_size", "tokenizer_files")
@@ -74,14 +72,9 @@ def at_once(content, corpus):
     return found
 
 
-def test_two_processes_make_the_same(content, corpus, shard_bytes, make_texts, tmp_path):
-    train_tokenizer(make_texts(100), 300).save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
+def test_two_processes_make_the_same(content, corpus, at_once, shard_bytes):
     shard_bytes(20_000)
-    first, second = (
-        content(corpus(1), processes=processes, tokenizer_name=str(tmp_path)) for processes in (1, 2)
-    )
-    assert first == second
+    assert content(corpus(1), processes=2) == at_once
 
 
 @pytest.mark.parametrize("files", [1, 3])

@@ -15,9 +15,10 @@ import pyarrow
 import pytest
 
 from dynamic_transformers.data.fingerprints import shard_identity
-from dynamic_transformers.data.sources import read_records, read_shard, shards_of
+from dynamic_transformers.data.sources import read_shard, shards_of
 from dynamic_transformers.refusals import reason_of
 from dynamic_transformers.settings import SourceSettings, UserError
+from tests.data.all_rows import read_records
 
 TEXTS = [f"document {index} é" for index in range(300)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()

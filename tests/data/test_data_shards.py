@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dynamic_transformers.data import rows
 from dynamic_transformers.data.fingerprints import shard_identity
-from dynamic_transformers.data.sources import Shard, read_records, read_shard, shards_of
+from dynamic_transformers.data.sources import Shard, read_shard, shards_of
 from dynamic_transformers.settings import SourceSettings, UserError
+from tests.data.all_rows import read_records
 
 TEXTS = [f"document {index} " + "é東" * (index % 7) for index in range(60)]
 
