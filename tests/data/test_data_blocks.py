@@ -64,9 +64,10 @@ def test_masked_tokens_and_padding_have_no_loss(tmp_path):
     assert facts["target_tokens"] == 7 and facts["bytes"] == 5
 
 
+@pytest.mark.parametrize("waiting", [7, 50])
 @pytest.mark.parametrize("block_size", [3, 8, 13])
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_waits_in_memory_does_not_change_the_files(tmp_path, monkeypatch, block_size, masked):
+def test_what_waits_in_memory_does_not_change_the_files(tmp_path, monkeypatch, block_size, masked, waiting):
     random = np.random.default_rng(0)
     pieces = []
     for _ in range(200):
@@ -76,7 +77,7 @@ def test_what_waits_in_memory_does_not_change_the_files(tmp_path, monkeypatch, b
             piece(random.integers(0, 300, n), random.integers(0, 9, n), targets, random.integers(3))
         )
     split, at_once, _ = write(tmp_path / "at_once", pieces, block_size, masked=masked)
-    monkeypatch.setattr(blocks, "FLUSH_TOKENS", 50)
+    monkeypatch.setattr(blocks, "FLUSH_TOKENS", waiting)
     _, bit_by_bit, _ = write(tmp_path / "bit_by_bit", pieces, block_size, masked=masked)
     assert at_once == bit_by_bit and at_once["blocks"] > 50
     ids, starts, wanted = [], [], []

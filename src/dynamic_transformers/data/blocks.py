@@ -50,6 +50,11 @@ class Piece(NamedTuple):
     targets: np.ndarray | None
     source: int
 
+    def part(self, start: int, stop: int) -> Piece:
+        """Its tokens from `start` up to `stop`."""
+        targets = None if self.targets is None else self.targets[start:stop]
+        return Piece(self.input_ids[start:stop], self.num_bytes[start:stop], targets, self.source)
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """What token ids are written as."""
@@ -78,12 +83,15 @@ class BlockWriter:
 
     def add(self, piece: Piece) -> None:
         """Write a piece behind those before."""
-        self._waiting.append(piece)
-        self.added += len(piece.input_ids)
-        self._ends.append((self.added, piece.source))
-        self.padding += len(piece.input_ids) if piece.source == PADDING else 0
-        if self.added - self.written >= FLUSH_TOKENS:
-            self._write(8 * self.block_size)  # targets are whole bytes
+        size = len(piece.input_ids)
+        self._ends.append((self.added + size, piece.source))
+        self.padding += size if piece.source == PADDING else 0
+        for start in range(0, size, FLUSH_TOKENS):
+            part = piece.part(start, start + FLUSH_TOKENS)
+            self._waiting.append(part)
+            self.added += len(part.input_ids)
+            if self.added - self.written >= FLUSH_TOKENS:
+                self._write(8 * self.block_size)  # targets are whole bytes
 
     def close(self) -> dict[str, Any]:
         """Write what is left and return the split's facts for the manifest."""

@@ -54,9 +54,9 @@ def best_fit(pieces: Iterator[Piece], block_size: int, cuts: Cuts, padding_id: i
         rest = size % block_size
         cuts.note(max(0, size - block_size))
         for start in range(0, size - rest, block_size):
-            yield _part(piece, start, start + block_size)
+            yield piece.part(start, start + block_size)
         if rest:
-            window.append(_part(piece, size - rest, size))
+            window.append(piece.part(size - rest, size))
         if len(window) == WINDOW:
             yield from _fitted(window, block_size, padding_id)
             window = []
@@ -83,8 +83,3 @@ def _fitted(window: list[Piece], block_size: int, padding_id: int) -> Iterator[P
         if left := free.get(number):
             nothing = np.zeros(left, dtype=np.int64)
             yield Piece(nothing + padding_id, nothing, None, PADDING)
-
-
-def _part(piece: Piece, start: int, stop: int) -> Piece:
-    targets = None if piece.targets is None else piece.targets[start:stop]
-    return Piece(piece.input_ids[start:stop], piece.num_bytes[start:stop], targets, piece.source)

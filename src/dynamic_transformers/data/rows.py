@@ -19,7 +19,7 @@ import fsspec
 import pyarrow
 
 FIRST_ROWS = 100  # a column that none of them has is a mistake, not a broken row
-SHARD_BYTES = 64 * 2**20  # of a file that can be divided
+SHARD_BYTES = 16 * 2**20  # of a file that can be divided
 
 Part = tuple[int, int]
 

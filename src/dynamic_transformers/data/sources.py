@@ -98,7 +98,7 @@ class Piece(NamedTuple):
 def shards_of(source: SourceSettings) -> list[Shard]:
     """The shards of a source, those of its own validation split last.
 
-    A file of this machine of more than 64 MiB is divided where its format allows. `max_documents` is of
+    A file of this machine of more than 16 MiB is divided where its format allows. `max_documents` is of
     `split` alone.
 
     Raises:
