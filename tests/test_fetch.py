@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamic_transformers.hub_errors import reason_of
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from safetensors.torch import load_file, save_file
 
 from dynamic_transformers.configure import compose_settings
+from dynamic_transformers.refusals import reason_of
 from dynamic_transformers.settings import PROJECT_ROOT
 from tests.data.hub_contents import card, parquet, push_model, push_sources, push_tasks
 from tests.data.hub_server import Fault, HubServer
