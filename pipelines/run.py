@@ -153,6 +153,7 @@ def execution_identity(settings: Settings, data: Path | None = None) -> dict[str
     """
     values = settings.to_dict()
     del values["data"]["batch_size"]  # in the identity's `global_batch`
+    del values["data"]["processes"]
     budget = {key: values["training"][key] for key in ("max_steps", "max_tokens", "max_flops")}
     rest = {key: values[key] for key in ("data", "evaluation", "study")} | {"training": budget}
     imported = {"--data-uri": read_manifest(data)["content_digest"]} if data else {}
