@@ -158,7 +158,7 @@ def test_on_this_machine_the_steps_give_the_bytes_of_one_process(tmp_path):
     groups = [made / f"for-loop-2-iteration-{number}" / "tokenize-shards" / "shards" for number in range(3)]
     planned = len(read_manifest(made / "plan-data" / "plan")["shards"])
     sizes = [len(json.loads((group / "shards.json").read_text())) for group in groups]
-    assert sum(sizes) == planned == 4 and min(sizes) == 1
+    assert sum(sizes) == planned == 3 and min(sizes) == 1
     alone, together = prepare(settings, tmp_path / "alone"), made / "merge-data" / "data"
     names = {str(path.relative_to(alone)) for path in alone.rglob("*") if path.is_file()}
     assert names == {str(path.relative_to(together)) for path in together.rglob("*") if path.is_file()}
