@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"torch": ("accelerate", "torch"), "evaluate": ("jinja2", "lm-eval", "matplotlib", "scipy")}
+PARTS = {"torch": ("accelerate", "torch"), "evaluate": ("lm-eval", "matplotlib", "scipy")}
 
 
 def requirements(part: str, pyproject: dict) -> list[str]:
