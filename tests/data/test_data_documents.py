@@ -7,6 +7,7 @@ from itertools import chain
 
 import pytest
 
+from dynamic_transformers.data import first_pass
 from dynamic_transformers.data.documents import Document, document_of, split_of
 from dynamic_transformers.data.merging import Duplicates
 from dynamic_transformers.data.rows import Row
@@ -159,16 +160,21 @@ def test_broken_records_are_counted_and_the_first_are_kept(
     assert reasons == ["NoneType", "no", "int", "list", "float"]
 
 
+@pytest.mark.parametrize("together", [1, 2**20])
 def test_the_first_broken_records_of_several_files_are_kept(
-    both_passes, make_settings, make_texts, write_jsonl, tmp_path
+    both_passes, make_settings, make_texts, write_jsonl, tmp_path, monkeypatch, together
 ):
+    """Whether each has a folder of tokens or they share one."""
+    monkeypatch.setattr(first_pass, "BYTES_TOGETHER", together)
     texts = make_texts(60)
     for index in range(4):
         records = [{"text": text} for text in texts[15 * index : 15 * (index + 1)]]
         records[2:2] = records[9:9] = [{"text": index}] * 2
         write_jsonl(tmp_path / f"{index}.jsonl", records)
     source = {"name": "a", "path": "json", "data_files": str(tmp_path / "*.jsonl")}
-    (account,) = both_passes(make_settings([source])).accounts
+    merged = both_passes(make_settings([source]))
+    (account,) = merged.accounts
+    assert len(merged.folders) == (4 if together == 1 else 1)
     assert account.records == {"documents": 60, "quarantined": 16}
     expected = [(str(tmp_path / f"{index}.jsonl"), row) for index in range(4) for row in (3, 4, 10, 11)]
     assert [(entry["file"], entry["row"]) for entry in account.quarantine] == expected[:10]

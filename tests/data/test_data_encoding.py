@@ -167,6 +167,11 @@ def test_bytes_by_hand():
     assert same.num_bytes.tolist() == [0, 1, 1, 1, 1, 0]
 
 
+def test_offsets_that_step_back_count_no_byte_twice():
+    offsets = [(0, 1), (1, 3), (1, 2), (3, 5)]
+    assert encoding._bytes_by_offsets("abécd", offsets).tolist() == [1, 3, 0, 2]
+
+
 def test_unknown_characters_become_bytes_of_one_character(encoders):
     (encoded,) = encoders["metaspace"](["a☃"])
     assert encoded.num_bytes.tolist()[-4:] == [3, 0, 0, 0] and encoded.num_bytes.sum() == 4

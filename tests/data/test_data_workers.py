@@ -34,7 +34,7 @@ def fail_or_wait(seconds):
 
 def note_and_wait(folder):
     (Path(folder) / str(os.getpid())).touch()
-    time.sleep(600)
+    time.sleep(100)
 
 
 def workers_that_wait(folder, count):
@@ -61,7 +61,7 @@ def test_each_job_has_its_result(processes):
 def test_an_error_ends_the_other_jobs():
     began = time.monotonic()
     with pytest.raises(UserError, match="is damaged"):
-        list(done_by(2, fail_or_wait, [600, 0, 600, 600]))
+        list(done_by(2, fail_or_wait, [100, 0, 100, 100]))
     assert time.monotonic() - began < 60 and not multiprocessing.active_children()
 
 
