@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedConfig
 
 from dynamic_transformers.models.architectures import architecture_of
+from dynamic_transformers.templates import template
 
 CARD = "README.md"
 
@@ -29,11 +29,7 @@ def write_card(
         sources: as the data folder's manifest accounts for them.
         validation_loss: nats per token at the end of training, if it is known.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    text = environment.get_template("model_card.md.j2").render(
+    text = template("model_card.md.j2", Path(__file__).parent).render(
         facts,
         title=facts["variant"] or facts["architecture"],
         architecture=architecture_of(config),

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from dynamic_transformers.comparison.plots import SMOOTHING
 from dynamic_transformers.comparison.realised import MARK
 from dynamic_transformers.comparison.statistics import (
@@ -36,6 +34,7 @@ from dynamic_transformers.comparison.tables import (
 from dynamic_transformers.data.preview import TEMPLATES, Preview
 from dynamic_transformers.models.architectures import ARCHITECTURES
 from dynamic_transformers.settings import CONTROLS
+from dynamic_transformers.templates import template
 
 TEMPLATE_DIR = Path(__file__).parent
 EQUAL_COST = 1.15  # most that forward FLOPs of models of equal cost differ by, as a factor
@@ -66,14 +65,10 @@ def render_report(
         title: heading.
         study: file with the whole configuration, if it is known.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([TEMPLATE_DIR, TEMPLATES]), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     groups, runs = comparison.groups, comparison.runs
     bench_headers, bench_rows = bench_table(comparison)
     realised_headers, realised_rows = realised_table(comparison)
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2", TEMPLATE_DIR, TEMPLATES).render(
         title=title,
         summary=summary(comparison),
         table=main_table(comparison),

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from tokenizers import Tokenizer
 
 from dynamic_transformers.data.blocks import ENDS, PADDING, SOURCES, Blocks
 from dynamic_transformers.data.preview_tables import Table, length_table, source_tables, split_table
 from dynamic_transformers.manifest import read_manifest
+from dynamic_transformers.templates import template
 
 PAGE = "preview.html"
 TEMPLATES = Path(__file__).parent
@@ -129,14 +129,7 @@ def write_page(folder: Path, manifest: Mapping[str, Any]) -> None:
     Args:
         manifest: its content, which need not be written yet.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("preview.html.j2").render(preview=preview_of(folder, manifest))
+    page = template("preview.html.j2", TEMPLATES).render(preview=preview_of(folder, manifest))
     (folder / PAGE).write_text(page, encoding="utf-8")
 
 

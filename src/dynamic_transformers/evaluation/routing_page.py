@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamic_transformers.models.configuration import RoutedConfig
 from dynamic_transformers.settings import UserError
+from dynamic_transformers.templates import template
 
 PAGE, PICTURE = "routing.html", "routing.png"
 LINE, MOST_LINES = 64, 4  # tokens in a line of the picture, and lines
@@ -59,15 +59,8 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
 
 def write_routing(routing: Routing, folder: Path) -> None:
     """Write `routing.html` and `routing.png` into `folder`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     depth = [sum(layer[i] for layer in routing.layers.values()) for i in range(len(routing.tokens))]
-    page = environment.get_template("routing.html.j2").render(
+    page = template("routing.html.j2", Path(__file__).parent).render(
         routing=routing,
         fractions={layer: sum(chosen) / len(chosen) for layer, chosen in routing.layers.items()},
         depth=depth,
