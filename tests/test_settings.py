@@ -175,6 +175,7 @@ PRETRAINED = {
         ),
         ({"model": {"type": "stt", "predictor_weight": 0.1}}, "STT's student is its predictor"),
         ({"data": {"validation_split_percentage": 60, "test_split_percentage": 40}}, "must be below 100"),
+        ({"data": {"validation_split_percentage": 0}}, "source prose names no validation_split of its own"),
         ({"data": {"dataset_configs": []}}, "data.dataset_configs is empty"),
         ({"data": {"dataset_configs": [{"name": "a"}, {"name": "a"}]}}, "names must differ"),
         ({"data": {"dataset_configs": [{"name": "a/b"}]}}, "becomes part of file names"),

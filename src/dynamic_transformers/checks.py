@@ -134,6 +134,11 @@ def check_data(data: DataSettings) -> None:
                 f"data.dataset_configs.{source.name}: has tokens: name the tokenizer that made them in "
                 "data.tokenizer_name; the first line of the .metadata files says which"
             )
+    without = [source.name for source in data.dataset_configs if source.validation_split is None]
+    if without and not data.validation_split_percentage:
+        raise UserError(
+            f"data.validation_split_percentage=0: source {without[0]} names no validation_split of its own"
+        )
     if data.validation_split_percentage + data.test_split_percentage >= 100:
         raise UserError("data.validation_split_percentage + data.test_split_percentage must be below 100")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from dynamic_transformers.command_line import add_plugin_argument, flag_of, path, run_command
+from dynamic_transformers.command_line import add_plugin_argument, flag_of, names, path, run_command
 from dynamic_transformers.configure import compose_settings, settings_from_dict
 from dynamic_transformers.evaluation.bench import add_bench_arguments, bench_command
 from dynamic_transformers.evaluation.task_index import check_tasks
@@ -244,7 +244,7 @@ def add_fetch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=path, required=True, help="becomes an HF_HOME")
     parser.add_argument(
         "--tasks",
-        type=lambda text: [name.strip() for name in text.split(",")],
+        type=names,
         help="suites or tasks of lm-eval, separated by commas (default: evaluation.tasks)",
     )
     parser.add_argument(

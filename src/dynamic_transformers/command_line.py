@@ -30,6 +30,11 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def names(text: str) -> list[str]:
+    """Names of the command line, by commas."""
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
 def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
     """`--plugin`, which makes an own architecture known: code beside weights is never run unasked."""
 

@@ -225,7 +225,7 @@ class DataSettings:
     packing: Annotated[str | None, OneOf("concatenate", "best_fit")] = (
         None  # of documents into blocks; None: best_fit where a source has conversations, else concatenate
     )
-    validation_split_percentage: Annotated[float, In("(0, 100)")] = 5.0
+    validation_split_percentage: Annotated[float, In("[0, 100)")] = 5.0
     test_split_percentage: Annotated[float, In("(0, 100)")] = 5.0
     max_eval_tokens: Count = 65536  # of the validation and of the test split, each
     min_characters: Annotated[int, In("[0, inf)")] = 32

@@ -227,6 +227,20 @@ def test_a_source_without_a_document_is_told(both_passes, make_settings, make_so
     )
 
 
+def test_with_validation_splits_of_their_own_no_training_document_is_held_out_for_it(
+    splits, make_settings, make_texts, tmp_path, write_jsonl
+):
+    texts = {"train": make_texts(200), "held": make_texts(20, seed=1)}
+    files = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in some])
+        for name, some in texts.items()
+    }
+    source = {"name": "a", "path": "json", "data_files": files, "validation_split": "held"}
+    found = splits(make_settings([source], validation_split_percentage=0))
+    assert found["validation"] == sorted(texts["held"])
+    assert sorted([*found["train"], *found["test"]]) == sorted(texts["train"]) and found["test"]
+
+
 def test_an_empty_split_is_told(both_passes, make_settings, make_source):
     settings = make_settings([make_source("a", 3)], validation_split_percentage=0.001)
     with pytest.raises(UserError, match="none of its 3 usable documents falls into the validation split"):

@@ -14,8 +14,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dynamic_transformers.data.encoding import byte_lengths
-from dynamic_transformers.data.rows import Part, Reader, Row, UnreadableError
-from dynamic_transformers.data.tables import divided
+from dynamic_transformers.data.rows import Division, Part, Reader, Row, UnreadableError
+from dynamic_transformers.data.tables import at_most, divided
 from dynamic_transformers.refusals import reason_of
 
 PIECE = 1024  # documents; no part is smaller
@@ -46,10 +46,9 @@ class Datatrove(Reader):
 
     def count(self, file: str, most: int | None = None) -> int:
         """As `Reader.count`, from the index."""
-        documents = len(_open(file)[0])
-        return documents if most is None else min(documents, most)
+        return at_most(len(_open(file)[0]), most)
 
-    def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
+    def parts(self, file: str, records: Part | None, size: int) -> list[Division]:
         """As `Reader.parts`, from the index."""
         ends, tokens = _open(file)
         borders = np.array([*range(0, len(ends), PIECE), len(ends)])

@@ -63,9 +63,9 @@ def document_of(
     """What a row becomes; neither order, seed nor the other rows matter."""
     if row.dropped:
         return Rejected(FILTERED, "left out by the source's filter")
+    if row.fault:
+        return Rejected(QUARANTINED, row.fault)
     value = row.value
-    if reason := row.fault or _broken(value):
-        return Rejected(QUARANTINED, reason)
     if isinstance(value, str) and len(value) < data.min_characters:
         return Rejected(FILTERED, "too short")
     digest = hashlib.sha256(_content(value)).digest()
@@ -116,15 +116,3 @@ def _content(value: Any) -> bytes:
     if isinstance(value, np.ndarray):
         return value.astype("<u4").tobytes()
     return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
-
-
-def _broken(value: Any) -> str | None:
-    if isinstance(value, list | np.ndarray):
-        return None
-    if not isinstance(value, str):
-        return f"{type(value).__name__} instead of str"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return "no valid UTF-8"
-    return None

@@ -92,11 +92,9 @@ def merge_groups(settings: Settings, plan_dir: Path, groups: Sequence[Path], out
         there = {path.name: path for group in groups for path in group.iterdir()}
         shards = [(there[entry["folder"]], Shard(**entry["shards"][0])) for entry in plan["shards"]]
         accounts, finished = finished_shards(data, shards)
-        pools = output_dir.with_name(f".{output_dir.name}.pools")
-        facts = mix(folder, pools, _tokenizer(plan_dir)[0], accounts, finished, data, plan["seed"])
+        facts = mix(folder, _tokenizer(plan_dir)[0], accounts, finished, data, plan["seed"])
         write_page(folder, facts)
         write_manifest(folder, STEP, plan["config"], {}, seed=plan["seed"], **facts)
-    shutil.rmtree(pools)
 
 
 def dealt(entries: Sequence[dict[str, Any]], groups: int) -> list[list[dict[str, Any]]]:

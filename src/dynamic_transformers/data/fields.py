@@ -75,17 +75,18 @@ class Fields:
                     raise NoSuchColumnError(setting, "no such column" if len(names) == 1 else f"no {name!r}")
         self.needed = list(dict.fromkeys(name for names in used.values() for name in names))
 
-    def __call__(self, row: Row, file: str | None) -> Row:
-        """The row of the source, which shows its file as `file`."""
+    def __call__(self, row: Row, file: str | None, before: int) -> Row:
+        """The row of the source, which shows its file as `file`, and in it the lines in front of its part."""
+        number = row.number + before
         if row.fault:
-            return row._replace(file=file)
+            return row._replace(file=file, number=number)
         record = row.value
         try:
             if not all(_holds(record, condition) for condition in self._conditions):
-                return Row(None, file, row.number, dropped=True)
-            return Row(self._make(record), file, row.number)
+                return Row(None, file, number, dropped=True)
+            return Row(self._make(record), file, number)
         except BrokenError as error:
-            return Row(error.value, file, row.number, str(error))
+            return Row(error.value, file, number, str(error))
 
 
 class BrokenError(ValueError):

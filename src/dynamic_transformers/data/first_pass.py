@@ -200,10 +200,11 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
     """
     parts = shares({source.name: source.weight for source in data.dataset_configs})
     samples = {name: Sample(part * characters) for name, part in parts.items()}
+    sources = {source.name: source for source in data.dataset_configs}
     jobs = [
-        SampleJob(shards, source, data, samples[source.name].characters)
-        for source in data.dataset_configs
-        for shards in together(shards_of(source))
+        SampleJob(shards, sources[name], data, samples[name].characters)
+        for shards in all_shards(data)
+        for name in [shards[0].source]
     ]
     with (
         ReadingProgress("texts for the tokenizer", len(jobs), sum(job.size for job in jobs)) as progress,
@@ -213,12 +214,11 @@ def sample_all(data: DataSettings, characters: int) -> list[str]:
             progress.finish(job.size)
             for place, text in texts:
                 samples[job.source.name].add(place, text)
-    # Of texts that several sources have, the first source's.
-    chosen = {place: text for sample in reversed(samples.values()) for place, text in sample.texts()}
-    found = []
+    chosen: dict[int, str] = {}
     for sample in samples.values():
-        found += [chosen.pop(place) for place, _ in sample.texts() if place in chosen]
-    return found
+        for place, text in sample.texts():
+            chosen.setdefault(place, text)  # of texts that several sources have, the first source's
+    return list(chosen.values())
 
 
 def _check_tokens(jobs: Sequence[EncodeJob], tokenizer: Tokenizer) -> None:
@@ -249,14 +249,14 @@ def _encode(job: EncodeJob) -> int:
     """Do a job; the number of its tokens."""
     with fresh_folder(job.folder) as folder:
         encoder = _encoder(job.tokenizer, job.markers, job.source.type == "finetune")
-        write_shards(folder, job.shards, job.source, job.data, encoder)
+        tokens = write_shards(folder, job.shards, job.source, job.data, encoder)
         for shard, state in zip(job.shards, job.states, strict=True):
             if _state(shard) != state:
                 raise UserError(
                     f"data.dataset_configs.{job.source.name}: {shard.file} was changed while it was read; "
                     "run the same command again when nobody writes there"
                 )
-    return Account.read(job.folder).tokens
+    return tokens
 
 
 def _state(shard: Shard) -> FileState | None:

@@ -216,12 +216,11 @@ def _fill(folder: Path, work: Path, data: DataSettings, seed: int) -> dict[str, 
     tokenizer = tokenizer_of(data)
     tokenizer.save_pretrained(folder / "tokenizer")
     accounts, finished = encode_all(data, tokenizer, folder / "tokenizer", work)
-    return mix(folder, work / "pools", tokenizer, accounts, finished, data, seed)
+    return mix(folder, tokenizer, accounts, finished, data, seed)
 
 
 def mix(
     folder: Path,
-    pools_folder: Path,
     tokenizer: PreTrainedTokenizerFast,
     accounts: list[Account],
     finished: list[ShardFolder],
@@ -232,7 +231,6 @@ def mix(
 
     Args:
         folder: holds the tokenizer in `tokenizer/`.
-        pools_folder: is made, in the place of what is there; what lies in it is of no use afterwards.
         accounts: of each source.
 
     Raises:
@@ -243,7 +241,7 @@ def mix(
     lines = [json.dumps(record) + "\n" for account in accounts for record in account.quarantine]
     (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    shutil.rmtree(pools_folder, ignore_errors=True)
+    pools_folder = folder / "pools"
     with closing(Shards(finished, len(tokenizer))) as shards:
         pools, duplicates = each_once(shards, len(data.dataset_configs), seed, pools_folder)
         check_splits(data, pools)
@@ -262,6 +260,7 @@ def mix(
 
         questions = set().union(*(account.questions for account in accounts))
         write_tasks(folder / "tasks", test_texts, questions, data)
+    shutil.rmtree(pools_folder)
     return {
         "sources": sources,
         "warnings": warnings,

@@ -11,7 +11,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import accumulate, islice, pairwise, repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,8 +20,23 @@ import pyarrow
 
 FIRST_ROWS = 100  # a column that none of them has is a mistake, not a broken row
 SHARD_BYTES = 16 * 2**20  # of a file that can be divided
+CHUNK_BYTES = 2**20  # read at once where nothing is parsed
 
 Part = tuple[int, int]
+
+
+class Division(NamedTuple):
+    """A part of a file that one process reads.
+
+    part: None: all of the file.
+    size: bytes, about.
+    before: lines of the file in front of it, where a part is counted in bytes.
+    """
+
+    part: Part | None
+    size: int
+    before: int = 0
+
 
 csv.field_size_limit(sys.maxsize)
 
@@ -32,7 +47,8 @@ class Row(NamedTuple):
     value: of a reader of this file, the columns of the record by name; of a source, a text, a conversation
         or token ids. Bytes that are no UTF-8 become lone surrogates, by Python's `surrogateescape`.
     file: path or URL.
-    number: from 1, the line of a text file, counted from where its part begins, else the record's number.
+    number: from 1, the line of a file of lines, else the record's number. A reader that was given a part in
+        bytes counts lines from there.
     fault: why there is no value; `value` is then what was read.
     dropped: the source's filter leaves it out; there is no value.
     """
@@ -67,13 +83,13 @@ class Reader:
         """Number of records, or `most` where there are at least as many."""
         return sum(1 for _ in islice(self.rows(file, None, ()), most))
 
-    def part(self, file: str, records: Part | None, size: int) -> Part | None:
-        """Some records of a file of `size` bytes as a part of it."""
-        return records
+    def undivided(self, file: str, records: Part | None, size: int) -> Division:
+        """Some records of a file of `size` bytes, or all."""
+        return Division(records, size)
 
-    def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
-        """The same in what one process each may read; and bytes, about."""
-        return [(records, size)]
+    def parts(self, file: str, records: Part | None, size: int) -> list[Division]:
+        """The same in what one process each may read."""
+        return [self.undivided(file, records, size)]
 
 
 class Csv(Reader):
@@ -157,24 +173,22 @@ class Lines(Text):
         """As `Reader.count`; nothing is parsed."""
         return sum(1 for _ in islice(self.records(_lines(file, None)), most))
 
-    def part(self, file: str, records: Part | None, size: int) -> Part | None:
-        """As `Reader.part`."""
+    def undivided(self, file: str, records: Part | None, size: int) -> Division:
+        """As `Reader.undivided`."""
         if records is None or not self.in_bytes(file):
-            return records
+            return Division(records, size)
         first, last = records
-        places = (begin for _, begin, _ in self.records(_lines(file, None)))
-        begin = next(islice(places, first, None), size) if first else 0
-        end = next(islice(places, last - first - (first > 0), None), size)
-        return begin, max(begin, end)
+        places = ((number, begin) for number, begin, _ in self.records(_lines(file, None)))
+        number, begin = next(islice(places, first, None), (1, size)) if first else (1, 0)
+        _, end = next(islice(places, last - first - (first > 0), None), (0, size))
+        return Division((begin, max(begin, end)), max(begin, end) - begin, number - 1)
 
-    def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
+    def parts(self, file: str, records: Part | None, size: int) -> list[Division]:
         """As `Reader.parts`, cut at ends of records."""
-        if not self.in_bytes(file):
-            return [(records, size)]
-        part = self.part(file, records, size)
-        begin, end = part or (0, size)
-        if end - begin <= SHARD_BYTES:
-            return [(part, end - begin)]
+        whole = self.undivided(file, records, size)
+        if whole.size <= SHARD_BYTES or not self.in_bytes(file):
+            return [whole]
+        begin, end = whole.part or (0, size)
         cuts = [begin]
         with Path(file).open("rb") as stream:
             while end - cuts[-1] > SHARD_BYTES:
@@ -183,7 +197,9 @@ class Lines(Text):
                 if stream.tell() >= end:
                     break
                 cuts.append(stream.tell())
-        return [((cut, after), after - cut) for cut, after in zip(cuts, [*cuts[1:], end], strict=True)]
+        befores = accumulate(map(_line_ends, repeat(file), pairwise(cuts)), initial=whole.before)
+        borders = zip(cuts, [*cuts[1:], end], befores, strict=True)
+        return [Division((cut, after), after - cut, before) for cut, after, before in borders]
 
 
 class Paragraphs(Lines):
@@ -311,6 +327,15 @@ def _lines(file: str, part: Part | None) -> Iterator[tuple[int, int, str]]:
             encoding = "utf-8-sig" if begin == 0 else "utf-8"
             yield number, begin, line.decode(encoding, "surrogateescape")
             begin += len(line)
+
+
+def _line_ends(file: str, part: Part) -> int:
+    """Lines that end in a part of a file."""
+    begin, end = part
+    with Path(file).open("rb") as stream:
+        stream.seek(begin)
+        chunks = (stream.read(min(CHUNK_BYTES, end - place)) for place in range(begin, end, CHUNK_BYTES))
+        return sum(chunk.count(b"\n") for chunk in chunks)
 
 
 def _begins_list(file: str) -> bool:

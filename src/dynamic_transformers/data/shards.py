@@ -105,8 +105,11 @@ def write_shards(
     source: SourceSettings,
     data: DataSettings,
     encoder: DocumentEncoder,
-) -> None:
+) -> int:
     """Read shards of one source and split, and write their folder, which is there and empty.
+
+    Returns:
+        The number of tokens.
 
     Raises:
         UserError: a shard cannot be read to its end.
@@ -125,6 +128,7 @@ def write_shards(
             account.questions.update(filter(arithmetic.could_be_asked, arithmetic.expressions(document.text)))
     account.tokens = writer.close()
     account.write(folder)
+    return account.tokens
 
 
 def documents_of(

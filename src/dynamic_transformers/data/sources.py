@@ -24,6 +24,7 @@ from dynamic_transformers.data.hub import URL, at_hand, fetched, hub_commit, hub
 from dynamic_transformers.data.rows import (
     DAMAGE,
     Csv,
+    Division,
     Json,
     Lines,
     Paragraphs,
@@ -69,6 +70,7 @@ class Shard:
             file, records in the same way; None: all of it.
         split: "train", or "validation": of the source's own validation split.
         size: bytes, about.
+        before: lines of the file in front of a part that is counted in bytes.
     """
 
     source: str
@@ -78,6 +80,7 @@ class Shard:
     part: tuple[int, int] | None
     split: str = "train"
     size: int = 0
+    before: int = 0
 
 
 class SourceFiles(NamedTuple):
@@ -125,8 +128,9 @@ def shards_of(source: SourceSettings) -> list[Shard]:
         for piece in _first(source, files.builder, pieces, most):
             with _told(place, piece.file):
                 parts = _parts(source, files.builder, piece)
-            for part, size in parts:
-                found.append(Shard(source.name, len(found), piece.file, files.builder, part, split, size))
+            for part, size, before in parts:
+                shard = Shard(source.name, len(found), piece.file, files.builder, part, split, size, before)
+                found.append(shard)
     if files is not None and found:
         file = str(found[0].file)
         with _told(place, file):
@@ -154,15 +158,16 @@ def read_shard(source: SourceSettings, shard: Shard) -> Iterator[Row]:
 def _read_file(source: SourceSettings, shard: Shard, file: str) -> Iterator[Row]:
     place = _place(source)
     reader = _reader(source, shard.builder, file)
-    last = Row(None, file, 0)
+    last = Row(None, file, shard.before)
     with _told(place, file, lambda: f" after row {last.number}" if last.number else " before its first row"):
         copy = _copy(source, file)
         if shard.builder == "datatrove":  # tokens stand in no column
             yield from reader.rows(copy, shard.part, ())
             return
         fields = _fields(source, reader.columns(copy), file)
-        for last in reader.rows(copy, shard.part, fields.needed):
-            yield fields(last, file)
+        for row in reader.rows(copy, shard.part, fields.needed):
+            last = fields(row, file, shard.before)
+            yield last
 
 
 def _read_by_library(source: SourceSettings, shard: Shard) -> Iterator[Row]:
@@ -194,7 +199,7 @@ def _read_by_library(source: SourceSettings, shard: Shard) -> Iterator[Row]:
         names = dataset.column_names
         for values in islice(chain.from_iterable(batches), *(shard.part or (None,))):
             number += 1
-            yield fields(Row(dict(zip(names, values, strict=True)), None, number), None)
+            yield fields(Row(dict(zip(names, values, strict=True)), None, number), None, 0)
     except UserError:
         raise
     except Exception as error:  # whatever the library and the clients under it raise
@@ -307,15 +312,15 @@ def _first(source: SourceSettings, builder: str, pieces: list[Piece], most: int 
             return
 
 
-def _parts(source: SourceSettings, builder: str, piece: Piece) -> list[tuple[Part | None, int]]:
+def _parts(source: SourceSettings, builder: str, piece: Piece) -> list[Division]:
     """The parts of a piece in shards; a file that is not of this machine is not divided."""
     file, size, records = piece
     reader = _reader(source, builder, file)
     if "://" not in file:
         return reader.parts(file, records, size)
     if records and isinstance(reader, Lines):  # has to be looked at for where they end
-        return [(reader.part(_copy(source, file), records, size), size)]
-    return [(records, size)]
+        return [reader.undivided(_copy(source, file), records, size)]
+    return [Division(records, size)]
 
 
 def _count(source: SourceSettings, builder: str, file: str, most: int | None = None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from dynamic_transformers.data.rows import SHARD_BYTES, Part, Reader, Row, open_binary
+from dynamic_transformers.data.rows import SHARD_BYTES, Division, Part, Reader, Row, open_binary
 
 BATCH_ROWS = 256  # held at once
 
@@ -36,12 +36,12 @@ class Parquet(Reader):
     def count(self, file: str, most: int | None = None) -> int:
         """As `Reader.count`, from the footer."""
         with _parquet(file) as table:
-            return _at_most(table.metadata.num_rows, most)
+            return at_most(table.metadata.num_rows, most)
 
-    def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
+    def parts(self, file: str, records: Part | None, size: int) -> list[Division]:
         """As `Reader.parts`."""
         if size <= SHARD_BYTES:
-            return [(records, size)]
+            return [Division(records, size)]
         with _parquet(file) as table:
             groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
             sizes = [
@@ -69,20 +69,18 @@ class Arrow(Reader):
     def count(self, file: str, most: int | None = None) -> int:
         """As `Reader.count`, from the heads of the batches."""
         with _arrow(file) as (_, batches):
-            return _at_most(sum(batch.num_rows for batch in batches), most)
+            return at_most(sum(batch.num_rows for batch in batches), most)
 
-    def parts(self, file: str, records: Part | None, size: int) -> list[tuple[Part | None, int]]:
+    def parts(self, file: str, records: Part | None, size: int) -> list[Division]:
         """As `Reader.parts`."""
         if size <= SHARD_BYTES:
-            return [(records, size)]
+            return [Division(records, size)]
         with _arrow(file) as (_, batches):
             sizes = [(batch.num_rows, batch.nbytes) for batch in batches]
         return divided(records, [rows for rows, _ in sizes], [size for _, size in sizes])
 
 
-def divided(
-    records: Part | None, lengths: Sequence[int], sizes: Sequence[int]
-) -> list[tuple[Part | None, int]]:
+def divided(records: Part | None, lengths: Sequence[int], sizes: Sequence[int]) -> list[Division]:
     """Parts of about SHARD_BYTES of a file in pieces.
 
     Args:
@@ -92,14 +90,14 @@ def divided(
     ends = _ends(lengths)
     first, last = records or (0, ends[-1])
     last = min(last, ends[-1])
-    found: list[tuple[Part | None, int]] = []
+    found: list[Division] = []
     begin, size = first, 0
     for (start, end), piece in zip(pairwise(ends), sizes, strict=True):
         if end <= first or start >= last:
             continue
         size += piece
         if size >= SHARD_BYTES or end >= last:
-            found.append(((begin, min(end, last)), size))
+            found.append(Division((begin, min(end, last)), size))
             begin, size = end, 0
     return found
 
@@ -165,7 +163,8 @@ def _ends(lengths: Iterable[int]) -> list[int]:
     return ends
 
 
-def _at_most(count: int, most: int | None) -> int:
+def at_most(count: int, most: int | None) -> int:
+    """A number of records, or `most` where there are more."""
     return count if most is None else min(count, most)
 
 

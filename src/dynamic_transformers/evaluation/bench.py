@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dynamic_transformers.command_line import add_plugin_argument, flag_of, path
+from dynamic_transformers.command_line import add_plugin_argument, flag_of, names, path
 from dynamic_transformers.evaluation.results import add_results, identity, read_results, results_path
 from dynamic_transformers.evaluation.task_index import check_tasks
 from dynamic_transformers.settings import PRECISIONS, EvaluationSettings, RunSettings
@@ -15,6 +15,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_path", type=path, required=True, help="folder of the exported model")
     parser.add_argument(
         "--tasks",
+        type=names,
         default="quick_test",
         help="suites (quick_test, general, math, code) and lm-eval tasks, by commas (default: quick_test)",
     )
@@ -53,8 +54,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench_command(args: argparse.Namespace) -> None:
     """Run the benchmarks, print the table, add to `results.json` beside the model or to `--output_path`."""
-    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    check_tasks(tasks, args.confirm_run_unsafe_code, args.task_dir)
+    check_tasks(args.tasks, args.confirm_run_unsafe_code, args.task_dir)
     file, model = results_path(args.model_path, args.output_path), identity(args.model_path)
     read_results(file, model)
     # Not above: what is refused is refused at once, without seconds of imports.
@@ -66,7 +66,7 @@ def bench_command(args: argparse.Namespace) -> None:
 
     result = run_benchmarks(
         args.model_path,
-        tasks,
+        args.tasks,
         data_dir=args.data_dir,
         task_dir=args.task_dir,
         batch_size=args.batch_size,

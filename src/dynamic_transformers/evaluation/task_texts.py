@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dynamic_transformers.command_line import flag_of, path
+from dynamic_transformers.command_line import flag_of, names, path
 from dynamic_transformers.evaluation.results import refuse_unwritable
 from dynamic_transformers.evaluation.task_index import check_tasks
 from dynamic_transformers.folders import make_folder, write_whole
@@ -21,6 +21,7 @@ def add_task_texts_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `dynamic-transformers task-texts`."""
     parser.add_argument(
         "--tasks",
+        type=names,
         required=True,
         help="suites (quick_test, general, math, code) and lm-eval tasks, by commas",
     )
@@ -34,14 +35,13 @@ def add_task_texts_arguments(parser: argparse.ArgumentParser) -> None:
 
 def task_texts_command(args: argparse.Namespace) -> None:
     """Write a line for each question with each of its answers, and say how many of which task."""
-    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    check_tasks(tasks, True, args.task_dir)
+    check_tasks(args.tasks, True, args.task_dir)
     if args.output_path.is_dir():
         raise UserError(f"{args.output_path}: is a folder; name a file with --output_path")
     make_folder(args.output_path.parent)
     refuse_unwritable(args.output_path)
     lines = []
-    for name, documents in task_documents(tasks, args.data_dir, args.task_dir, args.limit):
+    for name, documents in task_documents(args.tasks, args.data_dir, args.task_dir, args.limit):
         before = len(lines)
         lines += [
             json.dumps({"task": name, "text": text}, ensure_ascii=False) + "\n"
