@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dynamic_transformers.data import encoding
-from dynamic_transformers.data.encoding import Encoder, byte_lengths, cut_long_text
+from dynamic_transformers.data.encoding import Encoder, byte_lengths, cut_long_text, keeps_words_apart
 from dynamic_transformers.data.tokenization import exact_tokenizer, train_tokenizer
 
 HARD = [
@@ -90,6 +90,7 @@ MAKERS = {
     "nfkc, lower case": lambda texts: byte_level(
         texts, GPT2, normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     ),
+    "over words": lambda texts: byte_level(texts, r"[\s\S]{1,40}"),  # as SuperBPE
     "strip": lambda texts: byte_level(texts, GPT2, normalizers.Strip()),
     "metaspace": metaspace,
     "wordpiece": wordpiece,
@@ -193,7 +194,9 @@ def long_texts(make_texts):
 
 
 @pytest.mark.parametrize("size", [5, 100, 1000])
-@pytest.mark.parametrize("name", ["own", "gpt2", "prefix space", "gpt4", "gpt4o", "nfc", "metaspace"])
+@pytest.mark.parametrize(
+    "name", ["own", "gpt2", "prefix space", "gpt4", "gpt4o", "nfc", "metaspace", "over words"]
+)
 def test_parts_of_a_long_text_give_its_tokens(encoders, long_texts, monkeypatch, name, size):
     monkeypatch.setattr(encoding, "PART_CHARACTERS", size)
     monkeypatch.setattr(encoding, "MOST_CHARACTERS", 2 * size)
@@ -204,6 +207,15 @@ def test_parts_of_a_long_text_give_its_tokens(encoders, long_texts, monkeypatch,
         if all(len(part) < 2 * size for part in parts):  # no word was cut
             check(encoders[name], text, encoded)
         assert encoded.num_bytes.sum() == len(text.encode())
+
+
+def test_which_tokenizers_go_over_the_ends_of_words(encoders):
+    of_bytes = {name: encoder for name, encoder in encoders.items() if encoder.byte_lengths is not None}
+    over = {name for name, encoder in of_bytes.items() if not keeps_words_apart(encoder.backend)}
+    assert over == {"over words"}
+    backend = Tokenizer.from_str(encoders["own"].backend.to_str())
+    backend.add_tokens([AddedToken("New York")])
+    assert not keeps_words_apart(backend)
 
 
 def test_a_text_without_a_gap_is_cut_and_loses_nothing(encoders, long_texts, monkeypatch):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 
 if TYPE_CHECKING:  # it imports transformers, which texts need not
     from dynamic_transformers.data.conversations import ConversationEncoder
@@ -52,13 +53,14 @@ class Encoder:
         backend.encode_special_tokens = True
         self.backend, self.begin, self.end = backend, begin, end
         self.byte_lengths = byte_lengths(backend)
+        self._keeps_words_apart = keeps_words_apart(backend)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
 
     def __call__(self, texts: Sequence[str]) -> list[Encoded]:
         """The texts, in their order."""
         if self.byte_lengths is None:
             return [self._by_offsets(text) for text in texts]
-        pieces = [cut_long_text(text) for text in texts]
+        pieces = [cut_long_text(text) if self._keeps_words_apart else [text] for text in texts]
         ids = self._ids([piece for parts in pieces for piece in parts])
         encoded = []
         for text, parts in zip(texts, pieces, strict=True):
@@ -108,11 +110,20 @@ def byte_lengths(backend: Tokenizer) -> np.ndarray | None:
     return lengths
 
 
-def cut_long_text(text: str) -> list[str]:
-    """A text in parts of about PART_CHARACTERS, of which a byte-level tokenizer makes the same tokens.
+def keeps_words_apart(backend: Tokenizer) -> bool:
+    """Whether no token goes over the end of a word into white space, as those of SuperBPE do."""
+    added = backend.get_added_tokens_decoder().values()
+    if any(token.rstrip or WORD_END.search(token.content) for token in added):
+        return False
+    decoder = ByteLevel()
+    tokens = backend.get_vocab(with_added_tokens=False)
+    return not any(WORD_END.search(decoder.decode([token])) for token in tokens if len(token) > 1)
 
-    Such a tokenizer keeps together what its pattern matches, and no known pattern goes over the end of a word
-    into white space. A part without such a place is cut at MOST_CHARACTERS, wherever that is.
+
+def cut_long_text(text: str) -> list[str]:
+    """A text in parts of about PART_CHARACTERS, of which a tokenizer that keeps words apart makes the same.
+
+    A part without an end of a word is cut at MOST_CHARACTERS, wherever that is.
     """
     parts, start = [], 0
     while len(text) - start > 2 * PART_CHARACTERS:
