@@ -270,6 +270,15 @@ def test_a_template_that_takes_thoughts_out_gives_a_loss_to_the_last_turn(make_t
         encoder(talk("a", thought + "b", "c"))
 
 
+@pytest.mark.parametrize("begun", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_a_thought_that_only_the_prompt_begins_is_no_part_of_the_turn(make_tokenizer, begun):
+    template = without_generation(CHATML).replace("assistant\n' }}", f"assistant\n{begun}' }}}}")
+    assert template != without_generation(CHATML)
+    tokenizer = make_tokenizer(template)
+    encoded = ConversationEncoder(tokenizer)(talk("a", "<b>", "c", "d"))
+    assert target_text(tokenizer, encoded) == ["<b><|im_end|>", "d<|im_end|>"]
+
+
 def test_a_template_that_writes_the_question_in_another_way_once_answered_gives_no_loss(make_tokenizer):
     template = CHATML.replace("{% else %}", "{% else %}{{ 'Now: ' if loop.last else '' }}")
     with pytest.raises(ValueError, match="another way once others follow"):

@@ -56,8 +56,8 @@ def test_a_documents_digest_is_that_of_its_text_alone(make_settings, make_source
     (shard,) = shards_of(settings.data.dataset_configs[0])
     text = "é" * 50
     document = document_of(Row(text, "a", 1), shard, settings.data.dataset_configs[0], settings.data)
-    assert isinstance(document, Document) and document.digest == hashlib.sha256(text.encode()).digest()
-    assert document.cut and document.text == "é" * 40
+    assert isinstance(document, Document) and document.cut and document.text == "é" * 40
+    assert document.digest == hashlib.sha256(document.text.encode()).digest()
 
 
 def test_the_sources_own_validation_split_wins_over_training_copies(
@@ -112,7 +112,7 @@ LENGTHS = (5, 31, 32, 60, 61, 90)
 
 @pytest.mark.parametrize("rule", ["cut", "filter"])
 def test_short_and_long_documents(both_passes, byte_tokenizer, make_settings, make_source, rule):
-    texts = [f"{number:04d}{'é' * (length - 4)}" for length in LENGTHS for number in range(20)]
+    texts = [f"{length:02d}{number:02d}{'é' * (length - 4)}" for length in LENGTHS for number in range(20)]
     source = make_source("a", records=[{"text": text} for text in texts])
     settings = make_settings([source], max_document_characters=60, long_documents=rule)
     merged = both_passes(settings)
@@ -122,8 +122,15 @@ def test_short_and_long_documents(both_passes, byte_tokenizer, make_settings, ma
     assert account.cut == (40 if cut else 0)
     found = chain(*merged.texts(byte_tokenizer[0]).values())
     assert Counter(map(len, found)) == ({32: 20, 60: 60} if cut else {32: 20, 60: 20})
-    # Texts that only look alike once they are cut are no duplicates.
     assert merged.duplicates == [Duplicates()]
+
+
+def test_documents_that_are_equal_once_they_are_cut_are_duplicates(splits, make_settings, make_source):
+    """Otherwise the beginning of one would be trained on, and that of the other be evaluated on."""
+    texts = [f"{number:04d}{'é' * 36}{ending * 20}" for ending in "abc" for number in range(100)]
+    source = make_source("a", records=[{"text": text} for text in texts])
+    found = splits(make_settings([source], max_document_characters=40))
+    assert sorted(chain(*found.values())) == sorted({text[:40] for text in texts})
 
 
 def test_a_sources_filter_and_subset_of_the_training_split(
@@ -239,6 +246,12 @@ def test_with_validation_splits_of_their_own_no_training_document_is_held_out_fo
     found = splits(make_settings([source], validation_split_percentage=0))
     assert found["validation"] == sorted(texts["held"])
     assert sorted([*found["train"], *found["test"]]) == sorted(texts["train"]) and found["test"]
+
+
+def test_a_source_of_nothing_but_duplicates_is_told(both_passes, make_settings, make_source):
+    settings = make_settings([make_source("a"), make_source("b")])
+    with pytest.raises(UserError, match=r"b: all of its documents are duplicates of those of other sources"):
+        check_splits(settings.data, both_passes(settings).pools)
 
 
 def test_an_empty_split_is_told(both_passes, make_settings, make_source):

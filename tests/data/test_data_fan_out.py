@@ -82,6 +82,16 @@ def test_groups_of_any_number_give_the_bytes_of_one_process(corpus, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_groups_that_are_missing_are_told(corpus, tmp_path):
+    plan = tmp_path / "plan"
+    plan_shards(corpus, plan)
+    group, other = groups_of(corpus, plan, 2)
+    missing, of = (len(json.loads((path / "shards.json").read_text())) for path in (other, group))
+    with pytest.raises(UserError, match=f"^{missing} of {missing + of} folders of shards are missing: give "):
+        merge_groups(corpus, plan, [group], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_what_is_finished_is_not_done_again_and_what_is_not_of_the_group_is_removed(corpus, tmp_path):
     plan = tmp_path / "plan"
     plan_shards(corpus, plan)

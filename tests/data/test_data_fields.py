@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders
 
 from dynamic_transformers.configure import settings_from_dict
 from dynamic_transformers.data.datatrove import check_tokenizer, tokenizer_of
+from dynamic_transformers.data.fields import Conversation
+from dynamic_transformers.data.first_pass import encode_all
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.data.rows import UnreadableError
 from dynamic_transformers.data.sources import read_shard, shards_of
@@ -145,11 +147,15 @@ def test_conversations_are_found_by_the_usual_names_or_by_those_given(source, re
     assert found(source([record], type="finetune", columns=columns)) == [expected]
 
 
-def test_other_keys_of_a_message_are_kept():
+def test_of_a_message_only_what_templates_read_is_kept():
+    """Two conversations that differ in their times alone are one."""
+    chat = [{**message, "timestamp": 5, "hashed_ip": "x"} for message in CHAT]
+    assert Conversation({"messages": "m"})({"m": chat}) == CHAT
+
+
+def test_calls_of_tools_are_kept():
     tool = {"role": "tool", "name": "sum", "content": "4"}
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    from dynamic_transformers.data.fields import Conversation
-
     chat = [{"role": "user", "content": "2+2?", "name": None}, call, tool, CHAT[1]]
     assert Conversation({"messages": "m"})({"m": chat}) == [{"role": "user", "content": "2+2?"}, *chat[1:]]
 
@@ -382,6 +388,16 @@ def test_tokens_of_datatrove_are_read_with_their_own_tokenizer_only(datatrove, t
     assert "its tokens are those of" in made["other"] and "data.tokenizer_name does not have" in made["other"]
     assert "name the tokenizer that made them" in made["none"]
     assert all(made[name].startswith("data.dataset_configs.mine: ") for name in ("other", "none"))
+
+
+def test_sums_that_stand_in_tokens_of_datatrove_are_no_unseen_questions(datatrove, tmp_path, make_settings):
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    sums = [f"{number} + {number + 1} = {2 * number + 1}" for number in range(100)]
+    given = datatrove([tokenizer.encode(text).ids for text in sums])
+    settings = make_settings([dataclasses.asdict(given)], tokenizer_name=str(tmp_path / "tokenizer"))
+    loaded = load_pretrained_tokenizer(settings.data.tokenizer_name)
+    (account,), _ = encode_all(settings.data, loaded, tmp_path / "tokenizer", tmp_path / "work")
+    assert len(account.questions) > 50
 
 
 def test_tokens_of_datatrove_need_a_byte_level_tokenizer(datatrove, tmp_path):

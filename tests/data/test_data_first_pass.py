@@ -1,16 +1,18 @@
 """What is tokenized again and what is not, and where finished shards lie until the whole is finished."""
 
 import dataclasses
+import json
 import logging
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from dynamic_transformers.data import first_pass
 from dynamic_transformers.data.first_pass import encode_all
 from dynamic_transformers.data.prepare import prepare, work_folder
-from dynamic_transformers.data.shards import ACCOUNT_FILE
+from dynamic_transformers.data.shards import ACCOUNT_FILE, TOKENS
 from dynamic_transformers.data.tokenization import train_tokenizer
 from dynamic_transformers.settings import UserError
 
@@ -106,6 +108,31 @@ def test_another_tokenizer_means_other_shards(settings, tokenized, make_texts, t
     other.save_pretrained(tmp_path / "other")
     changed, after = tokenized(settings.data, (other, tmp_path / "other"))
     assert changed == 4 and after.tokens < account.tokens
+
+
+def test_a_tokenizer_that_takes_the_place_of_another_is_read_anew(settings, files, tmp_path, make_texts):
+    """Within one process, too: in a notebook, or where several data sets are prepared."""
+    found = []
+    for size in (300, 400):
+        tokenizer = train_tokenizer(make_texts(100), size)
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        _, folders = encode_all(settings.data, tokenizer, tmp_path / "tokenizer", tmp_path / "work")
+        found.append(max(np.fromfile(of.folder / TOKENS, "<u2").max() for of in folders))
+    assert found[0] < 300 <= found[1]
+
+
+def test_benchmark_texts_that_take_the_place_of_others_are_read_anew(
+    settings, files, byte_tokenizer, tmp_path
+):
+    file = tmp_path / "texts.of.tasks"
+    text = json.loads((tmp_path / "0.jsonl").read_text().splitlines()[0])["text"]
+    found = []
+    for some in ("of something else " * 10, text):
+        file.write_text(json.dumps({"task": "t", "text": some}) + "\n")
+        data = dataclasses.replace(settings.data, decontaminate=str(file))
+        (account,), _ = encode_all(data, *byte_tokenizer, tmp_path / "other")
+        found.append(account.records["contaminated"])
+    assert found[0] == 0 < found[1]
 
 
 def test_what_a_mixture_takes_changes_no_shard(settings, tokenized):

@@ -146,6 +146,14 @@ def test_the_nearest_conversation_is_the_last(make_pool):
     assert {quota: pool.times(quota, None, 0, True)[0].documents for quota in quotas} == quotas
 
 
+def test_one_conversation_more_is_left_out_where_that_is_nearer(make_pool):
+    pool, _ = make_pool([400] * 40)
+    everything = pool.first(pool.tokens)
+    assert pool.times(pool.tokens + 150, None, 0, True) == [everything]
+    assert pool.times(pool.tokens + 250, None, 0, True) == [everything, pool.first(1)]
+    assert pool.times(150, None, 0, True) == [pool.first(1)]  # rather than nothing of the source
+
+
 def test_conversations_up_to_a_limit_are_not_read_twice(make_pool):
     """The limit falls within the tenth, so nine are all that there is."""
     pool, _ = make_pool([100] * 20)

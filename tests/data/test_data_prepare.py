@@ -237,6 +237,14 @@ def test_a_failed_run_leaves_the_old_folder_and_no_other(tmp_path, make_settings
     assert read_manifest(folder)["sources"][0]["name"] == "a"
 
 
+@pytest.mark.parametrize("limit", ["max_tokens", "max_eval_tokens"])
+def test_a_quota_that_leaves_nothing_is_told(tmp_path, make_settings, make_source, limit):
+    sources = [make_source(name, seed=seed) for seed, name in enumerate("abc")]
+    split = {"max_tokens": "train", "max_eval_tokens": "validation"}[limit]
+    with pytest.raises(UserError, match=f"^the {split} split has 0 tokens, less than data.block_size=32: "):
+        prepare(make_settings(sources, **{limit: 1}), tmp_path / "data")
+
+
 def test_mistakes_are_told_in_one_line(tmp_path, make_settings, make_source):
     source = make_source("a", 200)
     home = tmp_path / "home"

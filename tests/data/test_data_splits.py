@@ -16,9 +16,9 @@ def account(both_passes, make_settings, caplog):
         settings = make_settings(sources, **settings)
         merged = both_passes(settings)
         chosen = choose(settings.data, "train", merged.pools["train"])
-        facts = source_facts(settings.data, merged.accounts, merged.duplicates, merged.pools, chosen)
+        facts = source_facts(settings.data, merged.accounts, merged.duplicates, merged.pools, chosen, {})
         caplog.clear()
-        warn(settings.data, facts)
+        warn(settings.data, facts, merged.pools)
         pieces = list(mixture(merged.shards, merged.pools["train"], chosen))
         return facts, caplog.messages, pieces
 
@@ -93,7 +93,7 @@ def test_a_wrong_sum_is_a_fault_of_the_program(both_passes, make_settings, make_
     merged = both_passes(settings)
     chosen = choose(settings.data, "train", merged.pools["train"])
     with pytest.raises(RuntimeError, match="source a: documents_in is not the sum of its parts"):
-        source_facts(settings.data, merged.accounts, [Duplicates(1, 0)], merged.pools, chosen)
+        source_facts(settings.data, merged.accounts, [Duplicates(1, 0)], merged.pools, chosen, {})
 
 
 def test_nothing_is_said_of_what_was_asked_for(account, make_source):
@@ -104,10 +104,10 @@ def test_nothing_is_said_of_what_was_asked_for(account, make_source):
 
 def test_other_proportions_than_the_asked_ones_are_told(account, make_source):
     sources = [make_source("a", 300), make_source("b", 100, seed=1)]
-    facts, lines, _ = account(sources, exhausted="redistribute")
+    facts, lines, _ = account(sources, exhausted="redistribute", max_eval_tokens=300)
     realised = [100 * fact["proportion_realised"] for fact in facts]
     assert lines == [
-        f"source {name}: {part:.1f} % of the mixture's tokens, where 50.0 % were asked "
+        f"source {name}: {part:.3g} % of the mixture's tokens, where 50 % were asked "
         "(data.exhausted=redistribute)"
         for name, part in zip("ab", realised, strict=True)
     ]
@@ -115,21 +115,39 @@ def test_other_proportions_than_the_asked_ones_are_told(account, make_source):
 
 def test_many_epochs_are_told(account, make_source):
     sources = [make_source("a", 300), make_source("b", 50, seed=1)]
-    facts, lines, _ = account(sources, exhausted="repeat")
+    facts, lines, _ = account(sources, exhausted="repeat", max_eval_tokens=300)
     assert facts[1]["epochs"] > 4
     assert lines == [f"source b: read {facts[1]['epochs']:.1f} times, over data.max_epochs=4"]
-    assert account(sources, exhausted="repeat", max_epochs=20)[1] == []
+    assert account(sources, exhausted="repeat", max_epochs=20, max_eval_tokens=300)[1] == []
+
+
+def test_a_small_source_that_keeps_what_is_evaluated_on_small_is_told(account, make_source):
+    sources = [make_source("a", 1500), make_source("b", 60, seed=1)]
+    _, lines, _ = account(sources, exhausted="repeat", max_epochs=99)
+    assert [line.split(" split has ")[0] for line in lines] == ["the validation", "the test"]
+    assert all("source b has only" in line and "for its 50 %" in line for line in lines)
+    assert account(sources, exhausted="repeat", max_epochs=99, max_eval_tokens=300)[1] == []
+
+
+@pytest.mark.parametrize("weight", [0.004, 1e-7])
+def test_a_small_share_that_is_missed_is_told(account, make_source, weight):
+    """0.4 % asked and 0.2 % taken is another mixture, however small the difference."""
+    b = make_source("b", 12, seed=1, weight=weight)
+    facts, lines, _ = account([make_source("a", 3000), b], exhausted="redistribute")
+    asked, realised = facts[1]["proportion_asked"], facts[1]["proportion_realised"]
+    assert 0.005 * asked < abs(realised - asked) < 0.005
+    assert any(line.startswith(f"source b: {100 * realised:.3g} % of the mixture's") for line in lines)
 
 
 def test_a_mixture_that_leaves_much_unused_is_told(account, make_source):
     sources = [make_source("a", 300), make_source("b", 50, seed=1)]
-    facts, lines, _ = account(sources)
+    facts, lines, _ = account(sources, max_eval_tokens=300)
     used = facts[0]["documents_used"]
     assert lines == [
         f"the mixture ends where source b runs dry: {used} of {used + facts[0]['unused']} training documents "
         "of source a are used; other weights, or data.exhausted=repeat or redistribute, take more"
     ]
-    assert account(sources, max_tokens=4000)[1] == []  # more was not asked for
+    assert account(sources, max_tokens=4000, max_eval_tokens=300)[1] == []  # more was not asked for
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
@@ -139,7 +157,7 @@ def test_facts_of_a_split(both_passes, byte_tokenizer, make_settings, make_sourc
     merged = both_passes(settings)
     pool = merged.pools["train"][0]
     pieces = mixture(merged.shards, [pool], choose(settings.data, "train", [pool]))
-    facts, counts = write_split(tmp_path / "train", pieces, settings.data, byte_tokenizer[0])
+    facts, counts, _ = write_split(tmp_path / "train", pieces, settings.data, byte_tokenizer[0])
     assert facts["documents"] == pool.documents and counts.sum() == facts["target_tokens"]
     assert facts["tokens"] == pool.tokens + facts["padding_tokens"] - facts["dropped_tokens"]
     assert (facts["padding_tokens"] > 0) == (packing == "best_fit")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -314,11 +315,9 @@ def test_weights_that_are_missing_are_never_made_up(
     assert not caplog.messages
 
 
-def test_a_task_says_how_long_a_text_is_not_the_model(
-    model_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(model_dir, tmp_path / "model")
-    (tmp_path / "model/generation_config.json").write_text('{"max_new_tokens": 40, "do_sample": false}')
+@pytest.fixture
+def generating(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The task dt_arithmetic, with answers of up to 5 tokens that the model writes."""
     (task,) = expand_tasks(["dt_arithmetic"], data_dir).values()
     assert isinstance(task, dict)
     for name in ("doc_to_choice", "metric_list", "target_delimiter"):
@@ -326,6 +325,31 @@ def test_a_task_says_how_long_a_text_is_not_the_model(
     task |= {"output_type": "generate_until", "doc_to_target": "{{choices[0]}}"}
     task |= {"generation_kwargs": {"until": ["no such text"], "max_gen_toks": 5}}
     monkeypatch.setattr(harness, "expand_tasks", lambda *_: {"dt_arithmetic": task})
+    return task
+
+
+def test_a_task_whose_answers_are_as_long_as_the_context_is_refused(
+    model_dir: Path, data_dir: Path, generating: dict[str, Any]
+) -> None:
+    context = harness.load_config(model_dir).max_position_embeddings
+    context = max(context, harness.SHORTEST_CONTEXT)
+    generating["generation_kwargs"]["max_gen_toks"] = context
+    words = f"^task 'dt_arithmetic': its answers have up to {context} tokens, the model's context {context}: "
+    with pytest.raises(UserError, match=words):
+        run_benchmarks(model_dir, ["dt_arithmetic"], data_dir=data_dir, batch_size=4, limit=1)
+    generating["generation_kwargs"]["max_gen_toks"] = context - 1
+    run_benchmarks(model_dir, ["dt_arithmetic"], data_dir=data_dir, batch_size=1, limit=1)
+
+
+def test_a_task_says_how_long_a_text_is_not_the_model(
+    model_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    generating: dict[str, Any],
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"max_new_tokens": 40, "do_sample": false}')
     lengths = []
 
     def generate(model, *arguments, **options):

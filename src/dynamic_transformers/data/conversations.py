@@ -30,11 +30,11 @@ PLAIN_TEMPLATE = (
 )
 
 BREAK = "\ufdd0"  # stands in the spelling of a special token while the template is rendered; no character
-TODAY = date(
-    2024, 7, 26
-)  # for templates that write the date; Llama 3.1's writes this one if it knows no other
+# For templates that write the date; Llama 3.1's writes this one if it knows no other.
+TODAY = date(2024, 7, 26)
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+THOUGHT = re.compile(r"<think(ing)?>\s*(</think(ing)?>\s*)?\Z")
 NEVER = "(?!)"  # a pattern that matches nothing
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
@@ -184,15 +184,19 @@ class ConversationEncoder:
             through = text if index == len(messages) - 1 else self._render(messages[: index + 1])[0]
         except ValueError:  # the template needs another message first
             return None
-        if not (text.startswith(before) and through.startswith(before)):
+        # What a model is given to begin its thoughts with does not stand in front of an answer without any.
+        prompts = [before, THOUGHT.sub("", before)]
+        starts = [len(p) for p in prompts if text.startswith(p) and through.startswith(p)]
+        if not starts:
             return None
-        turn = through[len(before) :]
+        start = starts[0]
+        turn = through[start:]
         # A template may close the conversation behind its last turn, as Phi-3's does.
-        while not text.startswith(turn, len(before)):
+        while not text.startswith(turn, start):
             if not (closing := self._closing.search(turn)):
                 return None
             turn = turn[: closing.start()]
-        return len(before), len(before) + len(self._closing.sub(r"\1", turn))
+        return start, start + len(self._closing.sub(r"\1", turn))
 
 
 def _beginnings(spellings: Iterable[str]) -> str:

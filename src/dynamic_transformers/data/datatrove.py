@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dynamic_transformers.data.encoding import byte_lengths
+from dynamic_transformers.data.files import digest_of
 from dynamic_transformers.data.rows import Division, Part, Reader, Row, UnreadableError
 from dynamic_transformers.data.tables import at_most, divided
 from dynamic_transformers.refusals import reason_of
@@ -112,15 +113,22 @@ def _tokenizer_of(file: str) -> Tokenizer:
     if name is None:
         raise UnreadableError(f"{file}.metadata names no tokenizer: its tokens cannot be read")
     try:
-        return _load(name)
+        found = _file_of(name)
+        return _load(found, digest_of(found))
     except OSError as error:
         raise UnreadableError(f"{file}.metadata: its tokenizer {name}: {reason_of(error)}") from error
 
 
-@cache
-def _load(name: str) -> Tokenizer:
-    """A tokenizer of the hub, of a folder, or of a tokenizer.json."""
+def _file_of(name: str) -> Path:
+    """The tokenizer.json of the hub, of a folder, or that this is."""
+    if Path(name).is_file():
+        return Path(name)
     # Not above: other sources need nothing of it.
     from transformers.utils.hub import cached_file
 
-    return Tokenizer.from_file(str(name if Path(name).is_file() else cached_file(name, "tokenizer.json")))
+    return Path(str(cached_file(name, "tokenizer.json")))
+
+
+@cache
+def _load(file: Path, digest: str) -> Tokenizer:
+    return Tokenizer.from_file(str(file))

@@ -24,7 +24,7 @@ RANKS = 1 << 64  # different ranks
 class Document:
     """A text, a conversation (messages) or token ids.
 
-    digest: SHA-256 of that alone.
+    digest: SHA-256 of that alone: texts that are equal once they are cut are the same.
     cut: whether there was more of it.
     """
 
@@ -68,20 +68,20 @@ def document_of(
     value = row.value
     if isinstance(value, str) and len(value) < data.min_characters:
         return Rejected(FILTERED, "too short")
+    limit, cut = data.max_document_characters, False
+    if limit is not None and _characters(value) > limit:
+        if data.long_documents == "filter" or not isinstance(value, str):
+            return Rejected(FILTERED, "too long")
+        value, cut = value[:limit], True
     digest = hashlib.sha256(_content(value)).digest()
     split = "validation" if shard.split == "validation" else split_of(digest, data)
     ratio = source.train_subset_ratio
     if split == "train" and ratio is not None and rank(digest, 0, "subset") >= ratio * RANKS:
         return Rejected(UNUSED, "not of the part that train_subset_ratio asks for")
-    document = Document(value, digest, split)
+    document = Document(value, digest, split, cut)
     if contamination and (task := contamination.overlaps(document.text)):
         return Rejected(CONTAMINATED, f"quotes {task}")
-    limit = data.max_document_characters
-    if limit is None or _characters(document) <= limit:
-        return document
-    if data.long_documents == "cut" and isinstance(value, str):
-        return Document(value[:limit], digest, split, cut=True)
-    return Rejected(FILTERED, "too long")
+    return document
 
 
 def text_of_messages(messages: list[dict[str, Any]]) -> str:
@@ -104,9 +104,9 @@ def rank(digest: bytes, seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{purpose}:".encode() + digest).digest()[:8])
 
 
-def _characters(document: Document) -> int:
-    """Characters of a document; of token ids their number, which is less."""
-    return len(document.value) if isinstance(document.value, np.ndarray) else len(document.text)
+def _characters(value: str | list[dict[str, Any]] | np.ndarray) -> int:
+    """Characters of a text or of messages; of token ids their number, which is less."""
+    return len(text_of_messages(value)) if isinstance(value, list) else len(value)
 
 
 def _content(value: Any) -> bytes:

@@ -14,6 +14,7 @@ from tokenizers.decoders import ByteLevel
 
 if TYPE_CHECKING:  # it imports transformers, which texts need not
     from dynamic_transformers.data.conversations import ConversationEncoder
+    from dynamic_transformers.data.documents import Document
 
 # Of the parts in which a text is tokenized: small ones stay in the processor's cache, which takes less time.
 PART_CHARACTERS = 2_500
@@ -160,6 +161,12 @@ class DocumentEncoder:
 
     def __init__(self, texts: Encoder, conversations: ConversationEncoder | None):
         self.texts, self.conversations = texts, conversations
+
+    def text_of(self, document: Document) -> str:
+        """What a document says, of whatever kind it is."""
+        if isinstance(document.value, np.ndarray):
+            return self.texts.backend.decode(document.value.tolist())
+        return document.text
 
     def other(self, value: list[dict[str, Any]] | np.ndarray) -> Encoded:
         """A conversation or token ids.

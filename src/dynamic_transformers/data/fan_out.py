@@ -90,6 +90,11 @@ def merge_groups(settings: Settings, plan_dir: Path, groups: Sequence[Path], out
             return
         shutil.copytree(plan_dir / "tokenizer", folder / "tokenizer")
         there = {path.name: path for group in groups for path in group.iterdir()}
+        if missing := sum(entry["folder"] not in there for entry in plan["shards"]):
+            raise UserError(
+                f"{missing} of {len(plan['shards'])} folders of shards are missing: give what every group of "
+                "tokenize_shards wrote"
+            )
         shards = [(there[entry["folder"]], Shard(**entry["shards"][0])) for entry in plan["shards"]]
         accounts, finished = finished_shards(data, shards)
         facts = mix(folder, _tokenizer(plan_dir)[0], accounts, finished, data, plan["seed"])

@@ -21,6 +21,8 @@ USUAL_COLUMNS = {
     "system": ("system", "system_prompt"),
 }
 ROLES = ("system", "user", "assistant", "tool")
+# What templates read of a message; anything else, a time or a rating, would tell apart what is the same.
+MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     **{"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le},
@@ -119,7 +121,8 @@ class Text:
 class Conversation:
     """Messages of the columns that hold the roles of a conversation.
 
-    Each is {"role": "system" | "user" | "assistant" | "tool", "content": text}, with what else it holds.
+    Each is {"role": "system" | "user" | "assistant" | "tool", "content": text}, with what else it holds of
+    MESSAGE_KEYS.
     """
 
     def __init__(self, roles: Mapping[str, str]) -> None:
@@ -205,14 +208,10 @@ def _messages(values: Any) -> list[dict[str, Any]]:
         if not isinstance(value, Mapping):
             raise BrokenError(f"{place}{type(value).__name__} instead of an object", values)
         # Tables have every key in every message, null where it has none.
-        message = {key: entry for key, entry in value.items() if entry is not None}
-        if "role" not in message and "from" in message:
-            role = message.pop("from")
-            message = {
-                "role": SHAREGPT_ROLES.get(role, role),
-                "content": message.pop("value", None),
-                **message,
-            }
+        message = {key: value[key] for key in MESSAGE_KEYS if value.get(key) is not None}
+        if "role" not in message and "from" in value:
+            message["role"] = SHAREGPT_ROLES.get(value["from"], value["from"])
+            message["content"] = value.get("value")
         if message.get("role") not in ROLES:
             raise BrokenError(f"{place}role {message.get('role')!r}; known are {', '.join(ROLES)}", values)
         if message.get("content") is None and message.get("tool_calls"):

@@ -67,12 +67,14 @@ class EncodeJob(Job):
     """Shards to be tokenized into a folder.
 
     tokenizer: folder of the tokenizer.
+    made_with: digest of it and of all else that is the same for every shard.
     markers: ids of what begins and what ends a document.
     states: of the shards' files when their content was identified.
     """
 
     folder: Path
     tokenizer: Path
+    made_with: str
     markers: tuple[int, int]
     states: list[FileState | None]
 
@@ -144,7 +146,7 @@ def encode_jobs(
         states = [_state(shard) for shard in shards]
         contents = [[shard.file, shard_identity(source, shard)] for shard in shards]
         name = digest([made_with, source.name, contents])[:16]
-        return EncodeJob(shards, source, data, work / name, tokenizer_folder, markers, states)
+        return EncodeJob(shards, source, data, work / name, tokenizer_folder, made_with, markers, states)
 
     jobs = [job(each) for each in shards]
     _check_tokens(jobs, tokenizer.backend_tokenizer)
@@ -248,7 +250,7 @@ def together(shards: Sequence[Shard]) -> Iterator[tuple[Shard, ...]]:
 def _encode(job: EncodeJob) -> int:
     """Do a job; the number of its tokens."""
     with fresh_folder(job.folder) as folder:
-        encoder = _encoder(job.tokenizer, job.markers, job.source.type == "finetune")
+        encoder = _encoder(job.tokenizer, job.made_with, job.markers, job.source.type == "finetune")
         tokens = write_shards(folder, job.shards, job.source, job.data, encoder)
         for shard, state in zip(job.shards, job.states, strict=True):
             if _state(shard) != state:
@@ -278,7 +280,7 @@ def _program() -> list[str]:
 
 
 @cache
-def _encoder(tokenizer: Path, markers: tuple[int, int], chat: bool) -> DocumentEncoder:
+def _encoder(tokenizer: Path, made_with: str, markers: tuple[int, int], chat: bool) -> DocumentEncoder:
     texts = Encoder(Tokenizer.from_file(str(tokenizer / "tokenizer.json")), *markers)
     if not chat:
         return DocumentEncoder(texts, None)

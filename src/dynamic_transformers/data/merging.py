@@ -162,6 +162,8 @@ def mixture(shards: Shards, pools: Sequence[Pool], choices: Sequence[Sequence[Ch
         choices: of each source, one for each time that it is read.
     """
     chosen = [choice for epochs in choices for choice in epochs]
+    if not chosen:
+        return
     parts = 1 + sum(choice.documents for choice in chosen) // ORDERED
     tokens = sum(choice.tokens for choice in chosen)
     with Progress("packing", tokens, "tokens") as progress:

@@ -98,7 +98,9 @@ class Pool:
             return [everything] * int(rounds)
         excess = min(tolerance * quota, everything.tokens - rest)
         last = _trimmed(self.first(rest), rest, excess, whole)
-        return [everything] * int(rounds) + [last] * bool(last.documents)
+        # The only source of a kind is not left out for being long, but need not be read once more.
+        again = rounds == 0 or not whole or last.tokens - rest <= last.last_tokens / 2
+        return [everything] * int(rounds) + [last] * bool(last.documents and again)
 
 
 def _trimmed(choice: Choice, quota: float, excess: float, whole: bool) -> Choice:

@@ -246,13 +246,14 @@ def mix(
         pools, duplicates = each_once(shards, len(data.dataset_configs), seed, pools_folder)
         check_splits(data, pools)
         chosen = {split: choose(data, split, pools[split]) for split in SPLITS}
-        splits, counts = {}, {}
+        splits, counts, without_loss = {}, {}, {}
         for split in SPLITS:
             pieces = mixture(shards, pools[split], chosen[split])
-            splits[split], counts[split] = write_split(folder / split, pieces, data, tokenizer)
-        sources = source_facts(data, accounts, duplicates, pools, chosen["train"])
+            written = write_split(folder / split, pieces, data, tokenizer)
+            splits[split], counts[split], without_loss[split] = written
+        sources = source_facts(data, accounts, duplicates, pools, chosen["train"], without_loss["train"])
         tell(sources)
-        warnings = warn(data, sources)
+        warnings = warn(data, sources, pools)
         names = [source.name for source in data.dataset_configs]
 
         def test_texts(source: str, purpose: str, count: int, shortest: int) -> list[str]:

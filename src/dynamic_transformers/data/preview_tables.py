@@ -76,8 +76,8 @@ def split_table(splits: Mapping[str, Mapping[str, Any]]) -> Table:
     """What each split has, from the manifest's `splits`."""
     rows = []
     for name, facts in splits.items():
-        packed = facts["tokens"] + facts["dropped_tokens"]
-        wasted = facts["padding_tokens"] + facts["dropped_tokens"]
+        left_out = facts["dropped_tokens"] + facts["tokens_without_loss"]
+        packed, wasted = facts["tokens"] + left_out, facts["padding_tokens"] + left_out
         row = [f"{facts[key]:,}" for key in ("documents", "blocks", "tokens", "target_tokens")]
         shares = [_percent(facts["cut_tokens"] / packed), _percent(wasted / packed)]
         targets = facts["target_tokens"]
@@ -87,8 +87,9 @@ def split_table(splits: Mapping[str, Mapping[str, Any]]) -> Table:
         ["split", "documents", "blocks", "tokens", "targets", "behind a cut", "wasted", "bytes a token"],
         rows,
         "Targets: tokens with a loss. Behind a cut: tokens that do not see the beginning of their document, "
-        "which the end of a block has cut. Wasted: padding, and what did not fill the last block. Bytes a "
-        "token: UTF-8 bytes of text that a target stands for.",
+        "which the end of a block has cut. Wasted: padding, what did not fill the last block, and parts of "
+        "conversations that the assistant says nothing in, which are left out. Bytes a token: UTF-8 bytes of "
+        "text that a target stands for.",
     )
 
 

@@ -2,7 +2,7 @@
 
 A finished shard's folder holds:
 
-- `index.bin`: one entry for each document, see INDEX, in the order of the digests;
+- `index.bin`: one entry for each document, see INDEX, in the order of the digests' first 64 bits;
 - `tokens.bin`: token ids, document after document, markers included, as `blocks.token_dtype` says;
 - `widths.bin`: UTF-8 bytes of each token, in the smallest integers that hold those of a document;
 - `targets.bin`: uint8, whether each token has a loss; only of conversations;
@@ -27,6 +27,7 @@ from dynamic_transformers.data.blocks import token_dtype
 from dynamic_transformers.data.decontamination import Contamination
 from dynamic_transformers.data.documents import QUARANTINED, SPLITS, Document, Rejected, document_of
 from dynamic_transformers.data.encoding import DocumentEncoder, Encoded
+from dynamic_transformers.data.files import digest_of
 from dynamic_transformers.data.rows import Row
 from dynamic_transformers.data.sources import Shard, read_shard
 from dynamic_transformers.manifest import write_json
@@ -37,6 +38,8 @@ BATCH_CHARACTERS = 500_000  # tokenized at once, about
 
 INDEX_FILE, ACCOUNT_FILE = "index.bin", "account.json"
 TOKENS, WIDTHS, TARGETS, TEXTS = "tokens.bin", "widths.bin", "targets.bin", "texts.bin"
+UNSORTED = "unsorted.bin"  # the index, until the last document is known
+SORTED = 1 << 16  # entries of it in memory at once
 # start: of the document's tokens, in tokens; width_start: of its widths, in bytes of that file, each of
 # width_size bytes; text_start, text_bytes: of its text, in bytes.
 INDEX = np.dtype(
@@ -125,7 +128,8 @@ def write_shards(
         account.records["documents"] += 1
         account.cut += document.cut
         if document.split == "train" and data.arithmetic_examples:
-            account.questions.update(filter(arithmetic.could_be_asked, arithmetic.expressions(document.text)))
+            text = encoder.text_of(document)
+            account.questions.update(filter(arithmetic.could_be_asked, arithmetic.expressions(text)))
     account.tokens = writer.close()
     account.write(folder)
     return account.tokens
@@ -135,7 +139,8 @@ def documents_of(
     shards: Sequence[Shard], source: SourceSettings, data: DataSettings, account: Account
 ) -> Iterator[tuple[Row, Document]]:
     """The documents of shards; what becomes of the other records goes into the account."""
-    contamination = _contamination(data.decontaminate) if data.decontaminate else None
+    texts = data.decontaminate and Path(data.decontaminate)
+    contamination = _contamination(texts, digest_of(texts)) if texts else None
     for shard in shards:
         for row in read_shard(source, shard):
             found = document_of(row, shard, source, data, contamination)
@@ -146,8 +151,8 @@ def documents_of(
 
 
 @cache
-def _contamination(file: str) -> Contamination:
-    return Contamination.read(Path(file))
+def _contamination(file: Path, digest: str) -> Contamination:
+    return Contamination.read(file)
 
 
 class ShardWriter:
@@ -160,8 +165,8 @@ class ShardWriter:
     def __init__(self, folder: Path, encoder: DocumentEncoder):
         self.folder, self.encoder = folder, encoder
         self.dtype = token_dtype(encoder.texts.vocab_size)
-        self._files = {name: (folder / name).open("wb") for name in (TOKENS, WIDTHS, TARGETS, TEXTS)}
-        self._index: list[tuple] = []
+        names = (TOKENS, WIDTHS, TARGETS, TEXTS, UNSORTED)
+        self._files = {name: (folder / name).open("wb") for name in names}
         self._waiting: list[Document] = []
         self._waiting_characters = self._tokens = 0
 
@@ -184,9 +189,14 @@ class ShardWriter:
         self._write_texts()
         for file in self._files.values():
             file.close()
-        index = np.array(self._index, dtype=INDEX)
-        order = np.lexsort(index["digest"].T[::-1])
-        (self.folder / INDEX_FILE).write_bytes(index[order].data)  # not tofile: it hides that a disk is full
+        unsorted = self.folder / UNSORTED
+        size = unsorted.stat().st_size
+        index = np.memmap(unsorted, INDEX, "r") if size else np.empty(0, INDEX)
+        order = np.argsort(index["digest"][:, 0], kind="stable")
+        with (self.folder / INDEX_FILE).open("wb") as file:
+            for start in range(0, len(order), SORTED):
+                file.write(index[order[start : start + SORTED]].data)  # not tofile: it hides a full disk
+        unsorted.unlink()
         return self._tokens
 
     def _write_texts(self) -> None:
@@ -200,19 +210,18 @@ class ShardWriter:
         size = np.min_scalar_type(widths.max()).itemsize
         text = b""
         if document.split == "test":
-            text = (document.text or self.encoder.texts.backend.decode(ids[1:-1].tolist())).encode()
-        self._index.append(
-            (
-                np.frombuffer(document.digest, ">u8"),
-                SPLITS.index(document.split),
-                len(ids),
-                self._tokens,
-                size,
-                self._files[WIDTHS].tell(),
-                len(text),
-                self._files[TEXTS].tell(),
-            )
+            text = self.encoder.text_of(document).encode()
+        entry = (
+            np.frombuffer(document.digest, ">u8"),
+            SPLITS.index(document.split),
+            len(ids),
+            self._tokens,
+            size,
+            self._files[WIDTHS].tell(),
+            len(text),
+            self._files[TEXTS].tell(),
         )
+        self._files[UNSORTED].write(np.array(entry, INDEX).data)
         self._files[TOKENS].write(ids.astype(self.dtype).data)
         self._files[WIDTHS].write(widths.astype(f"<u{size}").data)
         if targets is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,11 @@ def choose(data: DataSettings, split: str, pools: Sequence[Pool]) -> list[list[C
 
 def write_split(
     folder: Path, documents: Iterator[Piece], data: DataSettings, tokenizer: PreTrainedTokenizerFast
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Pack documents into blocks; returns the split's facts, and how often each token id is a target, (V,).
+) -> tuple[dict[str, Any], np.ndarray, Counter[int]]:
+    """Pack documents into blocks.
+
+    Returns:
+        The split's facts; how often each token id is a target, (V,); by source, tokens that were left out.
 
     Raises:
         UserError: they fill no block.
@@ -71,6 +75,7 @@ def write_split(
         "documents": counted.count,
         "cut_documents": cuts.documents,
         "cut_tokens": cuts.tokens,
+        "tokens_without_loss": cuts.without_loss.total(),
         **writer.close(),
     }
     if not facts["blocks"]:
@@ -78,16 +83,18 @@ def write_split(
             f"the {folder.name} split has {writer.added} tokens, less than "
             f"data.block_size={data.block_size}: give it more documents or a smaller block"
         )
+    given = writer.added + facts["tokens_without_loss"]
+    wasted = facts["padding_tokens"] + facts["dropped_tokens"] + facts["tokens_without_loss"]
     logger.info(
         "%s: %d tokens of %d documents in %d blocks; %.1f %% behind a cut, %.2f %% wasted",
         folder.name,
         writer.added - writer.padding,
         counted.count,
         facts["blocks"],
-        100 * cuts.tokens / writer.added,
-        100 * (facts["padding_tokens"] + facts["dropped_tokens"]) / writer.added,
+        100 * cuts.tokens / given,
+        100 * wasted / given,
     )
-    return facts, writer.target_counts
+    return facts, writer.target_counts, cuts.without_loss
 
 
 class Counted:
@@ -143,6 +150,11 @@ def check_splits(data: DataSettings, pools: Mapping[str, Sequence[Pool]]) -> Non
     }
     for number, source in enumerate(data.dataset_configs):
         usable = sum(pools[split][number].documents for split in SPLITS)
+        if not usable:
+            raise UserError(
+                f"data.dataset_configs.{source.name}: all of its documents are duplicates of those of other "
+                "sources; leave it out"
+            )
         for split, percentage in percentages.items():
             if not pools[split][number].documents:
                 raise UserError(
@@ -158,6 +170,7 @@ def source_facts(
     duplicates: Sequence[Duplicates],
     pools: Mapping[str, Sequence[Pool]],
     chosen: Sequence[Sequence[Choice]],
+    without_loss: Mapping[int, int],
 ) -> list[dict[str, Any]]:
     """The account of each source.
 
@@ -165,21 +178,22 @@ def source_facts(
     source's part of the mixture), held_out (of the validation and test splits, evaluated on or not),
     filtered, contaminated (they quote a benchmark), duplicates and quarantined (broken). `tokens_in` is the
     sum of tokens_used (in the training split's mixture, each once), tokens_unused, tokens_held_out and
-    tokens_of_duplicates; `tokens` counts those of the mixture as often as they are read, and `epochs` how
-    often that is.
+    tokens_of_duplicates. `tokens` counts those of the mixture as often as they are read, without the
+    `tokens_without_loss`: of parts of conversations that are left out. `epochs`: how often it is read.
 
     Raises:
         RuntimeError: a sum is wrong: a fault of this program.
     """
     weights = {source.name: source.weight for source in data.dataset_configs}
-    total = sum(choice.tokens for choices in chosen for choice in choices)
+    total = sum(choice.tokens for choices in chosen for choice in choices) - sum(without_loss.values())
     facts = []
     for number, (name, asked) in enumerate(shares(weights).items()):
         account, pool, choices = accounts[number], pools["train"][number], chosen[number]
         held_out = {split: pools[split][number] for split in SPLITS if split != "train"}
         used = max((choice.documents for choice in choices), default=0)
         tokens_used = max((choice.tokens for choice in choices), default=0)
-        tokens = sum(choice.tokens for choice in choices)
+        read = sum(choice.tokens for choice in choices)
+        tokens = read - without_loss.get(number, 0)
         limit = data.dataset_configs[number].max_tokens
         fact = {
             "name": name,
@@ -199,7 +213,8 @@ def source_facts(
             "tokens_held_out": sum(other.tokens for other in held_out.values()),
             "tokens_of_duplicates": duplicates[number].tokens,
             "tokens": tokens,
-            "epochs": tokens / min(pool.tokens, limit or pool.tokens),
+            "tokens_without_loss": read - tokens,
+            "epochs": read / min(pool.tokens, limit or pool.tokens),
             "proportion_asked": asked,
             "proportion_realised": tokens / total,
         }
@@ -229,21 +244,24 @@ def tell(facts: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def warn(data: DataSettings, facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say what a person may not have meant: proportions that are others, many epochs, much left unused.
+def warn(
+    data: DataSettings, facts: Sequence[Mapping[str, Any]], pools: Mapping[str, Sequence[Pool]]
+) -> list[str]:
+    """Say what a person may not have meant: other proportions, many epochs, much unused, little to test on.
 
     Args:
         facts: as `source_facts` gives them.
+        pools: of each split and source.
 
     Returns:
         What was said.
     """
-    lines = []
+    lines = [line for split in ("validation", "test") if (line := _scarce(data, split, pools[split]))]
     for fact in facts:
         name, asked, realised = fact["name"], fact["proportion_asked"], fact["proportion_realised"]
-        if abs(realised - asked) > TOLERANCE["train"]:
+        if abs(realised - asked) > TOLERANCE["train"] * asked:
             lines.append(
-                f"source {name}: {100 * realised:.1f} % of the mixture's tokens, where {100 * asked:.1f} % "
+                f"source {name}: {100 * realised:.3g} % of the mixture's tokens, where {100 * asked:.3g} % "
                 f"were asked (data.exhausted={data.exhausted})"
             )
         if (epochs := fact["epochs"]) > data.max_epochs:
@@ -260,3 +278,19 @@ def warn(data: DataSettings, facts: Sequence[Mapping[str, Any]]) -> list[str]:
     for line in lines:
         logger.warning("%s", line)
     return lines
+
+
+def _scarce(data: DataSettings, split: str, pools: Sequence[Pool]) -> str | None:
+    """What is said of a split to evaluate on that a source, which runs dry, keeps below half of its size."""
+    available = {source.name: pool.tokens for source, pool in zip(data.dataset_configs, pools, strict=True)}
+    parts = shares({source.name: source.weight for source in data.dataset_configs})
+    driest = min(parts, key=lambda name: available[name] / parts[name])
+    possible = min(data.max_eval_tokens, sum(available.values()))
+    reached = available[driest] / parts[driest]
+    if reached >= possible / 2:
+        return None
+    return (
+        f"the {split} split has {reached:.0f} tokens instead of {possible}: source {driest} has only "
+        f"{available[driest]} held out for its {100 * parts[driest]:.3g} %; give it more documents, or less "
+        "weight"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -95,6 +95,7 @@ def run_benchmarks(
         with log_level("lm_eval.models.huggingface", logging.ERROR):
             context = max(model.config.max_position_embeddings, SHORTEST_CONTEXT)
             lm = CountingLM(model, tokenizer, batch_size, context)
+        _check_room(manager.load(loaded)["tasks"], context, lm.max_gen_toks)
         output: Any = simple_evaluate(
             model=lm,
             tasks=loaded,
@@ -164,6 +165,19 @@ def render_table(result: dict[str, Any]) -> Table:
                 table.add_row(task, "tokens routed (sd)", f"{fraction['mean']:.4f} ({fraction['sd']:.4f})")
             table.add_row(task, "forward FLOPs per token", f"{realised['forward_flops_per_token']:.3e}")
     return table
+
+
+def _check_room(tasks: Mapping[str, Any], context: int, usual: int) -> None:
+    """Refuse tasks whose answers may be as long as the context: no question fits before them."""
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        longest = (task.config.generation_kwargs or {}).get("max_gen_toks", usual)
+        if longest >= context:
+            raise UserError(
+                f"task {name!r}: its answers have up to {longest} tokens, the model's context {context}: "
+                "leave it out, or train with a larger data.block_size"
+            )
 
 
 def _data_dir_of(model_dir: Path) -> Path | None:

@@ -49,13 +49,13 @@ def by_one_process(make: Callable[[], Path], what: str) -> Path:
             return Path(_made_by(first, store, what, Wait(aloud=local_rank == 1)))
         if rank:
             _made_by(0, store, what, Wait())
+        made = make()
+        store.set(_key(rank, what), str(made))
+        return made
     except DistNetworkError as error:
         raise UserError(
             f"rank {rank}: rank 0, which makes {what}, has ended: its own lines say why"
         ) from error
-    made = make()
-    store.set(_key(rank, what), str(made))
-    return made
 
 
 def _made_by(rank: int, store: Store, what: str, waiting: Wait) -> str:

@@ -87,7 +87,9 @@ class OptimizerStep:
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             syncs = index == self.accumulation - 1
             with contextlib.nullcontext() if syncs else accelerator.no_sync(self.model):
-                outputs = self.model(**batch, num_items_in_batch=targets, use_cache=False)
+                # Blocks in which the assistant says nothing make a step without targets, and its loss 0.
+                divisor = targets.clamp(min=1)
+                outputs = self.model(**batch, num_items_in_batch=divisor, use_cache=False)
                 # DDP averages over ranks; the loss is already a share of the whole step.
                 accelerator.backward(outputs.loss * accelerator.num_processes)
             add(losses, "train/total_loss", outputs.loss.detach())
