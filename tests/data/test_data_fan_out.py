@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_transformers.data import first_pass, rows, tables
+from dynamic_transformers.data import fan_out, first_pass, rows, tables
 from dynamic_transformers.data.fan_out import dealt, merge_groups, plan_shards, tokenize_group
+from dynamic_transformers.data.first_pass import all_shards
 from dynamic_transformers.data.prepare import prepare
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
@@ -123,6 +124,21 @@ def test_a_source_that_has_changed_since_the_plan_is_named(corpus, tmp_path):
     assert not (tmp_path / "group").exists()
     plan_shards(corpus, tmp_path / "plan")
     tokenize_group(corpus, tmp_path / "plan", 1, 1, tmp_path / "group")
+
+
+def test_a_source_that_changes_while_it_is_planned_is_named(corpus, tmp_path, monkeypatch):
+    file = tmp_path / "corpus" / "a.jsonl"
+
+    def shards_and_more(data):
+        found = all_shards(data)
+        with file.open("a") as appended:
+            appended.write('{"text": "one more"}\n')
+        return found
+
+    monkeypatch.setattr(fan_out, "all_shards", shards_and_more)
+    with pytest.raises(UserError, match=r"source lines: .*a\.jsonl has changed .* while it was read"):
+        plan_shards(corpus, tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
 
 
 @given(st.lists(st.integers(0, 1000), max_size=60), st.integers(1, 9))

@@ -108,7 +108,36 @@ def test_files_of_a_folder_that_are_not_read_are_told_once(folder, caplog):
     (folder / "notes.txt").write_text("a note")
     assert read(path=str(folder)) == read(path=str(folder)) == TEXTS
     (told,) = [record.getMessage() for record in caplog.records]
-    assert told.endswith("corpus: read as json; files of other formats are not: deep/more.csv, notes.txt")
+    assert told.endswith("corpus: read as json; other files are not: deep/more.csv, licence.md, notes.txt")
+
+
+def test_files_that_no_name_gives_to_a_split_are_not_left_out_in_silence(folder):
+    (folder / "more.jsonl").write_bytes(LINES)
+    with pytest.raises(UserError) as error:
+        read(path=str(folder))
+    assert str(error.value).endswith(
+        f"path={folder}: names make splits of some of its files (train: train.jsonl; test: deep/test.jsonl) "
+        "and leave out more.jsonl; name those that are meant with data_files"
+    )
+    card = "---\nconfigs:\n- config_name: a\n  data_files: more.jsonl\n---\n"
+    (folder / "README.md").write_text(card)
+    assert read(path=str(folder)) == TEXTS
+
+
+def test_notes_beside_a_text_file_do_not_decide_how_it_is_read(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("one line\n")
+    for number in range(5):
+        (tmp_path / f"{number}.md").write_text("a note\n")
+    assert read(path=str(tmp_path)) == ["one line"]
+    (told,) = caplog.messages
+    assert told.endswith(": read as text; other files are not: 0.md, 1.md, 2.md and 2 more")
+
+
+def test_folders_behind_links_are_read(folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "corpus").symlink_to(folder)
+    assert read(path=str(linked)) == TEXTS
 
 
 @pytest.mark.parametrize("max_documents", [None, 5])

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dynamic_transformers.data.fingerprints import fingerprints
 from dynamic_transformers.data.first_pass import all_shards, encode, encode_jobs, finished_shards
-from dynamic_transformers.data.prepare import STEP, data_config, mix, tokenizer_of
+from dynamic_transformers.data.prepare import STEP, check_unchanged, data_config, mix, tokenizer_of
 from dynamic_transformers.data.preview import write_page
 from dynamic_transformers.data.sources import Shard
 from dynamic_transformers.manifest import read_manifest, step_output, write_json, write_manifest
@@ -28,7 +28,7 @@ def plan_shards(settings: Settings, output_dir: Path) -> None:
     """Write the tokenizer, and in the manifest the shards of all sources; or find them written.
 
     Raises:
-        UserError: a source or tokenizer cannot be had.
+        UserError: a source or tokenizer cannot be had, or changes while it is looked at.
     """
     data, seed = settings.data, settings.run.seed
     config = {**data_config(settings), "fingerprints": fingerprints(data)}
@@ -41,6 +41,7 @@ def plan_shards(settings: Settings, output_dir: Path) -> None:
             {"folder": job.folder.name, "size": job.size, "shards": [asdict(shard) for shard in job.shards]}
             for job in jobs
         ]
+        check_unchanged(config["fingerprints"], data)
         write_manifest(folder, PLAN, config, {}, seed=seed, shards=shards)
 
 

@@ -33,6 +33,8 @@ BUILDER_OF_SUFFIX = {
     ".xml": "xml",
 }
 
+CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # which say what a folder's files are
+
 Patterns = Mapping[str, Sequence[str]]
 
 logger = logging.getLogger("dynamic_transformers")
@@ -208,29 +210,44 @@ def _files_of_folder(place: str, source: SourceSettings, folder: Path, patterns:
     if patterns:
         splits, missing = _matching(patterns, folder)
         return LocalFiles(_one_builder(place, [*chain(*splits.values())]), splits, missing)
-    names = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    links = {
-        name.as_posix(): folder / name
-        for name in names
-        if not any(part.startswith(".") for part in name.parts)
-    }
-    if links and not any(name.endswith(".zip") or _builder_of(Path(name)) for name in links):
+    # Unlike Path.rglob, it leaves out hidden files and follows links.
+    found = glob.glob("**/*", root_dir=folder, recursive=True)  # noqa: PTH207
+    names = [name for name in found if (folder / name).is_file()]
+    builders = {name: _builder_of(Path(name)) for name in names}
+    readable = [name for name in names if builders[name] or name.endswith(".zip")]
+    if names and not readable:
         known = ", ".join(BUILDER_OF_SUFFIX)
         raise UserError(
             f"{place}.path={source.path}: none of its files ends in {known}; others are read as text with "
             f"path: text, data_files: {source.path}/**/*"
         )
-    builder, splits = by_card(place, source, links)
+    cards = [name for name in CARDS if (folder / name).is_file()]
+    builder, splits = by_card(place, source, {name: folder / name for name in (*readable, *cards)})
+    taken = {name for found in splits.values() for name in found}
+    left = sorted(name for name in names if name not in taken)
+    same = [name for name in left if builders[name] == builder and not name.endswith(".json")]
+    if same and not _divides(folder):
+        divided = "; ".join(f"{split}: {found[0]}" for split, found in splits.items())
+        raise UserError(
+            f"{place}.path={source.path}: names make splits of some of its files ({divided}) and leave out "
+            f"{_some(same)}; name those that are meant with data_files"
+        )
     # Beside a set of another format, JSON files are about it.
-    others = [
-        name
-        for name in map(Path, links)
-        if _builder_of(name) not in (None, builder) and name.suffix != ".json"
-    ]
+    others = [name for name in left if builders[name] != builder and not name.endswith((".json", *CARDS))]
     if others:
-        some = ", ".join(map(str, sorted(others)[:3])) + (", …" if len(others) > 3 else "")
-        _warn_once(f"{place}.path={source.path}: read as {builder}; files of other formats are not: {some}")
+        _warn_once(f"{place}.path={source.path}: read as {builder}; other files are not: {_some(others)}")
     return LocalFiles(builder, {split: [folder / name for name in found] for split, found in splits.items()})
+
+
+def _divides(folder: Path) -> bool:
+    """Whether a folder's card says which files belong to which split."""
+    card = folder / "README.md"
+    head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0] if card.is_file() else ""
+    return head.startswith("---") and "\nconfigs:" in head
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @cache

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
             else:
                 with fresh_folder(output_dir, STEP) as folder:
                     facts = _fill(folder, work, settings.data, settings.run.seed)
-                    _check_unchanged(config["fingerprints"], settings.data)
+                    check_unchanged(config["fingerprints"], settings.data)
                     write_page(folder, facts)
                     write_manifest(folder, STEP, config, {}, seed=settings.run.seed, **facts)
                 logger.info("data: written to %s", output_dir)
@@ -136,8 +136,12 @@ def prepare(settings: Settings, output_dir: Path, force: bool = False) -> Path:
     return output_dir
 
 
-def _check_unchanged(before: dict[str, Fingerprint | None], data: DataSettings) -> None:
-    """Refuse what was read of files that somebody has changed meanwhile."""
+def check_unchanged(before: Mapping[str, Fingerprint | None], data: DataSettings) -> None:
+    """Refuse what was read of files that somebody has changed meanwhile.
+
+    Raises:
+        UserError: names the source and the file.
+    """
     change = first_change(before, fingerprints(data))
     if change:
         raise UserError(f"{change} while it was read; run the same command again when nobody writes there")
