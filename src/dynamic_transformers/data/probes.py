@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dynamic_transformers.data import arithmetic
-from dynamic_transformers.settings import DataSettings, UserError
+from dynamic_transformers.settings import EMBEDDED, DataSettings, UserError
 
 PERPLEXITY_DOCUMENTS = 40
 PERPLEXITY_CHARACTERS = 1200
@@ -54,7 +54,7 @@ def write_tasks(
     for source in data.dataset_configs:
         texts = test_texts(source.name, "perplexity", PERPLEXITY_DOCUMENTS, 0)
         tasks[f"perplexity_{source.name}"] = [{"text": text[:PERPLEXITY_CHARACTERS]} for text in texts]
-        if not (source.path == "embedded" and source.name == "math"):  # which is generated
+        if not (source.path == EMBEDDED and source.name == "math"):  # which is generated
             least = CONTEXT_CHARACTERS + CHOICE_CHARACTERS
             written[source.name] = test_texts(source.name, "cloze", CLOZE_DOCUMENTS, least)
     tasks["cloze"] = cloze(written, data.cloze_examples)

@@ -181,8 +181,7 @@ def tracked(settings: Settings, data_dir: Path, run_dir: Path, enabled: bool) ->
     status = "FAILED"
     try:
         tracker.log_data(data_dir, read_manifest(data_dir))
-        if (page := data_dir / PAGE).is_file():  # data of an older version have none
-            tracker.log_artifacts(page, "data")
+        tracker.log_artifacts(data_dir / PAGE, "data")
         yield tracker
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
