@@ -55,6 +55,7 @@ def found(given):
         ("a.b", ["flat"] * 3),
         ("{title}\n\n{meta.text}", ["T1\n\none", "T2\n\ntwo", "title: NoneType instead of str"]),
         ("{n}: {{{a.b}}}", ["3: {flat}", "4: {flat}", "n: NoneType instead of str"]),
+        ("{n}", ["3", "4", "n: NoneType instead of str"]),
         ("n", ["int instead of str", "int instead of str", "NoneType instead of str"]),
     ],
 )

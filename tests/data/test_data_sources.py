@@ -328,8 +328,76 @@ def test_unknown_embedded_source_is_told():
         list(read_records(SourceSettings(name="poems", path="embedded")))
 
 
-def test_a_quote_that_nobody_closes_is_no_document(tmp_path):
-    file = tmp_path / "a.csv"
-    file.write_text('text,id\nfirst,1\n"unclosed one,2\ntwo,3\nthree,4\n')
-    rows = list(Csv(",").rows(str(file), None, ()))
-    assert [row.value for row in rows if not row.fault] == [{"text": "first", "id": "1"}] and rows[-1].fault
+QUOTES = """text,id
+first,1
+"two
+lines",2
+"unclosed one,3
+two,4
+
+three,5
+"unclosed two,6
+four,7
+"""
+
+
+@pytest.mark.parametrize("most", [2**26, 30])
+def test_a_quote_that_nobody_closes_is_one_broken_record(tmp_path, monkeypatch, most):
+    monkeypatch.setattr("dynamic_transformers.data.rows.RECORD_CHARACTERS", most)
+    (tmp_path / "a.csv").write_text(QUOTES)
+    found = list(Csv(",").rows(str(tmp_path / "a.csv"), None, ()))
+    assert [(row.number, row.value["text"]) for row in found if not row.fault] == [
+        *[(2, "first"), (3, "two\nlines"), (6, "two"), (8, "three"), (10, "four")]
+    ]
+    broken = [(row.number, row.value) for row in found if row.fault]
+    assert broken == [(5, '"unclosed one,3'), (9, '"unclosed two,6')]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("text,id,text\n1,2,3\n", "several columns have the name 'text'"), ('"text,id\n', "is no header: ")],
+)
+def test_a_header_that_cannot_be_meant_is_told(tmp_path, content, words):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=words):
+        read(path="csv", data_files=str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_text_that_is_no_utf8_as_a_whole_is_told(tmp_path, name, encoding, compress):
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    (tmp_path / name).write_bytes(compress((mark + "text\nsome\n" * 20).encode(encoding)))
+    builder = {".txt": "text", ".jsonl": "json", ".csv": "csv"}[Path(name).suffix]
+    with pytest.raises(UserError, match=rf"{name}: is text in UTF-16 or UTF-32: save it as UTF-8$"):
+        read(path=builder, data_files=str(tmp_path / name))
+
+
+def test_zstandard_with_frames_to_be_skipped(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x53\x2a\x4d\x18\x04\x00\x00\x00abcd" + zstd(LINES))
+    assert read(path="json", data_files=str(tmp_path / "a.jsonl.zst")) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("condition", "kept"),
+    [
+        (["score", "==", 5], [5]),
+        (["score", "!=", 5], [0, *range(6, 30)]),
+        (["score", ">=", 9.5], range(10, 30)),
+        (["score", "<", 10], [0, *range(5, 10)]),
+        (["score", "in", [5, 7, 100]], [5, 7]),
+        (["score", "not in", [5]], [0, *range(6, 30)]),
+        (["odd", "==", True], [*range(5, 30, 2)]),
+    ],
+)
+def test_a_filter_by_a_number_does_the_same_in_every_format(tmp_path, condition, kept):
+    scores = [0, *range(5, 30)]
+    records = [{"text": f"text {n}", "score": n, "odd": n % 2 == 1} for n in scores]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = [",".join(map(str, record.values())) + "\n" for record in records]
+    (tmp_path / "a.csv").write_text("".join(["text,score,odd\n", *lines]))
+    expected = [f"text {number}" for number in kept]
+    for builder, name in (("json", "a.jsonl"), ("csv", "a.csv")):
+        given = SourceSettings(name="mine", path=builder, data_files=str(tmp_path / name), filter=[condition])
+        assert [row.value for row in read_records(given) if not row.dropped] == expected

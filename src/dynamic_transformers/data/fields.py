@@ -27,9 +27,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     **{"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le},
     **{">": operator.gt, ">=": operator.ge},
-    "in": lambda value, known: value in known,
-    "not in": lambda value, known: value not in known,
 }
+TRUTHS = {"true": True, "false": False}
 
 
 class NoSuchColumnError(ValueError):
@@ -64,13 +63,15 @@ class Fields:
             self._make = Conversation(roles)
             used |= {f"columns.{role}={column}": [column] for role, column in roles.items()}
         else:
+            column = source.text_column
+            parts = [(text, name or "") for text, name in template_parts(column)]
             # A column of exactly that name is no template.
-            template = source.text_column
-            parts = [("", template)] if template in columns else template_parts(template)
-            if all(name == "" for _, name in parts):
-                parts = [("", template)]
-            self._make = Text([(text, name or "") for text, name in parts])
-            used[f"text_column={template}"] = [name for _, name in self._make.parts if name]
+            if column in columns or not any(name for _, name in parts):
+                self._make = Column(column)
+                used[f"text_column={column}"] = [column]
+            else:
+                self._make = Template(parts)
+                used[f"text_column={column}"] = [name for _, name in parts if name]
         for setting, names in used.items():
             for name in names:
                 if columns and name not in columns:
@@ -99,18 +100,26 @@ class BrokenError(ValueError):
         self.value = value
 
 
-class Text:
-    """A text of one or several columns: pairs of fixed text and the column behind it, '' for none."""
+class Column:
+    """The text of a column."""
 
-    def __init__(self, parts: Sequence[tuple[str, str]]) -> None:
-        self.parts = parts
-        self._column = parts[0][1] if len(parts) == 1 and not parts[0][0] else None
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __call__(self, record: Mapping[str, Any]) -> str:
         """The text of a record."""
-        if self._column:
-            return text_of(record, self._column)
-        return "".join(fixed + (self._filled(record, name) if name else "") for fixed, name in self.parts)
+        return text_of(record, self._name)
+
+
+class Template:
+    """A text of columns, numbers too: pairs of fixed text and the column behind it, '' for none."""
+
+    def __init__(self, parts: Sequence[tuple[str, str]]) -> None:
+        self._parts = parts
+
+    def __call__(self, record: Mapping[str, Any]) -> str:
+        """The text of a record."""
+        return "".join(fixed + (self._filled(record, name) if name else "") for fixed, name in self._parts)
 
     def _filled(self, record: Mapping[str, Any], name: str) -> str:
         value = value_of(record, name)
@@ -248,21 +257,22 @@ def _holds(record: Mapping[str, Any], condition: tuple[str, str, Any]) -> bool:
     if value is None or value is MISSING:
         return False
     try:
-        alike = (
-            [_like(value, entry) for entry in wanted] if isinstance(wanted, list) else _like(value, wanted)
-        )
-        return bool(COMPARISONS[symbol](value, alike))
+        if isinstance(wanted, list):
+            return any(operator.eq(*_alike(value, entry)) for entry in wanted) == (symbol == "in")
+        return bool(COMPARISONS[symbol](*_alike(value, wanted)))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         kind = type(value).__name__
         raise BrokenError(f"filter: cannot tell whether {name} ({kind}) {symbol} {wanted}", record) from error
 
 
-def _like(value: Any, wanted: Any) -> Any:
-    """What a filter compares with: written as text, it is of the kind of the value."""
+def _alike(value: Any, wanted: Any) -> tuple[Any, Any]:
+    """A value and what a filter compares it with, of one kind where one of them is written as text."""
+    if isinstance(value, str) and not isinstance(wanted, str):
+        return TRUTHS[value.lower()] if isinstance(wanted, bool) else float(value), wanted
     if not isinstance(wanted, str) or isinstance(value, str):
-        return wanted
+        return value, wanted
     if isinstance(value, bool):
-        return {"true": True, "false": False}[wanted.lower()]
+        return value, TRUTHS[wanted.lower()]
     if isinstance(value, int | float):
-        return float(wanted)
-    return type(value).fromisoformat(wanted)  # dates and times
+        return value, float(wanted)
+    return value, type(value).fromisoformat(wanted)  # dates and times

@@ -10,6 +10,7 @@ import json
 import lzma
 import sys
 import zlib
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice, pairwise, repeat
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow
 
 FIRST_ROWS = 100  # a column that none of them has is a mistake, not a broken row
 SHARD_BYTES = 16 * 2**20  # of a file that can be divided
+RECORD_CHARACTERS = 2**26  # of CSV: a quote that nobody closes shall not hold the whole file
 CHUNK_BYTES = 2**20  # read at once where nothing is parsed
 
 Part = tuple[int, int]
@@ -101,33 +103,84 @@ class Csv(Reader):
     def columns(self, file: str) -> list[str]:
         """The header."""
         with _open_text(file) as stream:
-            return next(self._reader(stream), [])
+            return self._header(self._reader(stream), file)
 
     def rows(self, file: str, part: Part | None, columns: Sequence[str]) -> Iterator[Row]:
         """As `Reader.rows`."""
         yield from islice(self._all(file), *(part or (None,)))
 
-    def _reader(self, stream: IO[str]) -> Any:
+    def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
         # Strict: a quote that nobody closes would make one text of all rows behind it.
-        return csv.reader(stream, delimiter=self.delimiter, strict=True)
+        return csv.reader(lines, delimiter=self.delimiter, strict=True)
+
+    def _header(self, reader: Iterator[list[str]], file: str) -> list[str]:
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise UnreadableError(f"{file}: its first line is no header: {error}") from error
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise UnreadableError(f"{file}: several columns have the name {twice[0]!r}")
+        return header
 
     def _all(self, file: str) -> Iterator[Row]:
         with _open_text(file) as stream:
-            reader = self._reader(stream)
-            header = next(reader, [])
+            lines = RecordLines(stream)
+            reader = self._reader(lines)
+            header = self._header(reader, file)
             while True:
+                number = lines.begin()
                 try:
                     record = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield Row("", file, reader.line_num, str(error))
+                    yield Row(lines.first.rstrip("\r\n"), file, number, str(error))
+                    lines.again()
+                    reader = self._reader(lines)
                     continue
                 if len(record) == len(header):
-                    yield Row(dict(zip(header, record, strict=True)), file, reader.line_num)
+                    yield Row(dict(zip(header, record, strict=True)), file, number)
                 elif record:
                     fault = f"{len(record)} columns instead of {len(header)}"
-                    yield Row(",".join(record), file, reader.line_num, fault)
+                    yield Row(self.delimiter.join(record), file, number, fault)
+
+
+class RecordLines:
+    """The lines of a file, of which those of a broken record can be read again, but for its first."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream, self._waiting = stream, deque[str]()
+        self._of_record: list[str] = []
+        self._characters = self._number = 0
+
+    def begin(self) -> int:
+        """Begin a record; returns the number of its first line."""
+        self._of_record.clear()
+        self._characters = 0
+        return self._number + 1
+
+    @property
+    def first(self) -> str:
+        """The first line of the record."""
+        return self._of_record[0]
+
+    def again(self) -> None:
+        """Give the lines behind the first once more."""
+        behind = self._of_record[1:]
+        self._waiting.extendleft(reversed(behind))
+        self._number -= len(behind)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._characters > RECORD_CHARACTERS:
+            raise csv.Error(f"no end within {RECORD_CHARACTERS} characters")
+        line = self._waiting.popleft() if self._waiting else next(self._stream)
+        self._number += 1
+        self._of_record.append(line)
+        self._characters += len(line)
+        return line
 
 
 class Text(Reader):
@@ -262,14 +315,20 @@ class Json(Lines):
 
 # What a cut or damaged file raises, of whatever format and compression.
 DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
+
+
+def _open_zstd(stream: IO[bytes]) -> Any:
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
+
+
 _OPENERS: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
-    b"\x28\xb5\x2f\xfd": lambda stream: pyarrow.CompressedInputStream(
-        pyarrow.PythonFile(stream, "r"), "zstd"
-    ),
+    b"\x28\xb5\x2f\xfd": _open_zstd,
+    **{bytes([kind]) + b"\x2a\x4d\x18": _open_zstd for kind in range(0x50, 0x60)},  # of frames to be skipped
 }
+WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 
 
 def names_of(records: Iterable[Any]) -> list[str]:
@@ -301,11 +360,20 @@ def _opener(file: str) -> Any:
     return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
 
 
-def _open(file: str) -> IO[bytes]:
-    """The bytes of a file, decompressed."""
+def _open(file: str) -> io.BufferedReader:
+    """The bytes of a text file, decompressed.
+
+    Raises:
+        UnreadableError: they are no UTF-8, by the mark with which they begin.
+    """
     opener = _opener(file)
     stream = open_binary(file)
-    return stream if opener is None else opener(stream)
+    raw: Any = stream if opener is None else opener(stream)
+    # A buffer of its own: pyarrow's streams and some of fsspec's know no lines, or are slow at them.
+    reader = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
+    if reader.peek(4).startswith(WIDE_MARKS):
+        raise UnreadableError(f"{file}: is text in UTF-16 or UTF-32: save it as UTF-8")
+    return reader
 
 
 def _open_text(file: str) -> IO[str]:
@@ -316,11 +384,9 @@ def _open_text(file: str) -> IO[str]:
 def _lines(file: str, part: Part | None) -> Iterator[tuple[int, int, str]]:
     """Number, first byte and text of each line, its end included."""
     begin, end = part or (0, None)
-    with _open(file) as stream:
+    with _open(file) as reader:
         if begin:
-            stream.seek(begin)
-        # A buffer of its own: pyarrow's streams and some of fsspec's know no lines, or are slow at them.
-        reader = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore[type-var]
+            reader.seek(begin)
         for number, line in enumerate(reader, 1):
             if end is not None and begin >= end:
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import pyarrow
@@ -109,7 +109,9 @@ def table_rows(
     for batch in batches:
         skipped = min(max(first - start, 0), batch.num_rows)
         kept = batch.slice(skipped, None if last is None else max(last - start - skipped, 0))
-        for number, (value, fault) in enumerate(_records(kept), start + skipped + 1):
+        pieces = (kept.slice(place, BATCH_ROWS) for place in range(0, kept.num_rows, BATCH_ROWS))
+        records = chain.from_iterable(map(_records, pieces))
+        for number, (value, fault) in enumerate(records, start + skipped + 1):
             yield Row(value, file, number, fault)
         start += batch.num_rows
         if last is not None and start >= last:
