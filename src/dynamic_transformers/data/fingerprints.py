@@ -9,20 +9,13 @@ from pathlib import Path
 import fsspec
 
 from dynamic_transformers.data.files import FILE_BUILDERS, digest_of, files_there
-from dynamic_transformers.data.hub import URL, hub_commit
+from dynamic_transformers.data.hub import TOKENIZER_FILES, URL, hub_commit, tokenizer_folder
 from dynamic_transformers.data.sources import Shard
 from dynamic_transformers.manifest import digest
 from dynamic_transformers.settings import EMBEDDED, DataSettings, SourceSettings, UserError
 
 BENCHMARKS = "(decontaminate)"
 TOKENIZER = "(tokenizer)"  # beside the sources, none of which can have this name
-# What transformers makes a tokenizer of. What it makes differs between its versions; these do not.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
-)
-NOT_FOUND = ("gated_repo", "missing_entries", "connection_errors")
-
 BESIDE = {"datatrove": (".index", ".metadata")}  # endings of files that belong to each file of a builder
 
 # SHA-256 of each file, the commit of a hub data set, or the Python version; None: it cannot be told.
@@ -119,19 +112,11 @@ def _of_file(file: Path) -> str | None:
 
 
 def _of_tokenizer(name: str) -> Fingerprint | None:
-    found = (_tokenizer_file(name, file) for file in TOKENIZER_FILES)
+    folder = Path(name) if Path(name).is_dir() else tokenizer_folder(name)
+    if folder is None:
+        return None
+    files = (folder / file for file in TOKENIZER_FILES)
     digests: Fingerprint = {
-        f"tokenizer {name}: {file.name}": digest_of(file) for file in found if file is not None
+        f"tokenizer {name}: {file.name}": _of_file(file) for file in files if file.is_file()
     }
     return digests or None
-
-
-def _tokenizer_file(name: str, file: str) -> Path | None:
-    # Not above: the processes that read shards need nothing of it.
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in NOT_FOUND})
-    except OSError:
-        return None  # told when the tokenizer is loaded
-    return Path(found) if found else None
