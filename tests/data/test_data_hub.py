@@ -20,11 +20,12 @@ from huggingface_hub.errors import (
 
 from dynamic_transformers.configure import compose_settings
 from dynamic_transformers.data import hub as our_hub
+from dynamic_transformers.data.files import local_files
 from dynamic_transformers.data.fingerprints import fingerprints
 from dynamic_transformers.data.sources import read_shard, shards_of
 from dynamic_transformers.data.tokenization import load_pretrained_tokenizer
-from dynamic_transformers.settings import PROJECT_ROOT, UserError
-from tests.data.hub_contents import parquet, push_model, push_sources
+from dynamic_transformers.settings import PROJECT_ROOT, SourceSettings, UserError
+from tests.data.hub_contents import card, parquet, push_model, push_sources
 from tests.data.hub_server import Fault, HubServer
 
 
@@ -139,6 +140,26 @@ def test_a_tokenizer_is_that_of_its_fingerprint_though_the_hub_moves_on(hub, at,
     assert len(load_pretrained_tokenizer(MODEL)) == 320 and fingerprints(data) == before
     at(hub.url)
     assert fingerprints(data) != before
+
+
+@pytest.mark.parametrize(
+    ("readme", "line"),
+    [
+        (
+            card({"a": {"train": "a.jsonl"}, "b": {"train": "b.jsonl"}}),
+            "mine.config is missing: there are a, b",
+        ),
+        (b"---\nlicense: mit\nconfigs: [a\n- : :\n---\n", "/README.md: its YAML is damaged in line 4"),
+        (b"---\nconfigs:\n\t- a\n---\n", "/README.md: its YAML is damaged in line 3"),
+    ],
+)
+def test_what_a_card_leaves_open_or_breaks_is_told_in_one_line(tmp_path, readme, line):
+    (tmp_path / "README.md").write_bytes(readme)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    with pytest.raises(UserError) as error:
+        local_files(SourceSettings(name="mine", path=str(tmp_path)))
+    assert str(error.value).endswith(line)
 
 
 FILES = {f"{folder}/{n}.parquet": parquet([{"text": f"{folder} {n}"}]) for folder in "ab" for n in range(4)}

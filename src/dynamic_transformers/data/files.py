@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from yaml import MarkedYAMLError, YAMLError
 
 from dynamic_transformers.manifest import file_digest
 from dynamic_transformers.refusals import one_line, reason_of
@@ -251,7 +252,7 @@ def by_card(
         UserError: no such configuration, or no files of a known format.
     """
     # Not above: the processes that read shards need nothing of it.
-    from datasets import load_dataset_builder
+    from datasets import get_dataset_config_names, load_dataset_builder
     from datasets.exceptions import DatasetsError
 
     # `datasets` takes a folder's own name for a pattern: it is shown a copy that consists of links, under a
@@ -272,7 +273,14 @@ def by_card(
             built = load_dataset_builder(
                 str(mirror), name=source.config, data_files=source.data_files, cache_dir=temporary
             )
+        except YAMLError as error:
+            mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+            line = f" in line {mark.line + 2}" if mark else ""  # behind the first line of dashes
+            raise UserError(f"{place}: {source.path}/README.md: its YAML is damaged{line}") from error
         except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
+            if "Config name is missing" in str(error):
+                known = ", ".join(get_dataset_config_names(str(mirror)))
+                raise UserError(f"{place}.config is missing: there are {known}") from error
             reason = one_line(error).replace(str(mirror), str(source.path))
             raise UserError(f"{place}: cannot read {source.path!r}: {reason}") from error
         splits = {
