@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from fsspec.asyn import sync
 from yaml import MarkedYAMLError, YAMLError
 
 from dynamic_transformers.manifest import file_digest
@@ -132,7 +133,7 @@ def remote_files(source: SourceSettings) -> dict[str, list[tuple[str, int]]]:
                 urls = _urls(pattern)
                 if not urls:
                     raise UserError(f"{place}.data_files: no file matches '{pattern}'")
-                found[split] += [(url, size_of(url)) for url in urls]
+                found[split] += [(url, size_of(url)) for url in urls]  # which raises where there is none
             except UserError:
                 raise
             except Exception as error:  # whatever the client of that protocol raises
@@ -140,14 +141,27 @@ def remote_files(source: SourceSettings) -> dict[str, list[tuple[str, int]]]:
     return found
 
 
-def _urls(pattern: str) -> list[str]:
+def urls_of(source: SourceSettings, seconds: float) -> list[str]:
+    """As `remote_files`, without asking for more than the patterns need, and each server only for so long."""
+    patterns = _patterns(f"data.dataset_configs.{source.name}", source.data_files)
+    return [url for pattern in chain(*patterns.values()) for url in _urls(pattern, seconds)]
+
+
+def _urls(pattern: str, seconds: float | None = None) -> list[str]:
     if pattern.startswith("file://") or "://" not in pattern:
         return [str(path) for path in _glob(Path(pattern.removeprefix("file://")))]
     system, path = fsspec.url_to_fs(pattern)
+    system.invalidate_cache()  # of what was there when it was last asked
     if pattern.startswith(("http://", "https://")) or not glob.has_magic(path):
-        system.info(path)  # raises where there is none
         return [pattern]
-    return [system.unstrip_protocol(name) for name in sorted(system.glob(path))]
+    return [system.unstrip_protocol(name) for name in sorted(ask(system, "glob", path, seconds))]
+
+
+def ask(system: Any, question: str, path: str, seconds: float | None) -> Any:
+    """What a file system of fsspec answers, such as to "info"; most of them can be given so long."""
+    if system.async_impl:
+        return sync(system.loop, getattr(system, f"_{question}"), path, timeout=seconds)
+    return getattr(system, question)(path)
 
 
 def size_of(file: str) -> int:
