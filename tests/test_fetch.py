@@ -182,6 +182,50 @@ def model_files(paper_hub):
 
 
 TOKENIZER = ("data.tokenizer_name=someone/model",)
+REACHED = [("link",), ("..", "folder"), ("folder",)]
+
+
+@pytest.mark.parametrize("way", REACHED, ids="/".join)
+def test_the_folder_may_be_reached_by_a_link_or_by_dots_and_have_links_in_it(hub, model_files, tmp_path, way):
+    commit = hub.push("models", "someone/model", model_files)
+    hub.push("datasets", "someone/web", SETS)
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (tmp_path / "folder").mkdir()
+    (inner / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "large").mkdir()
+    if way == ("folder",):
+        (inner / "folder").mkdir()
+        (inner / "folder" / "hub").symlink_to(tmp_path / "large")
+    for told in ("commit", "here already, commit"):
+        answer = fetch(hub, inner.joinpath(*way), *TOKENIZER, f"data.dataset_configs=[{{{SOURCE}}}]")
+        assert answer.returncode == 0, answer.stderr
+        assert answer.stdout.count(f" {told}") == 2
+    folder = inner.joinpath(*way).resolve()
+    for item in items(folder):
+        assert all((folder / file).is_file() for file in item["files"]) and item["files"]
+    assert items(folder)[0]["commit"] == commit
+
+
+def test_a_tokenizer_without_a_config_is_found_offline(hub, model_files, tmp_path):
+    files = {name: data for name, data in model_files.items() if name != "config.json"}
+    hub.push("models", "someone/model", files)
+    folder = tmp_path / "folder"
+    answer = fetch(hub, folder, *TOKENIZER)
+    assert answer.returncode == 0, answer.stderr
+    code = "from dynamic_transformers.data.tokenization import load_pretrained_tokenizer as load"
+    answer = run("-c", f"{code}; print(len(load('someone/model')))", HF_HOME=str(folder), **OFFLINE)
+    assert (answer.returncode, answer.stdout) == (0, "320\n"), answer.stderr
+
+
+def test_a_tokenizer_that_transformers_cannot_make_is_refused(hub, model_files, tmp_path):
+    files = {name: data for name, data in model_files.items() if not name.startswith(("token", "vocab"))}
+    hub.push("models", "someone/model", files)
+    answer = fetch(hub, tmp_path / "folder", *TOKENIZER)
+    assert answer.returncode == 2 and not (tmp_path / "folder" / "fetched.json").exists()
+    assert answer.stderr.splitlines()[-1].startswith("error: data.tokenizer_name: someone/model: ")
+
+
 REFUSED = {"X-Error-Message": "Invalid credentials in Authorization header"}
 
 

@@ -191,6 +191,45 @@ def test_what_cannot_be_meant_together_is_refused(values, words):
     assert words in str(error.value)
 
 
+SECRETS = [
+    "https://person:hidden@example.org/a.jsonl",
+    "https://hidden@example.org/a.jsonl",
+    "sftp://person:hidden@example.org/a.jsonl",
+    "s3://bucket/a.jsonl?X-Amz-Signature=hidden&X-Amz-Date=1",
+    "https://example.org/a.jsonl?x=1&SIG=hidden",
+    "https://example.org/a.jsonl?%74oken=hidden",
+    "zip://a.jsonl::https://person:hidden@example.org/a.zip",
+    "https://hidden[@example.org/a.jsonl",
+]
+
+
+@pytest.mark.parametrize("url", SECRETS)
+def test_a_secret_in_the_address_of_data_is_refused_and_not_repeated(url):
+    for key, source in (
+        ("data_files", {"path": "json", "data_files": url}),
+        ("data_files", {"path": "embedded", "data_files": {"train": ["a.jsonl", url]}}),
+        ("path", {"path": url}),
+    ):
+        with pytest.raises(UserError) as error:
+            settings_from_dict(DEFAULT, {"data": {"dataset_configs": [{"name": "prose", **source}]}})
+        told = str(error.value)
+        assert told.startswith(f"data.dataset_configs.prose.{key}: ") and "hidden" not in told
+        assert "\n" not in told
+
+
+def test_an_address_without_a_secret_is_taken():
+    for url in (
+        "https://example.org/a.jsonl?version=2&monkey=1",
+        "hf://datasets/someone/web@main/a.jsonl",
+        "abfs://container@account.dfs.core.windows.net/*.jsonl",
+        "s3://bucket/[ab]?.jsonl",
+        "http://[::1]:80/a.jsonl",
+        "notes/person:a@b?sig=1.jsonl",
+    ):
+        source = {"name": "a", "path": "json", "data_files": url}
+        settings_from_dict(DEFAULT, {"data": {"dataset_configs": [source]}})
+
+
 def test_dimensions_replace_those_of_the_size_one_by_one():
     settings = settings_from_dict(DEFAULT, {"model": {"size": "small"}})
     settings.model.dimensions.num_hidden_layers = 3

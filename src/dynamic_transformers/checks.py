@@ -146,6 +146,8 @@ def check_data(data: DataSettings) -> None:
 def check_source(source: SourceSettings) -> None:
     """Refuse what a source of its kind has not, and a filter or columns that say nothing."""
     place = f"data.dataset_configs.{source.name}"
+    for key, value in (("path", source.path), ("data_files", source.data_files)):
+        check_addresses(f"{place}.{key}", value)
     read_by_columns = source.path not in (EMBEDDED, "datatrove")
     finetune = source.type == "finetune"
     refused = {
@@ -170,6 +172,25 @@ def check_source(source: SourceSettings) -> None:
         check_roles(place, source.columns)
     for number, condition in enumerate(source.filter):
         check_condition(f"{place}.filter[{number}]", condition)
+
+
+def check_addresses(place: str, value: Any) -> None:
+    """Refuse URLs that hold a password, token or signature, in whatever `data_files` is made of."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for entry in value:
+            check_addresses(place, entry)
+        return
+    try:
+        secret = "://" in str(value) and holds_credentials(str(value))
+    except ValueError:  # whose words may repeat a password
+        raise UserError(f"{place}: holds an address that is no URL") from None
+    if secret:
+        raise UserError(
+            f"{place}: a URL holds a user, password, token or signature, and manifests hold the settings; "
+            "download the file first, or give s3://… or gs://…, whose clients take them from the environment"
+        )
 
 
 def check_roles(place: str, columns: Mapping[str, str]) -> None:

@@ -16,13 +16,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dynamic_transformers.caches import CACHES, OLD_NAMES
 from dynamic_transformers.folders import sole_writer
 from dynamic_transformers.manifest import write_json
-from dynamic_transformers.refusals import reason_of
+from dynamic_transformers.refusals import one_line, reason_of
 from dynamic_transformers.settings import EMBEDDED, Settings, SourceSettings, UserError
 
 RECORD = "fetched.json"
@@ -43,16 +44,17 @@ def use_folder(folder: Path) -> None:
     Raises:
         UserError: the environment forbids the network, or `datasets` does not take such a path.
     """
-    if re.search(r"[*?[]|::", str(folder.absolute())):
+    home = str(folder.resolve())
+    if re.search(r"[*?[]|::", home):
         raise UserError(f"--output_dir {folder}: `datasets` finds nothing in a path with *, ?, [ or :: in it")
     on = [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]
     if on:
         raise UserError(f"{on[0]} is set, but fetch needs the hub: unset it")
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    os.environ.setdefault("HF_TOKEN_PATH", os.path.expanduser(f"{home}/token"))  # noqa: PTH111
+    before = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    os.environ.setdefault("HF_TOKEN_PATH", os.path.expanduser(f"{before}/token"))  # noqa: PTH111
     for name in (*CACHES, *OLD_NAMES.values()):  # which win over HF_HOME
         os.environ.pop(name, None)
-    os.environ |= {"HF_HOME": str(folder.absolute()), "HF_EVALUATE_OFFLINE": "0"}
+    os.environ |= {"HF_HOME": home, "HF_EVALUATE_OFFLINE": "0"}
     if not sys.stderr.isatty():
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
@@ -75,7 +77,7 @@ def fetch(settings: Settings, folder: Path) -> list[Item]:
     Raises:
         UserError: something cannot be had; files that have arrived stay, and a second call goes on.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     wanted = [*_models(settings), *_sources(settings.data.dataset_configs), *_tasks(settings)]
     with sole_writer(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,9 +152,23 @@ def _tasks(settings: Settings) -> Iterator[Item]:
 
 
 def _bring_tokenizer(settings: Settings, asked: Item, folder: Path) -> Item:
-    from dynamic_transformers.data.fingerprints import TOKENIZER_FILES
+    """Its files, and in the cache which of those that transformers looks for do not exist."""
+    from transformers import AutoTokenizer
 
-    return _bring_model(asked, (*TOKENIZER_FILES, "config.json"), folder)
+    from dynamic_transformers.data.hub import TOKENIZER_FILES
+
+    item = _bring_model(asked, (*TOKENIZER_FILES, "config.json"), folder)
+    load = partial(
+        AutoTokenizer.from_pretrained, asked["repository"], revision=item["commit"], trust_remote_code=False
+    )
+    with _told(asked):
+        load()
+    try:
+        load(local_files_only=True)
+    except Exception as error:  # whatever transformers raises
+        what = f"{asked['for']}: {asked['repository']}"
+        raise UserError(f"{what}: is here, but does not load without the hub: {one_line(error)}") from error
+    return item
 
 
 def _bring_weights(settings: Settings, asked: Item, folder: Path) -> Item:
@@ -196,15 +212,12 @@ def _bring_files(repo_type: str, asked: Item, revision: str, names: Sequence[str
     """Files of a repository, all of one commit, into the cache, which notes the commit of `revision`."""
     from huggingface_hub import hf_hub_download
 
-    def bring(name: str) -> Path:
-        path = hf_hub_download(asked["repository"], name, repo_type=repo_type, revision=revision)
-        return Path(path).relative_to(folder)
-
     files = []
     with _told(asked):
         for name in names:
-            files.append(bring(name))
-            revision = files[0].parts[3]  # of hub/REPOSITORY/snapshots/COMMIT/NAME
+            path = Path(hf_hub_download(asked["repository"], name, repo_type=repo_type, revision=revision))
+            files.append(path)
+            revision = path.parents[name.count("/")].name  # of COMMIT/NAME
     return {"commit": revision, **_account(folder, files)}
 
 
@@ -216,7 +229,7 @@ def _bring_task(settings: Settings, asked: Item, folder: Path) -> Item:
     task = {asked["for"]: asked["for"]}
     manager, loaded = load_tasks(task, options.confirm_run_unsafe_code, options.own_tasks)
     splits = [split for each in manager.load(loaded)["tasks"].values() for split in each.dataset.values()]
-    tables = [Path(file["filename"]).relative_to(folder) for split in splits for file in split.cache_files]
+    tables = [Path(file["filename"]) for split in splits for file in split.cache_files]
     # `datasets` keeps the tables of a commit in a folder of its name.
     commits = dict.fromkeys(table.parent.name for table in tables)
     return {"commit": ", ".join(commits) or None, **_account(folder, tables)}
@@ -231,7 +244,8 @@ _BRING: dict[str, Callable[[Settings, Item, Path], Item]] = {
 
 
 def _account(folder: Path, files: Sequence[Path]) -> Item:
-    sizes = {str(file): (folder / file).stat().st_size for file in sorted(files)}
+    # A part of the folder may be a link to another place.
+    sizes = {os.path.relpath(file, folder): file.stat().st_size for file in sorted(files)}
     return {"bytes": sum(sizes.values()), "files": sizes}
 
 

@@ -42,8 +42,10 @@ def reason_of(error: BaseException) -> str:
         return "not on this machine, and HF_HUB_OFFLINE is set: bring it with `dynamic-transformers fetch`"
     if "RemoteProtocolError" in kinds or "ReadTimeout" in kinds:
         return "the hub broke off: start again; whole files are kept"
-    if kinds & {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"}:
+    if kinds & {"ConnectError", "ConnectTimeout", "LocalEntryNotFoundError"}:  # of the hub's client alone
         return "the hub cannot be reached from this machine: check network, proxies and HF_ENDPOINT"
+    if kinds & {"ConnectionError", "ClientConnectorError"}:
+        return "the server cannot be reached from this machine: check its name, network and proxies"
     if "range requests" in str(error):
         return "its server gives files as a whole only: set streaming: false"
     return one_line(error)

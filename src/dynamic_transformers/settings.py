@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from dynamic_transformers.constraints import (
     SEED,
@@ -61,13 +62,29 @@ class UserError(ValueError):
     """A user's mistake: reported in one line, exit code 2."""
 
 
+# Parameters of a URL that let in whoever has it, such as those of signed addresses.
+SECRET_PARAMETERS = {
+    *("access_key", "access_token", "api-key", "api_key", "apikey", "auth", "auth_token", "client_secret"),
+    *("key", "passwd", "password", "private_token", "pwd", "secret", "sig", "signature", "token"),
+    *("x-amz-security-token", "x-amz-signature", "x-goog-signature"),
+}
+# Of their addresses, what stands before the @ is a container, or a user who still has to show a key.
+NAMES_BEFORE_AT = {"abfs", "abfss", "sftp", "ssh", "wasb", "wasbs"}
+
+
 def holds_credentials(address: str) -> bool:
-    """Whether a URL holds a user, a password or a token.
+    """Whether a URL, or one of several joined by `::`, holds a user, a password, a token or a signature.
 
     Raises:
         ValueError: it is no URL.
     """
-    return "@" in urlsplit(address).netloc
+    for url in map(urlsplit, re.split("::(?=[a-z][a-z0-9+.-]*://)", address)):
+        user, at, _ = url.netloc.rpartition("@")
+        if at and (":" in user or url.scheme not in NAMES_BEFORE_AT):
+            return True
+        if any(name.lower() in SECRET_PARAMETERS for name, _ in parse_qsl(url.query)):
+            return True
+    return False
 
 
 @dataclass

@@ -288,8 +288,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, kind: str, repo: str, revision: str, file: str) -> None:
         commit, files = self._commit(kind, repo, revision)
         headers = {"X-Repo-Commit": commit}
-        if file not in files:
-            raise _RefusedError(404, "EntryNotFound", "Entry not found")
+        if file not in files:  # with the commit, at which the cache then notes it as missing
+            self._send(404, b"", headers | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Not found"})
+            return
         data = files[file]
         if _is_large(file):
             oid = hashlib.sha256(data).hexdigest()

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from dynamic_transformers.data import fingerprints as module
 from dynamic_transformers.data.fingerprints import fingerprints, first_change
 from dynamic_transformers.data.hub import _ask_for_commit
 from dynamic_transformers.data.prepare import default_data_dir, prepare
@@ -125,6 +127,85 @@ def test_a_file_that_is_missing_or_empty_hides_no_change_of_another(notes, make_
     with pytest.raises(UserError, match=r"no file matches 'notes/b\.jsonl'|b\.jsonl is empty"):
         prepare(settings, default_data_dir(settings))
     assert [line for line in lines() if words in line]
+
+
+@pytest.fixture
+def server(monkeypatch, make_texts):
+    """A server of JSON lines that tells their `version`; it can change `after_reading`, and be `silent`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            while server.silent:
+                time.sleep(0.01)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(server.content)))
+            if server.version:
+                self.send_header("ETag", f'"{server.version}"')
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            self.wfile.write(server.content)
+            server.version += server.after_reading
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.content = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(100)).encode()
+    server.version, server.after_reading, server.silent = 1, 0, False
+    server.url = f"http://127.0.0.1:{server.server_port}/a.jsonl"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    yield server
+    server.silent = False
+    module._silent.clear()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def of_server(server, make_settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_settings([{"name": "web", "path": "json", "data_files": server.url}], block_size=16)
+
+
+@pytest.mark.parametrize("what", ["version", "size"])
+def test_a_change_on_a_server_means_new_data(of_server, server, lines, what):
+    first = prepare(of_server, default_data_dir(of_server))
+    assert prepare(of_server, default_data_dir(of_server)) == first
+    assert lines()[-1] == f"data: {first} is finished"
+    if what == "version":
+        server.version = 2
+    else:
+        server.content += server.content.replace(b"token", b"other")
+    second = prepare(of_server, default_data_dir(of_server))
+    assert [line for line in lines() if f"source web: {server.url} has changed" in line]
+    assert second != first
+
+
+def test_a_change_on_a_server_is_noticed_while_it_is_read(of_server, server):
+    server.after_reading = 1
+    with pytest.raises(UserError, match=r"a\.jsonl has changed .* while it was read"):
+        prepare(of_server, default_data_dir(of_server))
+
+
+def test_data_outlive_a_server_that_says_nothing(of_server, server, lines, monkeypatch):
+    monkeypatch.setattr(module, "SERVER_SECONDS", 0.5)
+    first = prepare(of_server, default_data_dir(of_server))
+    known = fingerprints(of_server.data)
+    server.silent = True
+    (source,) = of_server.data.dataset_configs
+    source.data_files = [server.url.replace("a.jsonl", f"{number}.jsonl") for number in range(100)]
+    start = time.perf_counter()
+    assert set(fingerprints(of_server.data)["web"].values()) == {None}
+    assert time.perf_counter() - start < 3  # each one is not waited for
+    source.data_files = server.url
+    unknown = fingerprints(of_server.data)
+    assert unknown == {"web": {server.url: None}}
+    assert first_change(known, unknown) is None and first_change(unknown, known) is None
+    assert prepare(of_server, default_data_dir(of_server)) == first
+    assert lines()[-1] == f"data: {first} is finished"
 
 
 @pytest.mark.parametrize("part", ["tokenizer.json", "chat_template"])

@@ -2,10 +2,13 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import (
@@ -16,8 +19,13 @@ from huggingface_hub.errors import (
 )
 
 from dynamic_transformers.configure import compose_settings
-from dynamic_transformers.settings import PROJECT_ROOT
-from tests.data.hub_contents import parquet, push_model, push_sources
+from dynamic_transformers.data import hub as our_hub
+from dynamic_transformers.data.files import local_files
+from dynamic_transformers.data.fingerprints import fingerprints
+from dynamic_transformers.data.sources import read_shard, shards_of
+from dynamic_transformers.data.tokenization import load_pretrained_tokenizer
+from dynamic_transformers.settings import PROJECT_ROOT, SourceSettings, UserError
+from tests.data.hub_contents import card, parquet, push_model, push_sources
 from tests.data.hub_server import Fault, HubServer
 
 
@@ -57,6 +65,101 @@ def test_paper_trains_from_a_slow_hub_that_breaks_off(hub, tmp_path, paper_overr
         assert made["config"]["fingerprints"][source.name] == {"commit": commit}
     assert [entry["documents_in"] for entry in made["sources"]] == [400] * len(made["sources"])
     assert not hub.asked("/all/")
+
+
+ROWS = {"train.parquet": parquet([{"text": f"document {n} of the web is long enough"} for n in range(400)])}
+MODEL, WEB = "someone/model", {"name": "web", "path": "someone/web"}
+
+
+@pytest.fixture
+def at(monkeypatch, tmp_path):
+    """Points this process at a hub, with a cache of its own, as if it had asked nobody yet."""
+
+    def point(url):
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # which keeps the first address
+        our_hub._ask_for_commit.cache_clear()
+        our_hub.tokenizer_folder.cache_clear()
+
+    yield point
+    our_hub._ask_for_commit.cache_clear()
+    our_hub.tokenizer_folder.cache_clear()
+    our_hub._silent.clear()
+
+
+@pytest.fixture(params=["closed", "silent"])
+def unreachable(request, monkeypatch):
+    """Address where nobody listens, or where nobody answers."""
+    monkeypatch.setattr(our_hub, "HUB_SECONDS", 2)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if request.param == "silent":
+            listener.listen(100)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_hub_that_cannot_be_reached_is_asked_once(hub, at, unreachable, make_settings, tmp_path, cached):
+    data = make_settings([WEB], tokenizer_name=MODEL).data
+    (source,) = data.dataset_configs
+    if cached:
+        hub.push("datasets", "someone/web", {"README.md": b"# web\n", ".gitattributes": b"", **ROWS})
+        (tmp_path / "model").mkdir()
+        push_model(hub, MODEL, tmp_path / "model")
+        at(hub.url)
+        before = fingerprints(data)
+        shards = shards_of(source)
+        assert len(list(read_shard(source, shards[0]))) == 400  # it is here then
+        load_pretrained_tokenizer(MODEL)
+    at(unreachable)
+    start = time.perf_counter()
+    found = fingerprints(data)
+    if cached:
+        assert found == before and None not in found.values()
+        assert shards_of(source) == shards and len(load_pretrained_tokenizer(MODEL)) == 320
+    else:
+        assert set(found.values()) == {None}
+        with pytest.raises(UserError, match="'someone/web': the hub cannot be reached from this machine"):
+            shards_of(source)
+        with pytest.raises(UserError, match=f"{MODEL}: no tokenizer in that folder or on the hub"):
+            load_pretrained_tokenizer(MODEL)
+    assert time.perf_counter() - start < 10  # each further question to it takes 23 s or more
+
+
+def test_a_tokenizer_is_that_of_its_fingerprint_though_the_hub_moves_on(hub, at, make_settings, tmp_path):
+    (tmp_path / "model").mkdir()
+    push_model(hub, MODEL, tmp_path / "model")
+    at(hub.url)
+    data = make_settings([WEB], tokenizer_name=MODEL).data
+    before = fingerprints(data)
+    (files,) = hub.repositories[f"models/{MODEL}"].commits.values()
+    hub.push("models", MODEL, {**files, "tokenizer.json": b"{}"})
+    assert len(load_pretrained_tokenizer(MODEL)) == 320 and fingerprints(data) == before
+    at(hub.url)
+    assert fingerprints(data) != before
+
+
+@pytest.mark.parametrize(
+    ("readme", "line"),
+    [
+        (
+            card({"a": {"train": "a.jsonl"}, "b": {"train": "b.jsonl"}}),
+            "mine.config is missing: there are a, b",
+        ),
+        (b"---\nlicense: mit\nconfigs: [a\n- : :\n---\n", "/README.md: its YAML is damaged in line 4"),
+        (b"---\nconfigs:\n\t- a\n---\n", "/README.md: its YAML is damaged in line 3"),
+    ],
+)
+def test_what_a_card_leaves_open_or_breaks_is_told_in_one_line(tmp_path, readme, line):
+    (tmp_path / "README.md").write_bytes(readme)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    with pytest.raises(UserError) as error:
+        local_files(SourceSettings(name="mine", path=str(tmp_path)))
+    assert str(error.value).endswith(line)
 
 
 FILES = {f"{folder}/{n}.parquet": parquet([{"text": f"{folder} {n}"}]) for folder in "ab" for n in range(4)}

@@ -160,7 +160,7 @@ def test_files_are_found_by_pattern_where_they_can_be_listed(bucket, name):
         ("memory://bucket/z*.jsonl", "no file matches 'memory://bucket/z*.jsonl'"),
         ("s3://bucket/a.jsonl", "Install s3fs to access S3"),
         ("nonsense://bucket/a.jsonl", "Protocol not known: nonsense"),
-        ("http://127.0.0.1:9/a.jsonl", "cannot read 'http://127.0.0.1:9/a.jsonl'"),
+        ("http://127.0.0.1:9/a.jsonl", "'http://127.0.0.1:9/a.jsonl': the server cannot be reached"),
     ],
 )
 def test_what_a_server_does_not_give_is_told_in_one_line(server, bucket, address, words, streaming):

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from fsspec.asyn import sync
+from yaml import MarkedYAMLError, YAMLError
 
 from dynamic_transformers.manifest import file_digest
 from dynamic_transformers.refusals import one_line, reason_of
@@ -133,7 +135,7 @@ def remote_files(source: SourceSettings) -> dict[str, list[tuple[str, int]]]:
                 urls = _urls(pattern)
                 if not urls:
                     raise UserError(f"{place}.data_files: no file matches '{pattern}'")
-                found[split] += [(url, size_of(url)) for url in urls]
+                found[split] += [(url, size_of(url)) for url in urls]  # which raises where there is none
             except UserError:
                 raise
             except Exception as error:  # whatever the client of that protocol raises
@@ -141,14 +143,27 @@ def remote_files(source: SourceSettings) -> dict[str, list[tuple[str, int]]]:
     return found
 
 
-def _urls(pattern: str) -> list[str]:
+def urls_of(source: SourceSettings, seconds: float) -> list[str]:
+    """As `remote_files`, without asking for more than the patterns need, and each server only for so long."""
+    patterns = _patterns(f"data.dataset_configs.{source.name}", source.data_files)
+    return [url for pattern in chain(*patterns.values()) for url in _urls(pattern, seconds)]
+
+
+def _urls(pattern: str, seconds: float | None = None) -> list[str]:
     if pattern.startswith("file://") or "://" not in pattern:
         return [str(path) for path in _glob(Path(pattern.removeprefix("file://")))]
     system, path = fsspec.url_to_fs(pattern)
+    system.invalidate_cache()  # of what was there when it was last asked
     if pattern.startswith(("http://", "https://")) or not glob.has_magic(path):
-        system.info(path)  # raises where there is none
         return [pattern]
-    return [system.unstrip_protocol(name) for name in sorted(system.glob(path))]
+    return [system.unstrip_protocol(name) for name in sorted(ask(system, "glob", path, seconds))]
+
+
+def ask(system: Any, question: str, path: str, seconds: float | None) -> Any:
+    """What a file system of fsspec answers, such as to "info"; most of them can be given so long."""
+    if system.async_impl:
+        return sync(system.loop, getattr(system, f"_{question}"), path, timeout=seconds)
+    return getattr(system, question)(path)
 
 
 def size_of(file: str) -> int:
@@ -268,7 +283,7 @@ def by_card(
         UserError: no such configuration, or no files of a known format.
     """
     # Not above: the processes that read shards need nothing of it.
-    from datasets import load_dataset_builder
+    from datasets import get_dataset_config_names, load_dataset_builder
     from datasets.exceptions import DatasetsError
 
     # `datasets` takes a folder's own name for a pattern: it is shown a copy that consists of links, under a
@@ -289,7 +304,14 @@ def by_card(
             built = load_dataset_builder(
                 str(mirror), name=source.config, data_files=source.data_files, cache_dir=temporary
             )
+        except YAMLError as error:
+            mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+            line = f" in line {mark.line + 2}" if mark else ""  # behind the first line of dashes
+            raise UserError(f"{place}: {source.path}/README.md: its YAML is damaged{line}") from error
         except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
+            if "Config name is missing" in str(error):
+                known = ", ".join(get_dataset_config_names(str(mirror)))
+                raise UserError(f"{place}.config is missing: there are {known}") from error
             reason = one_line(error).replace(str(mirror), str(source.path))
             raise UserError(f"{place}: cannot read {source.path!r}: {reason}") from error
         splits = {

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import fsspec
+from fsspec.exceptions import FSTimeoutError
 
-from dynamic_transformers.data.files import FILE_BUILDERS, digest_of, files_there
-from dynamic_transformers.data.hub import URL, hub_commit
+from dynamic_transformers.data.files import FILE_BUILDERS, ask, digest_of, files_there, urls_of
+from dynamic_transformers.data.hub import TOKENIZER_FILES, URL, hub_commit, tokenizer_folder
 from dynamic_transformers.data.sources import Shard
 from dynamic_transformers.manifest import digest
 from dynamic_transformers.settings import EMBEDDED, DataSettings, SourceSettings, UserError
 
 BENCHMARKS = "(decontaminate)"
 TOKENIZER = "(tokenizer)"  # beside the sources, none of which can have this name
-# What transformers makes a tokenizer of. What it makes differs between its versions; these do not.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
-)
-NOT_FOUND = ("gated_repo", "missing_entries", "connection_errors")
-
 BESIDE = {"datatrove": (".index", ".metadata")}  # endings of files that belong to each file of a builder
 
-# SHA-256 of each file, the commit of a hub data set, or the Python version; None: it cannot be told.
+SERVER_SECONDS = 10  # to wait for what a server tells of a file
+SERVER_QUESTIONS = 16  # at the same time
+# What tells one state of a file behind a URL from another, the best first; beside its size.
+STATE = ("ETag", "etag", "blob_id", "Content-MD5", "LastModified", "Last-Modified", "mtime")
+
+# SHA-256 of each file (of one behind a URL, of what its server tells of it), the commit of a hub data set, or
+# the Python version; None: it cannot be told.
 Fingerprint = dict[str, str | None]
+
+_silent: set[str] = set()  # servers that have let this process wait in vain
 
 
 def fingerprints(data: DataSettings) -> dict[str, Fingerprint | None]:
@@ -74,6 +78,8 @@ def first_change(made: Mapping[str, Fingerprint | None], now: Mapping[str, Finge
             old, new = before.get(thing), after.get(thing)
             if old == new or (new is None and some_unknown):
                 continue
+            if "://" in thing and old is None and thing in before:  # of other files None is: not there
+                continue
             if old is None:
                 return f"{whose}{thing} is new"
             if new is None:
@@ -94,21 +100,42 @@ def _of_source(source: SourceSettings) -> Fingerprint | None:
         beside = [Path(f"{file}{ending}") for file in files.all for ending in BESIDE.get(files.builder, ())]
         return {str(file): _of_file(file) for file in (*files.all, *beside, *files.missing)}
     if source.path in FILE_BUILDERS:
-        return {}  # behind URLs
+        return _of_urls(source)
     commit = hub_commit(source)
     return {"commit": commit} if commit else None
 
 
+def _of_urls(source: SourceSettings) -> Fingerprint | None:
+    try:
+        urls = urls_of(source, SERVER_SECONDS)
+    except Exception:  # whatever the client of that protocol raises; told when the source is read
+        return None
+
+    def of(url: str) -> str | None:
+        if "://" not in url:
+            return _of_file(Path(url))
+        state = _state_of(url)
+        return digest(state) if state else None
+
+    with ThreadPoolExecutor(SERVER_QUESTIONS) as pool:
+        return dict(zip(urls, pool.map(of, urls), strict=True))
+
+
 def _state_of(url: str) -> dict[str, str]:
-    """What tells one state of a file behind a URL from another."""
+    """What tells one state of a file behind a URL from another; empty where the server does not tell."""
+    server = urlsplit(url).netloc
+    if server in _silent:
+        return {}
     try:
         system, path = fsspec.url_to_fs(url)
-        facts = system.info(path)
+        facts = ask(system, "info", path, SERVER_SECONDS)
+    except FSTimeoutError:
+        _silent.add(server)
+        return {}
     except Exception:  # whatever the client of that protocol raises; told when the file is read
         return {}
-    return {
-        key: str(facts[key]) for key in ("ETag", "etag", "size", "LastModified", "mtime") if facts.get(key)
-    }
+    best = next((key for key in STATE if facts.get(key)), None)
+    return {key: str(facts[key]) for key in ("size", best) if key and facts.get(key)}
 
 
 def _of_file(file: Path) -> str | None:
@@ -119,19 +146,11 @@ def _of_file(file: Path) -> str | None:
 
 
 def _of_tokenizer(name: str) -> Fingerprint | None:
-    found = (_tokenizer_file(name, file) for file in TOKENIZER_FILES)
+    folder = Path(name) if Path(name).is_dir() else tokenizer_folder(name)
+    if folder is None:
+        return None
+    files = (folder / file for file in TOKENIZER_FILES)
     digests: Fingerprint = {
-        f"tokenizer {name}: {file.name}": digest_of(file) for file in found if file is not None
+        f"tokenizer {name}: {file.name}": _of_file(file) for file in files if file.is_file()
     }
     return digests or None
-
-
-def _tokenizer_file(name: str, file: str) -> Path | None:
-    # Not above: the processes that read shards need nothing of it.
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in NOT_FOUND})
-    except OSError:
-        return None  # told when the tokenizer is loaded
-    return Path(found) if found else None

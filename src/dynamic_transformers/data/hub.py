@@ -1,11 +1,12 @@
-"""Data sets of the hub as files: which there are at a commit, and where they are once they are here."""
+"""Data sets and tokenizers of the hub as files: which there are at a commit, and where they are once here."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import (
     HfApi,
@@ -14,7 +15,12 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import CachedRepoTreeNotFoundError, RevisionResolutionError
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RevisionResolutionError,
+)
 
 from dynamic_transformers.settings import SourceSettings
 
@@ -23,6 +29,14 @@ HUB_SECONDS = 10  # to wait for the hub's answer to which commit is the newest
 # data set has it: where there is nothing to fetch the hub's client warns.
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json", ".gitattributes")
 URL = re.compile("hf://datasets/([^@]+)@([0-9a-f]{40})/(.+)")
+# What transformers makes a tokenizer of. What it makes differs between its versions; these do not.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+
+# Addresses of a hub that did not answer: asked again, each file would take its clients half a minute or more.
+_silent: set[str] = set()
 
 
 class HubFiles(NamedTuple):
@@ -46,29 +60,66 @@ def hub_commit(source: SourceSettings) -> str | None:
 
     None where neither does.
     """
-    if re.fullmatch("[0-9a-f]{40}", source.revision or ""):
-        return source.revision
-    return _ask_for_commit(str(source.path), source.revision)
+    return _ask_for_commit("dataset", str(source.path), source.revision)
+
+
+def how_to_load(name: str) -> dict[str, Any]:
+    """Arguments with which transformers loads a tokenizer: at the commit that `tokenizer_folder` gives."""
+    if Path(name).is_dir():
+        return {}
+    return {"revision": _ask_for_commit("model", name, None), "local_files_only": _is_silent()}
 
 
 @cache
-def _ask_for_commit(path: str, revision: str | None) -> str | None:
+def tokenizer_folder(name: str) -> Path | None:
+    """Folder in the hub's cache with the files of a tokenizer; None where it cannot be had."""
     try:
-        return HfApi().dataset_info(path, revision=revision, timeout=HUB_SECONDS).sha
-    except Exception:  # offline, refused, or whatever the hub's HTTP client raises; told when the set is read
-        pass
+        return _folder("model", name, None, TOKENIZER_FILES)
+    except (OSError, ValueError):
+        return None  # told when the tokenizer is loaded
+
+
+@cache
+def _ask_for_commit(kind: str, path: str, revision: str | None) -> str | None:
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return revision
+    api = HfApi()
+    if not _is_silent():
+        try:
+            return api.repo_info(path, repo_type=kind, revision=revision, timeout=HUB_SECONDS).sha
+        except (HfHubHTTPError, OfflineModeIsEnabled, ValueError):
+            pass  # refused, or no name of a repository; told when it is read
+        except Exception:  # whatever the hub's HTTP client raises
+            _silent.add(api.endpoint)
     try:
-        api = HfApi()
-        return api.resolve_revision(
-            path, repo_type="dataset", revision=revision, local_files_only=True
-        ).resolved
-    except (RevisionResolutionError, ValueError):  # or no name of a data set
+        return api.resolve_revision(path, repo_type=kind, revision=revision, local_files_only=True).resolved
+    except (RevisionResolutionError, ValueError):
         return None
 
 
-def _cards(path: str, revision: str | None) -> Path:
-    """Folder of a commit in the hub's cache, with its cards."""
-    return Path(snapshot_download(path, repo_type="dataset", revision=revision, allow_patterns=list(CARDS)))
+def _is_silent() -> bool:
+    """Whether this process has found that the hub cannot be reached: then only its cache is asked."""
+    return HfApi().endpoint in _silent
+
+
+def _folder(kind: str, path: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Folder in the hub's cache of the commit that a revision names, with the files of these names."""
+
+    def at(revision: str | None) -> Path:
+        found = snapshot_download(
+            path,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=list(patterns),
+            local_files_only=_is_silent(),
+        )
+        return Path(found)
+
+    commit = _ask_for_commit(kind, path, revision)
+    folder = at(revision)  # by its name first: then the cache knows, without the hub, which commit that is
+    if commit in (None, folder.name):
+        return folder
+    return at(commit)  # a newer one has come: a process stays at the first
 
 
 def hub_files(source: SourceSettings) -> HubFiles:
@@ -80,10 +131,7 @@ def hub_files(source: SourceSettings) -> HubFiles:
         OSError: the hub refuses or cannot be reached, and the cache does not have it.
     """
     path = str(source.path)
-    # By its name first: then the cache knows, without the hub, which commit that is.
-    folder = _cards(path, source.revision)
-    if (commit := hub_commit(source)) not in (None, folder.name):
-        folder = _cards(path, commit)  # a newer one has come: a process stays at the first
+    folder = _folder("dataset", path, source.revision, CARDS)
     try:
         tree = get_cached_repo_tree(path, repo_type="dataset", revision=folder.name)
         sizes = {file.path: file.size for file in tree}
@@ -102,7 +150,7 @@ def fetched(url: str) -> str:
     match = URL.fullmatch(url)
     assert match, url
     path, commit, file = match.groups()
-    return hf_hub_download(path, file, repo_type="dataset", revision=commit)
+    return hf_hub_download(path, file, repo_type="dataset", revision=commit, local_files_only=_is_silent())
 
 
 def at_hand(file: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dynamic_transformers.data.encoding import Encoder
+from dynamic_transformers.data.hub import how_to_load
 from dynamic_transformers.settings import UserError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def load_pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **how_to_load(name))
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

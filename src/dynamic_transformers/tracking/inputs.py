@@ -70,7 +70,7 @@ def _source_input(
     told = {"files": len(made_of)} if made_of and len(made_of) > NAMED_FILES else made_of
     return {
         "name": source["name"][:NAME_LENGTH],
-        # With the files' SHA-256, a hub's commit, or Python's version.
+        # With the files' SHA-256, a hub's commit, what a server tells of its files, or Python's version.
         "digest": digest([read, made_of])[:DIGEST_LENGTH],
         "source_type": kind,
         "source": json.dumps(place),
