@@ -191,7 +191,7 @@ def _bring_model(asked: Item, patterns: Sequence[str], folder: Path) -> Item:
 
 def _bring_source(settings: Settings, asked: Item, folder: Path) -> Item:
     """The files of its shards; the cache then knows the names of all files of the set, too."""
-    from dynamic_transformers.data.hub import CARDS, URL, hub_files
+    from dynamic_transformers.data.hub import HUB_CARDS, URL, hub_files
     from dynamic_transformers.data.sources import shards_of
 
     source = next(each for each in settings.data.dataset_configs if each.name == asked["for"])
@@ -202,7 +202,7 @@ def _bring_source(settings: Settings, asked: Item, folder: Path) -> Item:
             f"{source.name}: {source.path}: only `datasets` can read its files: name them as a source"
         )
     known = hub_files(source)
-    cards = [card for card in CARDS if (known.folder / card).is_file()]
+    cards = [card for card in HUB_CARDS if (known.folder / card).is_file()]
     return _bring_files(
         "dataset", asked, known.commit, [*cards, *(match[3] for match in matches if match)], folder
     )

@@ -22,12 +22,13 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from dynamic_transformers.data.files import CARDS
 from dynamic_transformers.settings import SourceSettings
 
 HUB_SECONDS = 10  # to wait for the hub's answer to which commit is the newest
-# What says which files belong to which configuration and split. The last one says nothing, but nearly every
-# data set has it: where there is nothing to fetch the hub's client warns.
-CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json", ".gitattributes")
+# The last one says nothing, but nearly every data set has it: the hub's client warns where there is nothing
+# to fetch.
+HUB_CARDS = (*CARDS, ".gitattributes")
 URL = re.compile("hf://datasets/([^@]+)@([0-9a-f]{40})/(.+)")
 # What transformers makes a tokenizer of. What it makes differs between its versions; these do not.
 TOKENIZER_FILES = (
@@ -131,7 +132,7 @@ def hub_files(source: SourceSettings) -> HubFiles:
         OSError: the hub refuses or cannot be reached, and the cache does not have it.
     """
     path = str(source.path)
-    folder = _folder("dataset", path, source.revision, CARDS)
+    folder = _folder("dataset", path, source.revision, HUB_CARDS)
     try:
         tree = get_cached_repo_tree(path, repo_type="dataset", revision=folder.name)
         sizes = {file.path: file.size for file in tree}
