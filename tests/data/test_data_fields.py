@@ -148,6 +148,11 @@ def test_conversations_are_found_by_the_usual_names_or_by_those_given(source, re
     assert found(source([record], type="finetune", columns=columns)) == [expected]
 
 
+def test_messages_that_are_read_as_text_are_told_how_they_are_read(source):
+    given = source([{"chat": CHAT}], text_column="chat")
+    assert found(given) == ["list instead of str; conversations are read with type: finetune"]
+
+
 def test_of_a_message_only_what_templates_read_is_kept():
     """Two conversations that differ in their times alone are one."""
     chat = [{**message, "timestamp": 5, "hashed_ip": "x"} for message in CHAT]

@@ -108,6 +108,9 @@ class Column:
 
     def __call__(self, record: Mapping[str, Any]) -> str:
         """The text of a record."""
+        value = value_of(record, self._name)
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            raise BrokenError("list instead of str; conversations are read with type: finetune", value)
         return text_of(record, self._name)
 
 
