@@ -95,9 +95,10 @@ def _memory_of(pid: int | None) -> int:
 def _size_of(folders: Iterator[Path]) -> int:
     total = 0
     for folder in folders:
-        for path in folder.rglob("*"):
-            with suppress(FileNotFoundError):
-                total += path.stat().st_size
+        for parent, _, names in os.walk(folder):  # which passes over what is gone, as Path.rglob does not
+            for name in names:
+                with suppress(FileNotFoundError):
+                    total += Path(parent, name).stat().st_size
     return total
 
 
