@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -361,6 +362,14 @@ def test_files_of_datatrove_that_cannot_be_read_are_told(datatrove, tmp_path, ha
         list(read_records(given))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith("data.dataset_configs.mine: ")
+
+
+def test_a_file_of_datatrove_that_is_cut_while_it_is_read_is_told(datatrove, tmp_path):
+    rows = read_records(datatrove([[5] * 100_000] * 3))
+    next(rows)
+    os.truncate(tmp_path / "out" / "00000_x.ds", 250_000)
+    with pytest.raises(UserError, match=r"00000_x\.ds: was cut while it was read: it ends in document 2$"):
+        list(rows)
 
 
 def test_tokens_of_datatrove_are_read_with_their_own_tokenizer_only(datatrove, tmp_path, make_settings):

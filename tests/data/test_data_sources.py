@@ -6,6 +6,8 @@ import gzip
 import json
 import lzma
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -244,6 +246,40 @@ def test_a_damaged_file_is_named(tmp_path, name, fault):
         rows(path=builder, data_files=str(tmp_path / f"*{''.join(file.suffixes)}"))
     assert str(file) in str(error.value) and "\n" not in str(error.value)
     assert ("is empty (0 bytes)" if fault == "empty" else "is cut off or damaged") in str(error.value)
+
+
+CUT_WHILE_READ = """
+import os, sys
+from dynamic_transformers.data.sources import read_shard, shards_of
+from dynamic_transformers.settings import SourceSettings, UserError
+
+source = SourceSettings(name="mine", path="arrow", data_files=sys.argv[1])
+(shard,) = shards_of(source)
+rows = read_shard(source, shard)
+next(rows)
+os.truncate(sys.argv[1], 5000)
+try:
+    list(rows)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+@pytest.mark.parametrize("batch_rows", [100, 2000])
+def test_an_arrow_file_that_is_cut_while_it_is_read_is_told(tmp_path, kind, batch_rows):
+    file = tmp_path / "a.arrow"
+    content = table(TEXTS * 100)
+    with kind(file, content.schema) as writer:
+        writer.write_table(content, max_chunksize=batch_rows)
+    size, read = file.stat().st_size, min(batch_rows, 256)
+    # In a process of its own: it dies of SIGBUS where what is not there is looked at.
+    program = [sys.executable, "-c", CUT_WHILE_READ, str(file)]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        f"data.dataset_configs.mine: {file} is cut off or damaged after row {read}: "
+        f"5000 of its {size} bytes are left since it was opened\n"
+    )
 
 
 @pytest.mark.parametrize("max_documents", [None, 5])

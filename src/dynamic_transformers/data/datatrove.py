@@ -27,7 +27,7 @@ class Datatrove(Reader):
 
     def columns(self, file: str) -> list[str]:
         """None: there are only tokens."""
-        _open(file)
+        _borders(file)
         return []
 
     def rows(self, file: str, part: Part | None, columns: Sequence[str]) -> Iterator[Row]:
@@ -36,25 +36,29 @@ class Datatrove(Reader):
         Raises:
             UnreadableError: files that do not belong together, or no tokenizer that the metadata name.
         """
-        ends, tokens = _open(file)
+        borders, dtype = _borders(file)
         markers = _markers(file)
-        first, last = part or (0, len(ends))
-        for number in range(first, min(last, len(ends))):
-            begin = int(ends[number - 1]) if number else 0
-            document = np.array(tokens[begin : int(ends[number])])
-            inner = np.flatnonzero(~np.isin(document, markers))
-            yield Row(document[inner[0] : inner[-1] + 1] if len(inner) else document[:0], file, number + 1)
+        first, last = part or (0, len(borders) - 1)
+        with Path(file).open("rb") as stream:
+            stream.seek(int(borders[first]) * dtype.itemsize)
+            for number, size in enumerate(np.diff(borders[first : last + 1]), first + 1):
+                document = np.empty(size, dtype)
+                if stream.readinto(document.data) < document.nbytes:
+                    raise UnreadableError(f"{file}: was cut while it was read: it ends in document {number}")
+                inner = np.flatnonzero(~np.isin(document, markers))
+                yield Row(document[inner[0] : inner[-1] + 1] if len(inner) else document[:0], file, number)
 
     def count(self, file: str, most: int | None = None) -> int:
         """As `Reader.count`, from the index."""
-        return at_most(len(_open(file)[0]), most)
+        return at_most(len(_borders(file)[0]) - 1, most)
 
     def parts(self, file: str, records: Part | None, size: int) -> list[Division]:
         """As `Reader.parts`, from the index."""
-        ends, tokens = _open(file)
-        borders = np.array([*range(0, len(ends), PIECE), len(ends)])
-        sizes = np.diff(np.concatenate([[0], ends])[borders]) * tokens.itemsize
-        return divided(records, np.diff(borders).tolist(), sizes.tolist())
+        borders, dtype = _borders(file)
+        documents = len(borders) - 1
+        pieces = np.array([*range(0, documents, PIECE), documents])
+        sizes = np.diff(borders[pieces]) * dtype.itemsize
+        return divided(records, np.diff(pieces).tolist(), sizes.tolist())
 
 
 def tokenizer_of(file: str) -> str | None:
@@ -85,21 +89,21 @@ def check_tokenizer(file: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def _open(file: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the documents in tokens, and all tokens, mapped."""
+def _borders(file: str) -> tuple[np.ndarray, np.dtype]:
+    """Where documents begin and end, in tokens, (documents + 1,) int64; the type of a token."""
     if Path(f"{file}.loss").exists():
         raise UnreadableError(f"{file}.loss: masks of datatrove are not read; write the folder without them")
     index = Path(f"{file}.index")
     if not index.is_file():
         raise UnreadableError(f"{index} is missing: datatrove writes it beside {file}")
-    ends = np.fromfile(index, dtype="<u8").astype(np.int64)
-    size = Path(file).stat().st_size
-    width = size // int(ends[-1]) if len(ends) and ends[-1] else 0
-    if width not in (2, 4) or width * int(ends[-1]) != size or np.any(np.diff(ends, prepend=0) < 0):
+    borders = np.concatenate([[0], np.fromfile(index, dtype="<u8").astype(np.int64)])
+    size, tokens = Path(file).stat().st_size, int(borders[-1])
+    width = size // tokens if tokens else 0
+    if width not in (2, 4) or width * tokens != size or np.any(np.diff(borders) < 0):
         raise UnreadableError(
             f"{file}: {size} bytes do not fit the index beside it: one of them is cut off or another's"
         )
-    return ends, np.memmap(file, dtype=f"<u{width}", mode="r")
+    return borders, np.dtype(f"<u{width}")
 
 
 def _markers(file: str) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, pairwise
-from typing import Any
+from itertools import pairwise
+from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet
@@ -61,7 +63,7 @@ class Arrow(Reader):
 
     def rows(self, file: str, part: Part | None, columns: Sequence[str]) -> Iterator[Row]:
         """As `Reader.rows`."""
-        with _arrow(file) as (schema, batches):
+        with _arrow(file, BATCH_ROWS) as (schema, batches):
             top = [name for name in schema.names if is_needed(name, columns)]
             first, last = part or (0, None)
             yield from table_rows(file, (batch.select(top) for batch in batches), 0, first, last)
@@ -109,9 +111,7 @@ def table_rows(
     for batch in batches:
         skipped = min(max(first - start, 0), batch.num_rows)
         kept = batch.slice(skipped, None if last is None else max(last - start - skipped, 0))
-        pieces = (kept.slice(place, BATCH_ROWS) for place in range(0, kept.num_rows, BATCH_ROWS))
-        records = chain.from_iterable(map(_records, pieces))
-        for number, (value, fault) in enumerate(records, start + skipped + 1):
+        for number, (value, fault) in enumerate(_records(kept), start + skipped + 1):
             yield Row(value, file, number, fault)
         start += batch.num_rows
         if last is not None and start >= last:
@@ -178,10 +178,16 @@ def _parquet(file: str) -> Iterator[pyarrow.parquet.ParquetFile]:
 
 
 @contextmanager
-def _arrow(file: str) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]]:
-    """Schema and batches of an Arrow file."""
-    stream = pyarrow.PythonFile(open_binary(file), "r") if "://" in file else pyarrow.memory_map(file)
-    with stream:
+def _arrow(
+    file: str, most: int = sys.maxsize
+) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]]:
+    """Schema and batches of an Arrow file, cut where they have more than `most` rows."""
+    remote = "://" in file
+    # Mapped, a batch takes no memory, however large, and one that is not needed is not read.
+    with (
+        open_binary(file) as opened,
+        pyarrow.PythonFile(opened, "r") if remote else pyarrow.memory_map(file) as stream,
+    ):
         try:
             table = pyarrow.ipc.open_file(stream)
         except pyarrow.ArrowInvalid:
@@ -190,4 +196,17 @@ def _arrow(file: str) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordB
             batches = iter(table)
         else:
             batches = map(table.get_batch, range(table.num_record_batches))
-        yield table.schema, batches
+        pieces = (batch.slice(row, most) for batch in batches for row in range(0, batch.num_rows, most))
+        yield table.schema, pieces if remote else _while_whole(opened, stream.size(), pieces)
+
+
+def _while_whole(
+    opened: IO[bytes], size: int, pieces: Iterator[pyarrow.RecordBatch]
+) -> Iterator[pyarrow.RecordBatch]:
+    """Pieces of a mapped file, which is looked at before each: behind a new end, a map kills the process."""
+    while True:
+        if (left := os.fstat(opened.fileno()).st_size) < size:
+            raise OSError(f"{left} of its {size} bytes are left since it was opened")
+        if (piece := next(pieces, None)) is None:
+            return
+        yield piece
