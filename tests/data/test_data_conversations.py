@@ -132,9 +132,7 @@ def make_tokenizer(backend):
 
 
 def by_transformers(tokenizer, messages):
-    out = tokenizer.apply_chat_template(
-        messages, return_assistant_tokens_mask=True, tokenizer_kwargs={"split_special_tokens": False}
-    )
+    out = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
     return out["input_ids"], out["assistant_masks"]
 
 
@@ -217,7 +215,7 @@ def test_spellings_in_messages_stay_text(make_tokenizer, rewrite, contents):
     encoded = encoder(talk(*contents))
     ids = []
     for turn, content in zip(talk(*contents, system="Be of use."), ["Be of use.", *contents], strict=False):
-        plain = tokenizer(f"{turn['role']}\n{content}")["input_ids"]  # which splits special tokens
+        plain = tokenizer(f"{turn['role']}\n{content}", split_special_tokens=True)["input_ids"]
         start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         ids += [start, *plain, end, *tokenizer("\n")["input_ids"]]
     assert encoded.input_ids.tolist() == ids
@@ -243,9 +241,7 @@ def test_a_tokenizer_with_a_word_marker_at_the_beginning(make_texts):
     tokenizer = exact_tokenizer(backend, bos_token="<s>", eos_token="</s>", chat_template=template)
     encoder = ConversationEncoder(tokenizer)
     encoded = encoder(talk("ab c", "de"))
-    ids = tokenizer.apply_chat_template(
-        talk("ab c", "de"), return_dict=False, tokenizer_kwargs={"split_special_tokens": False}
-    )
+    ids = tokenizer.apply_chat_template(talk("ab c", "de"), return_dict=False)
     assert encoded.input_ids.tolist() == ids and encoded.num_bytes[encoded.targets].sum() == len("de")
     assert (encoder(talk("ab <s></s>", "de")).input_ids < 2).sum() == 3
 
@@ -310,8 +306,7 @@ def test_a_template_that_writes_the_date_writes_the_same_every_day(make_tokenize
 
 
 def test_the_plain_template_needs_the_end_of_text_only(make_texts):
-    tokenizer = train_tokenizer(make_texts(20), 300)
-    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer = train_tokenizer(make_texts(20), 300, PLAIN_TEMPLATE)
     encoded = ConversationEncoder(tokenizer)(talk("a", "b", "c", "d", system="s"))
     text = (
         "<|endoftext|>system\ns<|endoftext|>user\na<|endoftext|>assistant\nb<|endoftext|>user\nc<|endoftext|>"

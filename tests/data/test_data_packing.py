@@ -133,8 +133,7 @@ def test_best_fit_by_hand():
 
 @pytest.fixture(scope="module")
 def conversations(make_texts):
-    tokenizer = train_tokenizer(make_texts(100), 300)
-    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer = train_tokenizer(make_texts(100), 300, PLAIN_TEMPLATE)
     encoder = ConversationEncoder(tokenizer)
     found = []
     for question, answer, thanks in zip(*(make_texts(30, seed, 1, 25) for seed in range(3)), strict=True):

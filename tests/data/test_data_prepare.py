@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from dynamic_transformers.data import arithmetic
+from dynamic_transformers.data.conversations import PLAIN_TEMPLATE
 from dynamic_transformers.data.loading import batches_of, load_split, load_tokenizer
 from dynamic_transformers.data.prepare import data_config, prepare, work_folder
 from dynamic_transformers.data.shards import Account, documents_of
 from dynamic_transformers.data.sources import shards_of
 from dynamic_transformers.data.splits import SUMS
+from dynamic_transformers.data.tokenization import train_tokenizer
 from dynamic_transformers.manifest import read_manifest
 from dynamic_transformers.settings import UserError
 
@@ -243,6 +247,31 @@ def test_a_quota_that_leaves_nothing_is_told(tmp_path, make_settings, make_sourc
     split = {"max_tokens": "train", "max_eval_tokens": "validation"}[limit]
     with pytest.raises(UserError, match=f"^the {split} split has 0 tokens, less than data.block_size=32: "):
         prepare(make_settings(sources, **{limit: 1}), tmp_path / "data")
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_saved_tokenizer_gives_the_trained_ids_of_a_chat(tmp_path, make_settings, make_source, given):
+    """Without options, as other people's programs call it."""
+    chats = [{"prompt": f"what is {n}?", "response": f"{n} <|endoftext|> it is"} for n in range(200)]
+    options = {}
+    if given:
+        tokenizer = train_tokenizer(["what is it? 0 1 2"], 300, PLAIN_TEMPLATE)
+        tokenizer.save_pretrained(tmp_path / "given")
+        config = tmp_path / "given" / "tokenizer_config.json"
+        known = json.loads(config.read_text())
+        del known["split_special_tokens"]
+        config.write_text(json.dumps(known))
+        options = {"tokenizer_name": str(tmp_path / "given")}
+    settings = make_settings([make_source("a", records=chats, type="finetune")], block_size=64, **options)
+    prepare(settings, tmp_path / "data")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data" / "tokenizer")
+    train = load_split(tmp_path / "data", "train")
+    asked = re.search(r"what is \d+\?", tokenizer.decode(train.input_ids(0)))
+    messages = [{"role": "user", "content": asked[0]}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == ids[0]
+    trained = [train.input_ids(place).tolist() for place in range(len(train))]
+    assert any(row[i : i + len(ids)] == ids for row in trained for i in range(len(row)))
 
 
 def test_mistakes_are_told_in_one_line(tmp_path, make_settings, make_source):

@@ -106,12 +106,14 @@ def files_there(source: SourceSettings) -> LocalFiles | None:
             }
         return LocalFiles(source.path, splits, missing)
     if path.is_file():
-        builder = _builder_of(path) or "json"
+        builder = _builder_of(path) or "text"
         raise UserError(
             f"{place}.path={source.path}: is a file; give path: {builder}, data_files: {source.path}"
         )
     if path.is_dir():
         return _files_of_folder(place, source, path, patterns)
+    if known := BUILDER_OF_SUFFIX.get(f".{source.path}"):
+        raise UserError(f"{place}.path={source.path}: is no builder; did you mean {known}?")
     if source.path[0] in "./~" or source.path.count("/") > 1 or _builder_of(path):
         raise UserError(f"{place}.path={source.path}: no such file or folder")
     return None

@@ -298,9 +298,8 @@ def tokenizer_of(data: DataSettings) -> PreTrainedTokenizerFast:
     if data.tokenizer_name is not None:
         return load_pretrained_tokenizer(data.tokenizer_name)
     texts = sample_all(data, TOKENIZER_CHARACTERS)
-    tokenizer = train_tokenizer(texts, data.vocab_size)
-    if data.has_conversations:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+    template = PLAIN_TEMPLATE if data.has_conversations else None
+    tokenizer = train_tokenizer(texts, data.vocab_size, template)
     logger.info("tokenizer: %d entries, trained on %d documents", len(tokenizer), len(texts))
     return tokenizer
 

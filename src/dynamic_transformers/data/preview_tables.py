@@ -86,10 +86,11 @@ def split_table(splits: Mapping[str, Mapping[str, Any]]) -> Table:
         "Splits",
         ["split", "documents", "blocks", "tokens", "targets", "behind a cut", "wasted", "bytes a token"],
         rows,
-        "Targets: tokens with a loss. Behind a cut: tokens that do not see the beginning of their document, "
-        "which the end of a block has cut. Wasted: padding, what did not fill the last block, and parts of "
-        "conversations that the assistant says nothing in, which are left out. Bytes a token: UTF-8 bytes of "
-        "text that a target stands for.",
+        "Documents: as often as they are read. Tokens: places in the blocks, filled ones too. Targets: those "
+        "with a loss. Behind a cut: tokens that do not see the beginning of their document, which the end of "
+        "a block has cut. Wasted: padding, what did not fill the last block, and parts of conversations that "
+        "the assistant says nothing in, which are left out. Bytes a token: UTF-8 bytes of text that a target "
+        "stands for.",
     )
 
 
@@ -107,8 +108,8 @@ def length_table(lengths: Mapping[str, Counter[int]]) -> Table:
         "Lengths",
         ["source", "pieces", *QUANTILES],
         rows,
-        "Tokens of the training split's documents as they are packed: best fit cuts those that are longer "
-        "than a block into pieces. p5, p95: 5 % and 95 % of them are no longer.",
+        "Tokens of the training split's documents as they are packed: best_fit cuts those that are longer "
+        "than a block into pieces, concatenate does not. p5, p95: 5 % and 95 % of them are no longer.",
     )
 
 

@@ -54,7 +54,8 @@ READERS: dict[str, Reader] = {
 }
 TSV = Csv("\t")
 READABLE = {"text", *READERS}
-MOST_NAMES = 40  # of columns, in a message
+MOST_NAMES, NAME_LENGTH = 40, 60  # of columns, in a message
+CHAT_COLUMNS = {"messages", "conversations", "prompt", "response", "instruction"}
 
 
 @dataclass(frozen=True)
@@ -352,8 +353,9 @@ def _fields(source: SourceSettings, columns: Sequence[str], file: str) -> Fields
     try:
         return Fields(source, columns)
     except NoSuchColumnError as error:
-        known = ", ".join(columns[:MOST_NAMES]) + (", …" if len(columns) > MOST_NAMES else "")
-        if source.type == "pretrain" and not {"messages", "conversations"}.isdisjoint(columns):
+        known = ", ".join(f"{name:.{NAME_LENGTH}}" for name in columns[:MOST_NAMES])
+        known += ", …" if len(columns) > MOST_NAMES else ""
+        if source.type == "pretrain" and not CHAT_COLUMNS.isdisjoint(columns):
             known += "; conversations are read with type: finetune"
         raise UserError(
             f"{_place(source)}.{error.setting}: {error.reason} in {file}; there are {known}"

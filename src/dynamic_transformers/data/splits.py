@@ -143,11 +143,6 @@ def check_splits(data: DataSettings, pools: Mapping[str, Sequence[Pool]]) -> Non
     Raises:
         UserError: names source and split.
     """
-    percentages = {
-        "validation": data.validation_split_percentage,
-        "test": data.test_split_percentage,
-        "train": 100 - data.validation_split_percentage - data.test_split_percentage,
-    }
     for number, source in enumerate(data.dataset_configs):
         usable = sum(pools[split][number].documents for split in SPLITS)
         if not usable:
@@ -155,13 +150,13 @@ def check_splits(data: DataSettings, pools: Mapping[str, Sequence[Pool]]) -> Non
                 f"data.dataset_configs.{source.name}: all of its documents are duplicates of those of other "
                 "sources; leave it out"
             )
-        for split, percentage in percentages.items():
-            if not pools[split][number].documents:
-                raise UserError(
-                    f"data.dataset_configs.{source.name}: none of its {usable} usable documents falls into "
-                    f"the {split} split ({percentage:g} %); give it more documents or that split another "
-                    "percentage"
-                )
+        if empty := [split for split in SPLITS if not pools[split][number].documents]:
+            settings = [f"data.{split}_split_percentage" for split in empty if split != "train"]
+            remedy = f"raise {' and '.join(settings)}" if settings else "hold out less"
+            raise UserError(
+                f"data.dataset_configs.{source.name}: none of its {usable} usable documents falls into "
+                f"{' or '.join(empty)}; give it more documents, or {remedy}"
+            )
 
 
 def source_facts(

@@ -20,7 +20,9 @@ END_OF_TEXT = "<|endoftext|>"
 LONG_WORD = re.compile(r"(\S{1000}|\s{1000})")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE; `<|endoftext|>` begins and ends documents and pads.
 
     Args:
@@ -48,14 +50,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     # Training takes time by the square of a word's length: without a gap, a megabyte would take minutes.
     pieces = (piece for text in texts for piece in LONG_WORD.split(text) if piece)
     backend.train_from_iterator(pieces, trainer)
-    return exact_tokenizer(backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return exact_tokenizer(backend, chat_template=chat_template, **tokens)
 
 
 def exact_tokenizer(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
     """A tokenizer that reads a text in one way only, wherever it is loaded.
 
     It has no rules beyond tokenizer.json, adds no markers by itself, and splits the spelling of a special
-    token: a text that mentions `<|endoftext|>` does not end there.
+    token: a text that mentions `<|endoftext|>` does not end there. With a chat template it does not split it,
+    since transformers tokenizes what the template writes as a text.
 
     Args:
         options: special tokens, chat template.
@@ -67,7 +71,10 @@ def exact_tokenizer(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFa
     backend.no_padding()
     backend.no_truncation()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, split_special_tokens=True, **options
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=options.get("chat_template") is None,
+        **options,
     )
 
 

@@ -70,9 +70,11 @@ def tokenizer_digest(model_dir: Path) -> str:
 
 
 def tokenizer_of(model_dir: Path) -> Any:
-    """The tokenizer of an exported model."""
+    """The tokenizer of an exported model; it reads texts as training did, and no special token in them."""
     register_models()  # AutoTokenizer reads config.json
-    return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    tokenizer.split_special_tokens = True
+    return tokenizer
 
 
 def load_model(
