@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dynamic_transformers.data.decontamination import Contamination
+from dynamic_transformers.evaluation import task_index
 from dynamic_transformers.evaluation.task_texts import task_documents
 from dynamic_transformers.settings import PROJECT_ROOT, UserError
 
@@ -107,5 +108,6 @@ def test_mistakes_are_told_in_one_line(arguments, line, tmp_path):
 
 def test_without_lm_eval_its_installation_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    monkeypatch.setattr(task_index, "task_manager", task_index.task_manager.__wrapped__)  # which keeps it
     with pytest.raises(UserError, match="lm-eval is not installed"):
         list(task_documents(["arc_easy"], None, None, None))
