@@ -51,7 +51,8 @@ def use_folder(folder: Path) -> None:
     if on:
         raise UserError(f"{on[0]} is set, but fetch needs the hub: unset it")
     before = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    os.environ.setdefault("HF_TOKEN_PATH", os.path.expanduser(f"{before}/token"))  # noqa: PTH111
+    token = os.path.expanduser(f"{before}/token")  # noqa: PTH111  Path.expanduser raises where there is no home
+    os.environ.setdefault("HF_TOKEN_PATH", token)
     for name in (*CACHES, *OLD_NAMES.values()):  # which win over HF_HOME
         os.environ.pop(name, None)
     os.environ |= {"HF_HOME": home, "HF_EVALUATE_OFFLINE": "0"}

@@ -227,8 +227,8 @@ def _files_of_folder(place: str, source: SourceSettings, folder: Path, patterns:
     if patterns:
         splits, missing = _matching(patterns, folder)
         return LocalFiles(_one_builder(place, [*chain(*splits.values())]), splits, missing)
-    # Unlike Path.rglob, it leaves out hidden files and follows links.
-    found = glob.glob("**/*", root_dir=folder, recursive=True)  # noqa: PTH207
+    # Path.rglob would give hidden files and follow no links.
+    found = glob.glob("**/*", root_dir=folder, recursive=True)  # noqa: PTH207  for this reason
     names = [name for name in found if (folder / name).is_file()]
     builders = {name: _builder_of(Path(name)) for name in names}
     readable = [name for name in names if builders[name] or name.endswith(".zip")]

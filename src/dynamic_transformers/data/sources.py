@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 from dynamic_transformers.data import arithmetic, embedded
+from dynamic_transformers.data.csv_rows import Csv
 from dynamic_transformers.data.datatrove import Datatrove
 from dynamic_transformers.data.fields import Fields, NoSuchColumnError
 from dynamic_transformers.data.files import (
@@ -23,7 +24,6 @@ from dynamic_transformers.data.files import (
 from dynamic_transformers.data.hub import URL, at_hand, fetched, hub_commit, hub_files
 from dynamic_transformers.data.rows import (
     DAMAGE,
-    Csv,
     Division,
     Json,
     Lines,
